@@ -1,0 +1,1 @@
+"""ONE model, no Ray: sequences, the KV cache and the forward."""

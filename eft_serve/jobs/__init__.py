@@ -1,0 +1,1 @@
+"""Work that runs against a served application: batch inference."""

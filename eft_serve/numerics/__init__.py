@@ -1,0 +1,1 @@
+"""Pure torch: from several models' logits to a token."""

@@ -1,0 +1,1 @@
+"""The step contract on ZeroMQ."""

@@ -1,0 +1,130 @@
+"""Plain data that crosses process boundaries; knows nothing of models, sockets or Ray.
+
+Two nouns: a *Request* is what a user asked for and lives in a coordinator; a *Sequence* is one model's KV-bearing state
+and lives in an engine. The step contract ties them together: a `SequenceStep` says how many tokens the engine must
+already hold, appends more, and asks for logits; an engine that holds fewer answers `held = k` and the coordinator sends
+again from k. Prefill, decode, verification, rollback, preemption and recovery are all this one message, and sending it
+twice does no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FinishReason(StrEnum):
+    """Why a request ended; the values are OpenAI's where OpenAI has one."""
+
+    STOP = "stop"  # end token or stop string
+    LENGTH = "length"  # max_tokens or the context's end
+    ABORT = "abort"  # the client went away
+    ERROR = "error"  # a typed error ended it
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to draw tokens from the combined distribution. Validated by the API before it gets here."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # 1 keeps all
+    top_k: int = 0  # 0 keeps all
+    min_p: float = 0.0  # 0 keeps all
+    seed: int = 0  # 64-bit; every draw is keyed by (seed, position)
+    max_tokens: int = 16
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's part of one forward."""
+
+    sequence_id: str
+    position: int  # tokens the engine must already hold; it truncates to this many first
+    token_ids: list[int]  # appended after that
+    num_logits: int  # logits wanted, of the last so many of `token_ids`; 0 while prefilling
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """An engine's answer to one `SequenceStep`: exactly one of `held`, `error`, `logits` is set."""
+
+    sequence_id: str
+    held: int | None = None  # fewer than `position` tokens are here; nothing was computed; send again from here
+    error: str | None = None  # this step can never be served (out of vocabulary, beyond the context)
+    logits: Tensor | None = None  # [num_logits, vocab_size], floating
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One replica's part of a decode step."""
+
+    steps: Sequence[SequenceStep]
+    freed: Sequence[str] = ()  # sequences that ended; the engine drops them before it computes
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One replica's answer: `outputs` in the order of the steps, or `failure` and no outputs."""
+
+    outputs: Sequence[StepOutput] = ()
+    failure: str | None = None  # why the replica could not answer (deadline, connection, engine)
+    seconds: float = 0.0  # from the first send to this answer, on the coordinator's monotonic clock
+    forward_seconds: float = 0.0  # of those, inside the engine's forward
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine says of itself once it is loaded."""
+
+    model: str
+    vocab_size: int  # rows of the output head, padding included
+    max_model_len: int  # tokens one sequence may hold
+    kv_capacity_tokens: int  # tokens all sequences together may hold
+    kv_block_size: int  # a sequence takes whole blocks of so many tokens
+    dtype: str
+    tensor_parallel: int
+    attention: str  # the path taken, for the logs
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where one model replica's engine listens, and the key that proves it."""
+
+    replica_id: str
+    address: str  # a ZeroMQ address: tcp://host:port
+    public_key: bytes  # CURVE, Z85
+    info: ModelInfo
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the ingress hands to a coordinator: tokenised, validated, allowed."""
+
+    request_id: str
+    recipe: str
+    prompts: dict[str, list[int]]  # by model; every model of the recipe that runs
+    sampling: SamplingParams
+    scale: float | None = None  # None: the recipe's own
+    weights: dict[str, float] | None = None  # by tuned model; None: the recipe's own
+    tenant: str = "anonymous"
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """A domain error as data, so that it can cross a process boundary in the middle of a stream."""
+
+    kind: str  # a class name of errors.py
+    message: str
+    param: str | None = None
+
+
+class Delta(msgspec.Struct, frozen=True, kw_only=True):
+    """What a coordinator emits: whatever became ready since the last one."""
+
+    text: str  # never half a character, never part of a stop string
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    failure: Failure | None = None  # set exactly when finish_reason is ERROR
