@@ -1,0 +1,36 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+
+.PHONY: demo serve test check bench install clean
+
+demo: $(STAMP)  ## start everything, ask held-out questions, print the evidence, stop everything
+	$(BIN)/eft-serve demo
+
+serve: $(STAMP)  ## serve the embedded family on loopback until Ctrl-C
+	$(BIN)/eft-serve serve deployments/zoo.yaml
+
+test: $(STAMP)  ## every test
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## the benchmarks
+	$(BIN)/eft-serve bench fanout
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
