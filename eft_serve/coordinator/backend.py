@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from eft_serve.types import StepBatch, StepResult
+from eft_serve.types import Endpoint, StepBatch, StepResult
 
 
 class LogitsBackend(Protocol):
-    """All replicas of all models, as the decode loop sees them."""
+    """All replicas of all models, as the decode loop sees them; used by one thread."""
+
+    def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
+        """All replicas that there are now, by replica id: connect the new ones, drop the others."""
+        ...
 
     def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
         """Send every replica its batch, wait for all of them or the deadline; keys are replica ids. Never raises."""

@@ -1,0 +1,264 @@
+"""The decode loop: schedule, fan out, gather, combine, sample, emit; requests join and leave at every step.
+
+It runs in a thread of its own and owns all its state; other threads reach it through its inbox. It knows neither Ray
+nor sockets: the models are a `LogitsBackend`, the readers a callback.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+from eft_serve.config import CoordinatorConfig
+from eft_serve.coordinator.backend import LogitsBackend
+from eft_serve.coordinator.gather import Gathered, gather
+from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.coordinator.output import OutputStream, failed
+from eft_serve.coordinator.replicas import ReplicaTable
+from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.sampler import Row, draw
+from eft_serve.coordinator.scheduler import Plan, Scheduler
+from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.errors import ContextLengthError, EftServeError, UnavailableError
+from eft_serve.types import Delta, Endpoint, FinishReason, SequenceStep, StepBatch, StepResult
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.5  # an empty loop looks at its stop flag so often
+STALL_WAIT_S = 0.02  # a loop that cannot step anybody tries again after so long
+PROBE_TIMEOUT_S = 5.0  # for the one-token step that proves a new replica
+
+Emit = Callable[[Sequence[tuple[str, Delta]]], None]
+
+
+class DecodeLoop:
+    """Decodes every request of one coordinator."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        backend: LogitsBackend,
+        vocabularies: Mapping[str, Vocabulary],  # by model
+        emit: Emit,  # called in the loop's thread, at most once a step
+        metrics: CoordinatorMetrics,
+    ) -> None:
+        self.config = config
+        self.backend = backend
+        self.vocabularies = vocabularies
+        self.emit = emit
+        self.metrics = metrics
+        self.replicas = ReplicaTable(share=config.num_replicas)
+        self.scheduler = Scheduler(config, self.replicas)
+        self.error: BaseException | None = None  # what ended the thread, if anything did
+        self._requests: dict[str, tuple[Request, OutputStream]] = {}
+        self._deltas: list[tuple[str, Delta]] = []
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
+
+    # From any thread.
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Stop after the present step; requests that are left end with an error."""
+        self._inbox.put(self._stop)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def submit(self, request: Request) -> None:
+        """Its deltas come through `emit`, the last with a finish reason, even when it cannot be served at all."""
+        self._inbox.put(lambda: self._submit(request))
+
+    def abort(self, request_id: str) -> None:
+        """Free what it holds in every model; nothing more is emitted for it. Unknown ids are ignored."""
+        self._inbox.put(lambda: self._end(request_id, FinishReason.ABORT))
+
+    def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
+        """All replicas that there are now; each is used once it has answered a step."""
+        self._inbox.put(lambda: self._set_replicas(endpoints))
+
+    @property
+    def missing_models(self) -> list[str]:
+        """Models of which no replica has answered a step."""
+        answered = {replica.info.model for replica in list(self.replicas.replicas.values())}
+        return [model for model in self.vocabularies if model not in answered]
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    # The loop's own thread.
+
+    def _run(self) -> None:
+        try:
+            wait_s = IDLE_WAIT_S
+            while not self._stopping:
+                self._receive(wait_s)
+                stepped = self.step()
+                wait_s = 0.0 if stepped else STALL_WAIT_S if len(self.scheduler) else IDLE_WAIT_S
+        except BaseException as error:
+            logger.exception("the decode loop died")
+            self.error = error
+        finally:
+            self._fail_all(UnavailableError("the coordinator is stopping; send the request again"))
+
+    def step(self) -> bool:
+        """One decode step; false when there was nothing to compute."""
+        now = time.monotonic()
+        with self._timed("schedule"):
+            self._fail_stalled(now)
+            plan = self.scheduler.plan(now)
+        if plan.batches:
+            with self._timed("fan_out"):
+                results = self.backend.fan_out(plan.batches, self.config.step_timeout_s)
+            rows = self._absorb(plan, results)
+            drawn = draw(rows, self._timed)
+            with self._timed("emit"):
+                self._advance(rows, drawn)
+        self._flush()
+        return bool(plan.batches)
+
+    def _absorb(self, plan: Plan, results: Mapping[str, StepResult]) -> list[Row]:
+        now = time.monotonic()
+        gathered = gather(plan, results, now)
+        self._observe(plan, results, gathered)
+        for replica_id, failure in gathered.failed_replicas.items():
+            logger.warning("replica %s failed: %s", replica_id, failure)
+            self.scheduler.lose_replica(replica_id, now)
+        for request, error in gathered.errors.items():
+            self._end(request.request_id, FinishReason.ERROR, error)
+        return [
+            Row(request, terms, num_tokens=min(self.vocabularies[model].num_tokens for model in request.sequences))
+            for request, terms in gathered.ready.items()
+            if request not in gathered.errors
+        ]
+
+    def _advance(self, rows: Sequence[Row], drawn: Sequence[int | EftServeError]) -> None:
+        """Give every request its token; end those that it ends."""
+        now = time.monotonic()
+        for row, token in zip(rows, drawn, strict=True):
+            request_id = row.request.request_id
+            if isinstance(token, EftServeError):
+                self._end(request_id, FinishReason.ERROR, token)
+                continue
+            if not row.request.output_token_ids:
+                self.metrics.queue_seconds.observe(now - row.request.arrival)
+            row.request.output_token_ids.append(token)
+            row.request.last_progress = now
+            delta = self._requests[request_id][1].push(token)
+            self._deltas.append((request_id, delta))
+            if delta.finish_reason is not None:
+                self._end(request_id, delta.finish_reason)
+
+    def _receive(self, wait_s: float) -> None:
+        """Everything that other threads asked for, waiting so long for the first."""
+        try:
+            self._inbox.get(timeout=wait_s)() if wait_s else self._inbox.get_nowait()()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _submit(self, request: Request) -> None:
+        try:
+            context_left = self._context_left(request)
+        except EftServeError as error:
+            self._deltas.append((request.request_id, failed(error)))
+            return
+        vocabularies = [self.vocabularies[model] for model in request.sequences]
+        self._requests[request.request_id] = (request, OutputStream.of(request, vocabularies, context_left))
+        self.scheduler.add(request)
+
+    def _context_left(self, request: Request) -> int:
+        """Tokens that the shortest context leaves for the output; refuses what no replica could ever hold."""
+        if len(self.scheduler.waiting) > self.config.max_waiting:
+            raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
+        left = request.generation.sampling.max_tokens
+        for sequence in request.sequences.values():
+            sizes = self.replicas.largest(sequence.model)
+            if sizes is None:
+                raise UnavailableError(f"model {sequence.model} is not ready")
+            num_prompt_tokens = len(sequence.prompt_token_ids)
+            if num_prompt_tokens >= min(sizes):
+                raise ContextLengthError(
+                    f"model {sequence.model} holds {min(sizes)} tokens and the prompt has {num_prompt_tokens}; "
+                    "shorten the prompt",
+                    param="prompt",
+                )
+            left = min(left, min(sizes) - num_prompt_tokens)
+        return left
+
+    def _end(self, request_id: str, reason: FinishReason, error: EftServeError | None = None) -> None:
+        request, _ = self._requests.pop(request_id, (None, None))
+        if request is None:
+            return
+        self.scheduler.finish(request)
+        self.metrics.finished.labels(reason).inc()
+        if error is not None:
+            self._deltas.append((request_id, failed(error)))
+
+    def _fail_stalled(self, now: float) -> None:
+        for request in self.scheduler.waiting:
+            if all(self.replicas.of(model) for model in request.sequences):
+                request.last_progress = now  # it only queues
+        for request in self.scheduler.requests:
+            if now - request.last_progress > self.config.recovery_timeout_s:
+                models = ", ".join(m for m, s in request.sequences.items() if s.replica_id is None) or "its models"
+                error = UnavailableError(f"no progress for {self.config.recovery_timeout_s:g} s; waiting for {models}")
+                self._end(request.request_id, FinishReason.ERROR, error)
+
+    def _fail_all(self, error: EftServeError) -> None:
+        for request_id in list(self._requests):
+            self._end(request_id, FinishReason.ERROR, error)
+        self._flush()
+
+    def _flush(self) -> None:
+        self.metrics.running.set(len(self.scheduler.running))
+        self.metrics.waiting.set(len(self.scheduler.waiting))
+        if self._deltas:
+            deltas, self._deltas = self._deltas, []
+            self.emit(deltas)
+
+    def _set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self.backend.set_replicas(endpoints)
+        fresh = endpoints.keys() - self.replicas.replicas.keys()
+        proven = {r for r, result in self._probe(fresh).items() if result.failure is None} if fresh else set()
+        for replica_id in self.replicas.update({r: e for r, e in endpoints.items() if r not in fresh or r in proven}):
+            logger.warning("replica %s is gone", replica_id)
+            self.scheduler.lose_replica(replica_id, time.monotonic())
+
+    def _probe(self, replica_ids: set[str]) -> Mapping[str, StepResult]:
+        """One token through each; a model counts as ready only after it answered a step."""
+        batch = StepBatch(steps=[SequenceStep("probe", 0, [0], num_logits=1)])
+        results = self.backend.fan_out(dict.fromkeys(replica_ids, batch), PROBE_TIMEOUT_S)
+        for replica_id, result in results.items():
+            if result.failure is None:
+                self.replicas.freed[replica_id].append("probe")
+            else:
+                logger.warning("replica %s did not answer its first step: %s", replica_id, result.failure)
+        return results
+
+    def _observe(self, plan: Plan, results: Mapping[str, StepResult], gathered: Gathered) -> None:
+        self.metrics.held.inc(gathered.num_held)
+        self.metrics.generated_tokens.inc(len(gathered.ready))
+        for replica_id, entries in plan.entries.items():
+            model = entries[0].sequence.model
+            result = results[replica_id]
+            if replica_id in gathered.failed_replicas:
+                self.metrics.replica_failures.labels(model).inc()
+            else:
+                self.metrics.model_step_seconds.labels(model).observe(result.seconds)
+                self.metrics.model_forward_seconds.labels(model).observe(result.forward_seconds)
+                self.metrics.computed_tokens.labels(model).inc(sum(len(entry.step.token_ids) for entry in entries))
+
+    def _timed(self, phase: str) -> AbstractContextManager[object]:
+        return self.metrics.step_seconds.labels(phase).time()

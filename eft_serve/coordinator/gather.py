@@ -1,0 +1,65 @@
+"""What the replicas' answers mean for the requests: who holds how much, who is ready, who failed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.scheduler import Entry, Plan
+from eft_serve.errors import EftServeError, EngineError
+from eft_serve.types import StepOutput, StepResult
+
+
+@dataclass(slots=True)
+class Gathered:
+    """The outcome of one fan-out."""
+
+    ready: dict[Request, list[Tensor]] = field(default_factory=dict)  # last logits by model, in the recipe's order
+    errors: dict[Request, EftServeError] = field(default_factory=dict)
+    failed_replicas: dict[str, str] = field(default_factory=dict)  # why
+    num_held: int = 0
+
+
+def gather(plan: Plan, results: Mapping[str, StepResult], now: float) -> Gathered:
+    """Apply every answer to its sequence; a request is ready when all its models gave logits in this very step."""
+    gathered = Gathered()
+    logits: dict[Request, dict[str, Tensor]] = defaultdict(dict)
+    for replica_id, entries in plan.entries.items():
+        result = results[replica_id]
+        failure = result.failure
+        if failure is None and len(result.outputs) != len(entries):
+            failure = f"{len(result.outputs)} answers to {len(entries)} steps"
+        if failure is not None:
+            gathered.failed_replicas[replica_id] = failure
+            continue
+        for entry, output in zip(entries, result.outputs, strict=True):
+            _apply(entry, output, now, gathered, logits)
+    for request in plan.final:
+        answers = logits[request]
+        if len(answers) == len(request.sequences):
+            gathered.ready[request] = [answers[model] for model in request.sequences]
+        else:
+            # Some model could not answer: the others' last token is computed again, to give its logits again.
+            for model in answers:
+                request.sequences[model].num_computed -= 1
+    return gathered
+
+
+def _apply(
+    entry: Entry, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, dict[str, Tensor]]
+) -> None:
+    request, sequence, step = entry.request, entry.sequence, entry.step
+    if output.error is not None:
+        gathered.errors[request] = EngineError(f"model {sequence.model}: {output.error}")
+    elif output.held is not None:
+        sequence.num_computed = output.held
+        gathered.num_held += 1
+    else:
+        if sequence.advance(step.position + len(step.token_ids)):
+            request.last_progress = now
+        if output.logits is not None and step.num_logits:
+            logits[request][sequence.model] = output.logits[-1]

@@ -1,0 +1,63 @@
+"""What the decode loop measures of itself; seconds on one process's monotonic clock, never compared across processes."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+STEP_BUCKETS = tuple(
+    base * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 1.5, 2, 3, 4, 5, 6.5, 8)
+) + (
+    10.0,
+    30.0,
+    60.0,
+)
+
+
+class CoordinatorMetrics:
+    """One coordinator's metrics in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.step_seconds = Histogram(
+            "eft_step_seconds",
+            "One decode step, split into phases",
+            ["phase"],  # schedule, fan_out, combine, sample, emit
+            registry=self.registry,
+            buckets=STEP_BUCKETS,
+        )
+        self.model_step_seconds = Histogram(
+            "eft_model_step_seconds",
+            "From the fan-out to one model replica's answer",
+            ["model"],
+            registry=self.registry,
+            buckets=STEP_BUCKETS,
+        )
+        self.model_forward_seconds = Histogram(
+            "eft_model_forward_seconds",
+            "Of that, inside the engine's forward",
+            ["model"],
+            registry=self.registry,
+            buckets=STEP_BUCKETS,
+        )
+        self.queue_seconds = Histogram(
+            "eft_request_queue_seconds",
+            "From a request's arrival at the coordinator to its first token",
+            registry=self.registry,
+            buckets=STEP_BUCKETS,
+        )
+        self.running = Gauge("eft_num_requests_running", "Requests being decoded", registry=self.registry)
+        self.waiting = Gauge("eft_num_requests_waiting", "Requests waiting to be decoded", registry=self.registry)
+        self.computed_tokens = Counter(
+            "eft_computed_tokens", "Tokens sent to models, by model", ["model"], registry=self.registry
+        )
+        self.generated_tokens = Counter("eft_generated_tokens", "Tokens drawn", registry=self.registry)
+        self.finished = Counter(
+            "eft_requests_finished", "Requests ended, by reason", ["reason"], registry=self.registry
+        )
+        self.preemptions = Counter("eft_preemptions", "Requests preempted for KV room", registry=self.registry)
+        self.held = Counter(
+            "eft_held_answers", "Steps answered with fewer tokens held than assumed", registry=self.registry
+        )
+        self.replica_failures = Counter(
+            "eft_replica_failures", "Replica calls that failed", ["model"], registry=self.registry
+        )

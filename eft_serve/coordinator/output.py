@@ -1,0 +1,59 @@
+"""From drawn tokens to what a request's reader gets: text, finish reasons, failures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
+from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.errors import EftServeError, to_failure
+from eft_serve.types import Delta, FinishReason
+
+
+@dataclass(slots=True)
+class OutputStream:
+    """One request's output, token by token."""
+
+    eos_token_ids: frozenset[int]
+    max_tokens: int  # asked for, or what the shortest context leaves
+    detokenizer: Detokenizer
+    stop_checker: StopChecker
+    num_tokens: int = 0
+
+    @classmethod
+    def of(cls, request: Request, vocabularies: list[Vocabulary], context_left: int) -> OutputStream:
+        """The first model of the recipe spells the text; any model's end token ends it."""
+        sampling = request.generation.sampling
+        first = next(iter(request.sequences.values()))
+        eos = frozenset[int]().union(*(v.eos_token_ids for v in vocabularies))
+        return cls(
+            eos_token_ids=frozenset() if sampling.ignore_eos else eos,
+            max_tokens=min(sampling.max_tokens, context_left),
+            detokenizer=Detokenizer.after_prompt(vocabularies[0].decoder, first.prompt_token_ids),
+            stop_checker=StopChecker(sampling.stop),
+        )
+
+    def push(self, token_id: int) -> Delta:
+        """One more token; the delta has a finish reason when it was the last."""
+        self.num_tokens += 1
+        if token_id in self.eos_token_ids:
+            return Delta(text=self._rest(), token_ids=[token_id], finish_reason=FinishReason.STOP)
+        text = self.stop_checker.push(self.detokenizer.push([token_id]))
+        if self.stop_checker.stopped:
+            return Delta(text=text, token_ids=[token_id], finish_reason=FinishReason.STOP)
+        if self.num_tokens == self.max_tokens:
+            text += self._rest()
+            reason = FinishReason.STOP if self.stop_checker.stopped else FinishReason.LENGTH
+            return Delta(text=text, token_ids=[token_id], finish_reason=reason)
+        return Delta(text=text, token_ids=[token_id])
+
+    def _rest(self) -> str:
+        """What was kept back; a stop string may still be completed by it."""
+        text = self.stop_checker.push(self.detokenizer.flush())
+        return text if self.stop_checker.stopped else text + self.stop_checker.flush()
+
+
+def failed(error: EftServeError) -> Delta:
+    """The last delta of a request that a typed error ends."""
+    return Delta(text="", token_ids=[], finish_reason=FinishReason.ERROR, failure=to_failure(error))

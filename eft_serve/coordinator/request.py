@@ -1,0 +1,83 @@
+"""A request while it is decoded: its tokens, and how far each model's cache has followed them.
+
+The coordinator owns the tokens; a `SequenceState` only remembers which replica holds a cache of them and how much of it,
+so losing that cache (eviction, preemption, a dead replica) costs work and never a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from eft_serve.types import GenerationRequest
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One model's view of a request."""
+
+    sequence_id: str
+    model: str
+    prompt_token_ids: list[int]
+    replica_id: str | None = None  # None: not placed
+    num_computed: int = 0  # tokens that the replica holds, as far as we know
+    furthest: int = 0  # the most that any replica ever held
+
+    def advance(self, num_computed: int) -> bool:
+        """The replica holds so many tokens now; true when that is further than ever before."""
+        self.num_computed = num_computed
+        further = num_computed > self.furthest
+        self.furthest = max(self.furthest, num_computed)
+        return further
+
+    def forget(self) -> None:
+        """The cache is gone."""
+        self.replica_id, self.num_computed = None, 0
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A user's request, from admission to its last token."""
+
+    generation: GenerationRequest
+    coefficients: Mapping[str, float]  # by model, none zero; sums to 1 when the recipe's formula does
+    arrival: float  # monotonic seconds
+    last_progress: float  # monotonic seconds of the last token computed anywhere for it
+    output_token_ids: list[int] = field(default_factory=list)
+    sequences: dict[str, SequenceState] = field(default_factory=dict)
+    num_preemptions: int = 0
+
+    @property
+    def request_id(self) -> str:
+        return self.generation.request_id
+
+    @classmethod
+    def create(cls, generation: GenerationRequest, coefficients: Mapping[str, float], now: float) -> Request:
+        """A request that has not begun; needs a prompt for every model with a coefficient."""
+        sequences = {
+            model: SequenceState(f"{generation.request_id}/{model}", model, generation.prompts[model])
+            for model in coefficients
+        }
+        return cls(generation, coefficients, arrival=now, last_progress=now, sequences=sequences)
+
+    def num_tokens(self, sequence: SequenceState) -> int:
+        """Tokens that this model has to hold before the next one can be drawn."""
+        return len(sequence.prompt_token_ids) + len(self.output_token_ids)
+
+    def num_pending(self, sequence: SequenceState) -> int:
+        """Tokens still to be computed before the next one can be drawn."""
+        return self.num_tokens(sequence) - sequence.num_computed
+
+    def tokens_between(self, sequence: SequenceState, start: int, end: int) -> list[int]:
+        """Tokens `start:end` of prompt and output together."""
+        num_prompt_tokens = len(sequence.prompt_token_ids)
+        if start >= num_prompt_tokens:
+            return self.output_token_ids[start - num_prompt_tokens : end - num_prompt_tokens]
+        head = sequence.prompt_token_ids[start:end]
+        return head + self.output_token_ids[: max(0, end - num_prompt_tokens)]
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens of its longest sequence when it runs to `max_tokens`."""
+        longest = max(len(s.prompt_token_ids) for s in self.sequences.values())
+        return longest + self.generation.sampling.max_tokens

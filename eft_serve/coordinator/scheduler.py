@@ -1,0 +1,154 @@
+"""What each replica computes in the next step.
+
+There are no prefill and decode modes: every sequence's computed count catches up with its token count, under one token
+budget per replica and step. Requests that need one token each go first, so a long prompt is prefilled in chunks beside
+them; when a KV budget runs out, the youngest request there is preempted and computed again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from eft_serve.config import CoordinatorConfig
+from eft_serve.coordinator.replicas import COOLDOWN_S, ReplicaTable
+from eft_serve.coordinator.request import Request, SequenceState
+from eft_serve.types import SequenceStep, StepBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Whose step it is; parallel to the steps that a replica gets."""
+
+    request: Request
+    sequence: SequenceState
+    step: SequenceStep
+
+
+@dataclass(slots=True)
+class Plan:
+    """One decode step: entries by replica, and the requests whose next token it makes possible."""
+
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    freed: dict[str, list[str]] = field(default_factory=dict)
+    final: list[Request] = field(default_factory=list)
+
+    @property
+    def batches(self) -> dict[str, StepBatch]:
+        return {
+            replica_id: StepBatch(
+                steps=[entry.step for entry in self.entries.get(replica_id, ())],
+                freed=self.freed.get(replica_id, ()),
+            )
+            for replica_id in self.entries.keys() | self.freed.keys()
+        }
+
+
+class Scheduler:
+    """Waiting and running requests over a table of replicas."""
+
+    def __init__(self, config: CoordinatorConfig, replicas: ReplicaTable) -> None:
+        self.config = config
+        self.replicas = replicas
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # oldest first
+        self.num_preemptions = 0
+
+    def __len__(self) -> int:
+        return len(self.waiting) + len(self.running)
+
+    @property
+    def requests(self) -> list[Request]:
+        return [*self.running, *self.waiting]
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def finish(self, request: Request) -> None:
+        """It leaves, for whatever reason."""
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self.replicas.release(request)
+
+    def plan(self, now: float) -> Plan:
+        """The next step. Empty when nobody can be stepped."""
+        self._place_lost(now)
+        self._preempt_until_it_fits()
+        self._admit(now)
+        plan = Plan(freed=self.replicas.take_freed())
+        budgets = dict.fromkeys(self.replicas.replicas, self.config.max_num_batched_tokens)
+        for request in sorted(self.running, key=_is_prefilling):  # a stable sort: oldest first among equals
+            self._schedule(request, plan, budgets)
+        return plan
+
+    def lose_replica(self, replica_id: str, now: float) -> None:
+        """It failed or is gone: whatever it held has to be computed again, there or elsewhere."""
+        if replica := self.replicas.replicas.get(replica_id):
+            replica.retry_at = now + COOLDOWN_S
+        for request in self.running:
+            for sequence in request.sequences.values():
+                if sequence.replica_id == replica_id:
+                    sequence.forget()
+
+    def _place_lost(self, now: float) -> None:
+        self.replicas.count_blocks(self.running)
+        for request in self.running:
+            self.replicas.place(request, now, within_budget=False)
+
+    def _preempt_until_it_fits(self) -> None:
+        for replica_id, replica in self.replicas.replicas.items():
+            while replica.blocks > replica.capacity_blocks:
+                self._preempt(next(r for r in reversed(self.running) if _is_on(r, replica_id)))
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.replicas.release(request)
+        self.replicas.count_blocks(self.running)
+        self.waiting.appendleft(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _admit(self, now: float) -> None:
+        """First come, first served, for each model by itself: who waits for one holds up only those who want it too."""
+        short: set[str] = set()
+        for request in list(self.waiting):
+            if len(self.running) == self.config.max_num_seqs:
+                break
+            if short.isdisjoint(request.sequences):
+                missing = self.replicas.place(request, now, within_budget=True)
+                if not missing:
+                    self.waiting.remove(request)
+                    self.running.append(request)
+                short |= missing
+            else:
+                short |= request.sequences.keys()
+        self.running.sort(key=lambda request: request.arrival)
+
+    def _schedule(self, request: Request, plan: Plan, budgets: dict[str, int]) -> None:
+        placed = [(s, s.replica_id) for s in request.sequences.values() if s.replica_id is not None]
+        if len(placed) < len(request.sequences):
+            return
+        final = all(request.num_pending(sequence) <= budgets[replica_id] for sequence, replica_id in placed)
+        for sequence, replica_id in placed:
+            # The last token waits for the slowest prefill: its logits are wanted from all models in the same step.
+            pending = request.num_pending(sequence) - (not final)
+            count = min(pending, budgets[replica_id])
+            if count <= 0:
+                continue
+            start = sequence.num_computed
+            token_ids = request.tokens_between(sequence, start, start + count)
+            step = SequenceStep(sequence.sequence_id, start, token_ids, num_logits=int(final))
+            plan.entries.setdefault(replica_id, []).append(Entry(request, sequence, step))
+            budgets[replica_id] -= count
+        if final:
+            plan.final.append(request)
+
+
+def _is_prefilling(request: Request) -> bool:
+    return any(request.num_pending(sequence) > 1 for sequence in request.sequences.values())
+
+
+def _is_on(request: Request, replica_id: str) -> bool:
+    return any(sequence.replica_id == replica_id for sequence in request.sequences.values())
