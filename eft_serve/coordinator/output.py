@@ -30,7 +30,7 @@ class OutputStream:
         return cls(
             eos_token_ids=frozenset() if sampling.ignore_eos else eos,
             max_tokens=min(sampling.max_tokens, context_left),
-            detokenizer=Detokenizer.after_prompt(vocabularies[0].decoder, first.prompt_token_ids),
+            detokenizer=Detokenizer.after_prompt(vocabularies[0], first.prompt_token_ids),
             stop_checker=StopChecker(sampling.stop),
         )
 

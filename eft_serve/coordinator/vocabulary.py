@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from eft_serve.coordinator.detokenizer import Decoder
-from eft_serve.errors import CheckpointError
+from eft_serve.config import AppConfig
+from eft_serve.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
     """One checkpoint's tokens."""
 
-    decoder: Decoder
-    num_tokens: int  # ids from here on are padding of the output head
+    tokenizer: PreTrainedTokenizerBase
+    ids: Mapping[str, int]  # token → id
     eos_token_ids: frozenset[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids from here on are padding of the output head."""
+        return len(self.ids)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text, without special tokens and as the tokens spell it: tidying up spaces would rewrite what is out."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
     @classmethod
     def load(cls, checkpoint: Path) -> Vocabulary:
@@ -27,17 +39,36 @@ class Vocabulary:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{checkpoint}: no usable tokenizer: {error}", param="models") from error
-        num_tokens = max(tokenizer.get_vocab().values()) + 1
-        return cls(_PlainDecoder(tokenizer), num_tokens, _eos_token_ids(checkpoint, tokenizer.eos_token_id))
+        ids = tokenizer.get_vocab()
+        if max(ids.values()) != len(ids) - 1:
+            raise CheckpointError(f"{checkpoint}: token ids have gaps: {len(ids)} tokens up to id {max(ids.values())}")
+        return cls(tokenizer, ids, _eos_token_ids(checkpoint, tokenizer.eos_token_id))
 
 
-@dataclass(frozen=True, slots=True)
-class _PlainDecoder:
-    tokenizer: Decoder
+def load_vocabularies(config: AppConfig) -> dict[str, Vocabulary]:
+    """Every model's vocabulary.
 
-    def decode(self, token_ids: list[int]) -> str:
-        # Cleaning up spaces rewrites text that is already out.
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # type: ignore[call-arg]
+    Raises:
+        CheckpointError: a tokenizer cannot be loaded.
+        ConfigError: two models of one recipe differ in a token; the message names both and the first difference.
+    """
+    vocabularies = {name: Vocabulary.load(model.checkpoint) for name, model in config.models.items()}
+    for name, recipe in config.recipes.items():
+        for other in recipe.models[1:]:
+            _require_equal(name, recipe.base, vocabularies[recipe.base], other, vocabularies[other])
+    return vocabularies
+
+
+def _require_equal(recipe: str, base: str, ours: Vocabulary, other: str, theirs: Vocabulary) -> None:
+    if ours.ids == theirs.ids:
+        return
+    differing = set(ours.ids.items()) ^ set(theirs.ids.items())
+    token, token_id = min(differing, key=lambda item: item[1])
+    raise ConfigError(
+        f"recipes.{recipe}: {base} and {other} have different vocabularies, first at id {token_id} ({token!r}); "
+        "the models of a recipe must share one tokenizer",
+        param=f"recipes.{recipe}",
+    )
 
 
 def _eos_token_ids(checkpoint: Path, fallback: int | None) -> frozenset[int]:

@@ -1,0 +1,1 @@
+"""Importable Serve applications, and one YAML for each setting."""

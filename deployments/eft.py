@@ -1,0 +1,33 @@
+"""The Serve application: `serve run deployments.eft:app config=deployments/zoo.yaml`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from ray.serve import Application
+
+from eft_serve.config import AppConfig
+from eft_serve.config_check import load_any
+from eft_serve.rayserve.app import build
+
+
+class AppArgs(BaseModel):
+    """What Serve passes to the builder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    config: str | dict[str, Any]
+    """A YAML file, or the configuration itself (`eft_serve.config.AppConfig`)."""
+
+
+def app(args: AppArgs) -> Application:
+    """Build the application.
+
+    Raises:
+        ConfigError: the configuration is not valid; the message names every mistake.
+    """
+    if isinstance(args.config, str):
+        return build(load_any(Path(args.config)))
+    return build(AppConfig.parse(args.config))

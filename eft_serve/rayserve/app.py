@@ -1,0 +1,27 @@
+"""The application graph: every model its own deployment, the coordinator over them, the ingress over the coordinator."""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve import Application
+
+from eft_serve.config import AppConfig
+from eft_serve.rayserve.coordinator import CoordinatorReplica
+from eft_serve.rayserve.ingress import IngressReplica
+from eft_serve.rayserve.model import ModelReplica
+from eft_serve.rayserve.options import deployment_options, model_options
+
+
+def build(config: AppConfig) -> Application:
+    """Bind the deployments of one application; starts nothing."""
+    models = {
+        name: serve.deployment(ModelReplica, name=f"model-{name}", **model_options(model)).bind(name, model)
+        for name, model in config.models.items()
+    }
+    coordinator = serve.deployment(
+        CoordinatorReplica,
+        name="coordinator",
+        **deployment_options(config.coordinator.resources, num_replicas=config.coordinator.num_replicas),
+    ).bind(config, models)
+    ingress = serve.deployment(IngressReplica, name="ingress", **deployment_options(config.server.resources))
+    return ingress.bind(config, coordinator, models)

@@ -1,0 +1,124 @@
+"""The coordinator's deployment: the decode loop, fed by Serve calls and told of model replicas as they come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+from prometheus_client import generate_latest
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from eft_serve.config import AppConfig
+from eft_serve.coordinator.decode_loop import DecodeLoop
+from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.vocabulary import load_vocabularies
+from eft_serve.ensemble import resolve
+from eft_serve.rayserve.mailbox import Mailbox
+from eft_serve.transport.client import FanOut
+from eft_serve.types import Delta, Endpoint, GenerationRequest, ModelInfo
+
+logger = logging.getLogger(__name__)
+
+DISCOVERY_PERIOD_S = 1.0
+DISCOVERY_TIMEOUT_S = 5.0
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """What a coordinator says of its models."""
+
+    missing: list[str]  # models of which no replica has answered a step
+    models: dict[str, ModelInfo]  # those that have
+
+
+class CoordinatorReplica:
+    """One coordinator; owns its requests and their tokens."""
+
+    async def __init__(self, config: AppConfig, models: dict[str, DeploymentHandle]) -> None:
+        self.config = config
+        self.models = models
+        self.coordinator_metrics = CoordinatorMetrics()
+        self.backend = FanOut()
+        self.endpoints: dict[str, dict[str, Endpoint]] = {model: {} for model in models}  # by model, by replica id
+        self.mailboxes: dict[str, Mailbox] = {}
+        vocabularies = load_vocabularies(config)
+        self.decode_loop = DecodeLoop(
+            config.coordinator, self.backend, vocabularies, self._emit, self.coordinator_metrics
+        )
+        context = serve.get_replica_context()
+        self.process = f"{context.deployment}#{context.replica_id.unique_id}"
+        self.event_loop = asyncio.get_running_loop()
+        self.decode_loop.start()
+        self.discovery = asyncio.create_task(self._discover())
+
+    async def generate(self, encoded: bytes) -> AsyncIterator[bytes]:
+        """Decode one request (a msgpack `GenerationRequest`); yields msgpack `Delta`s, several tokens in one when
+        several are ready. Closing the iterator aborts the request in every model."""
+        generation = msgspec.msgpack.decode(encoded, type=GenerationRequest)
+        ensemble = resolve(self.config, generation.recipe, generation.scale, generation.weights)
+        mailbox = self.mailboxes[generation.request_id] = Mailbox()
+        self.decode_loop.submit(Request.create(generation, ensemble.coefficients, now=time.monotonic()))
+        try:
+            async for delta in mailbox.read():
+                yield msgspec.msgpack.encode(delta)
+        finally:
+            del self.mailboxes[generation.request_id]
+            self.decode_loop.abort(generation.request_id)
+
+    async def status(self) -> Status:
+        """Which models are ready, as this coordinator sees them."""
+        infos = {model: next(iter(e.values())).info for model, e in self.endpoints.items() if e}
+        return Status(missing=self.decode_loop.missing_models, models=infos)
+
+    async def metrics(self) -> tuple[str, str]:
+        """(process, its metrics as Prometheus text)."""
+        return self.process, generate_latest(self.coordinator_metrics.registry).decode()
+
+    def check_health(self) -> None:
+        """Raises when the decode loop or the discovery has died, so that Serve replaces the replica."""
+        if self.decode_loop.error is not None:
+            raise RuntimeError("the decode loop died") from self.decode_loop.error
+        if self.discovery.done():
+            raise RuntimeError("the discovery of model replicas died") from self.discovery.exception()
+
+    async def __del__(self) -> None:
+        self.discovery.cancel()
+        self.decode_loop.close()
+
+    def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
+        """From the decode loop's thread: one hop to the event loop for all deltas of a step."""
+        self.event_loop.call_soon_threadsafe(self._deliver, deltas)
+
+    def _deliver(self, deltas: Sequence[tuple[str, Delta]]) -> None:
+        for request_id, delta in deltas:
+            if mailbox := self.mailboxes.get(request_id):  # none: its reader has gone away
+                mailbox.put(delta)
+
+    async def _discover(self) -> None:
+        """Ask every model deployment for its replicas, again and again; the decode loop takes it from there."""
+        while True:
+            for model, endpoints in zip(self.models, await asyncio.gather(*map(self._find, self.models)), strict=True):
+                if endpoints is not None:
+                    self.endpoints[model] = endpoints
+            self.decode_loop.set_replicas({r: e for found in self.endpoints.values() for r, e in found.items()})
+            await asyncio.sleep(DISCOVERY_PERIOD_S)
+
+    async def _find(self, model: str) -> dict[str, Endpoint] | None:
+        """Replicas of one model that answer now; None when Serve itself did not answer in time."""
+        try:
+            answers = await (
+                self.models[model]
+                .broadcast("connect", self.backend.public_key)
+                .results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
+            )
+        except DeploymentUnavailableError:
+            return {}
+        except TimeoutError:
+            logger.warning("model %s: no answer from its replicas within %g s", model, DISCOVERY_TIMEOUT_S)
+            return None
+        return {answer.replica_id: answer for answer in answers if isinstance(answer, Endpoint)}

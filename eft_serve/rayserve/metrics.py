@@ -1,0 +1,33 @@
+"""One exposition of every process's metrics: each sample gets the label `process`, so that nothing is counted twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self.families = list(families)
+
+    def collect(self) -> Iterable[Metric]:
+        return self.families
+
+
+def merge(expositions: Mapping[str, str]) -> str:
+    """Merge Prometheus texts, by process, into one.
+
+    Sums over `process` give the application's totals; a restarted process comes back under another name, so its counters
+    never seem to fall.
+    """
+    families: dict[str, Metric] = {}
+    for process, text in expositions.items():
+        for family in text_string_to_metric_families(text):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [s._replace(labels={**s.labels, "process": process}) for s in family.samples]
+    registry = CollectorRegistry()
+    registry.register(_Families(families.values()))
+    return generate_latest(registry).decode()

@@ -1,0 +1,57 @@
+"""A model's deployment: an engine, and the socket through which coordinators step it.
+
+Ray carries only what is rare: `connect` hands out the endpoint and takes the caller's public key. Tokens and logits
+never pass through here.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import ray
+from prometheus_client import generate_latest
+from ray import serve
+
+from eft_serve.config import ModelConfig
+from eft_serve.engine.engine import Engine
+from eft_serve.transport.server import StepServer
+from eft_serve.types import Endpoint
+
+logger = logging.getLogger(__name__)
+
+
+class ModelReplica:
+    """One replica of one model."""
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        self.engine = Engine.load(name, config)
+        self.server = StepServer(self.engine, host=ray.util.get_node_ip_address())
+        self.server.start()
+        context = serve.get_replica_context()
+        self.endpoint = Endpoint(
+            replica_id=context.replica_id.unique_id,
+            address=self.server.address,
+            public_key=self.server.public_key,
+            info=self.engine.info,
+        )
+        self.process = f"{context.deployment}#{context.replica_id.unique_id}"
+        logger.info("%s listens on %s: %s", self.process, self.server.address, self.engine.info)
+
+    async def connect(self, client_public_key: bytes) -> Endpoint:
+        """Let this coordinator step the engine; idempotent."""
+        self.server.allow(client_public_key)
+        return self.endpoint
+
+    async def metrics(self) -> tuple[str, str]:
+        """(process, its metrics as Prometheus text)."""
+        return self.process, generate_latest(self.engine.registry).decode()
+
+    def check_health(self) -> None:
+        """Raises when the engine's thread has failed, so that Serve replaces the replica."""
+        self.server.check()
+
+    def __del__(self) -> None:
+        if server := getattr(self, "server", None):
+            server.close()
+        if engine := getattr(self, "engine", None):
+            engine.close()

@@ -1,0 +1,1 @@
+"""Oracles: slow and obvious ways to the same answers, for tests and benchmarks."""

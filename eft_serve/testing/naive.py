@@ -1,0 +1,77 @@
+"""The naive reference: one process, no cache, one request, one token at a time, in as few lines as the formula allows.
+
+It shares no code with what it checks: transformers' own forward, log-softmax, the formula, argmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def load(checkpoint: Path) -> PreTrainedModel:
+    """A model in float32 on the CPU, as transformers has it."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@torch.inference_mode()
+def next_logprobs(model: PreTrainedModel, token_ids: Sequence[int], num_tokens: int) -> torch.Tensor:
+    """log π(· | token_ids), [num_tokens] float32, without the padding of the output head."""
+    logits = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0, -1, :num_tokens]
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def emulated_logprobs(
+    base: torch.Tensor,
+    reference: torch.Tensor,
+    tuned: Sequence[tuple[torch.Tensor, torch.Tensor, float]],  # (tuned_i, ref_i, alpha_i)
+    scale: float,
+) -> torch.Tensor:
+    """log π̃ = ref + β·(base − ref) + Σ αᵢ·(tunedᵢ − refᵢ), normalised (arXiv 2310.12962, eq. 5)."""
+    combined = reference + scale * (base - reference)
+    for tuned_i, reference_i, weight in tuned:
+        combined = combined + weight * (tuned_i - reference_i)
+    return torch.log_softmax(combined, dim=-1)
+
+
+def generate_emulated(
+    models: Mapping[str, PreTrainedModel],  # "base", "reference", "tuned"
+    prompt_token_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    num_tokens: int,
+    eos_token_ids: frozenset[int],
+    scale: float = 1.0,
+    weight: float = 1.0,
+) -> list[int]:
+    """Greedy tokens of the emulated model, the end token included."""
+    output: list[int] = []
+    while len(output) < max_tokens and not (output and output[-1] in eos_token_ids):
+        tokens = [*prompt_token_ids, *output]
+        terms = {role: next_logprobs(model, tokens, num_tokens) for role, model in models.items()}
+        logprobs = emulated_logprobs(
+            terms["base"], terms["reference"], [(terms["tuned"], terms["reference"], weight)], scale
+        )
+        output.append(int(logprobs.argmax()))
+    return output
+
+
+def generate_plain(
+    model: PreTrainedModel,
+    prompt_token_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    num_tokens: int,
+    eos_token_ids: frozenset[int],
+) -> list[int]:
+    """Greedy tokens of one model alone, the end token included."""
+    output: list[int] = []
+    while len(output) < max_tokens and not (output and output[-1] in eos_token_ids):
+        output.append(int(next_logprobs(model, [*prompt_token_ids, *output], num_tokens).argmax()))
+    return output
