@@ -37,7 +37,11 @@ class Detokenizer:
 
     @classmethod
     def after_prompt(cls, decoder: Decoder, prompt_token_ids: Sequence[int]) -> Detokenizer:
-        return cls(decoder, list(prompt_token_ids[-CONTEXT_TOKENS:]))
+        """Begin with the prompt's last tokens as context, from where a character begins."""
+        context = list(prompt_token_ids[-CONTEXT_TOKENS:])
+        while context and decoder.decode(context).startswith(REPLACEMENT):
+            context = context[1:]
+        return cls(decoder, context)
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Text that these tokens make certain."""

@@ -23,5 +23,7 @@ def build(config: AppConfig) -> Application:
         name="coordinator",
         **deployment_options(config.coordinator.resources, num_replicas=config.coordinator.num_replicas),
     ).bind(config, models)
-    ingress = serve.deployment(IngressReplica, name="ingress", **deployment_options(config.server.resources))
+    ingress = serve.deployment(
+        serve.ingress()(IngressReplica), name="ingress", **deployment_options(config.server.resources)
+    )
     return ingress.bind(config, coordinator, models)

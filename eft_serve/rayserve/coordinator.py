@@ -18,7 +18,8 @@ from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.vocabulary import load_vocabularies
-from eft_serve.ensemble import resolve
+from eft_serve.ensemble import Ensemble
+from eft_serve.errors import ModelNotFoundError
 from eft_serve.rayserve.mailbox import Mailbox
 from eft_serve.transport.client import FanOut
 from eft_serve.types import Delta, Endpoint, GenerationRequest, ModelInfo
@@ -60,9 +61,12 @@ class CoordinatorReplica:
         """Decode one request (a msgpack `GenerationRequest`); yields msgpack `Delta`s, several tokens in one when
         several are ready. Closing the iterator aborts the request in every model."""
         generation = msgspec.msgpack.decode(encoded, type=GenerationRequest)
-        ensemble = resolve(self.config, generation.recipe, generation.scale, generation.weights)
+        ensemble = Ensemble.find(self.config, generation.recipe)
+        if ensemble is None:
+            raise ModelNotFoundError(f"no recipe or model {generation.recipe!r}", param="model")
+        coefficients = ensemble.coefficients(generation.scale, generation.weights)
         mailbox = self.mailboxes[generation.request_id] = Mailbox()
-        self.decode_loop.submit(Request.create(generation, ensemble.coefficients, now=time.monotonic()))
+        self.decode_loop.submit(Request.create(generation, coefficients, now=time.monotonic()))
         try:
             async for delta in mailbox.read():
                 yield msgspec.msgpack.encode(delta)

@@ -1,0 +1,59 @@
+"""The command line: `eft-serve COMMAND`. Every command imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eft_serve.config_cli import app as config_app
+from eft_serve.errors import EftServeError
+from eft_serve.tenancy.cli import app as tenant_app
+from eft_serve.zoo.cli import app as zoo_app
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+app.add_typer(config_app, name="config")
+app.add_typer(tenant_app, name="tenant")
+app.add_typer(zoo_app, name="zoo")
+
+
+@app.command()
+def demo(
+    questions: Annotated[int, typer.Option(help="Held-out questions to ask each model.")] = 240,
+    examples: Annotated[int, typer.Option(help="Of those, how many to print with their answers.")] = 8,
+) -> None:
+    """Serve the embedded family, ask held-out questions, print the evidence, stop everything."""
+    from eft_serve.demo import run
+
+    _stop_on_sigterm()
+    run(questions, examples)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="A deployments/ YAML, or a bare configuration.")],
+    host: Annotated[str, typer.Option(help="Where HTTP listens; beyond loopback only with tenants.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    dashboard: Annotated[bool, typer.Option(help="Ray's dashboard and job server, on loopback.")] = True,
+    timeout_s: Annotated[float, typer.Option(help="Everything must be ready within this.")] = 600.0,
+) -> None:
+    """Serve a configuration on this machine until Ctrl-C."""
+    from eft_serve.rayserve.serve_command import serve_until_stopped
+
+    _stop_on_sigterm()
+    try:
+        serve_until_stopped(config, host=host, port=port, dashboard=dashboard, timeout_s=timeout_s)
+    except EftServeError as error:
+        typer.echo(error.message, err=True)
+        raise typer.Exit(1) from None
+
+
+def _stop_on_sigterm() -> None:
+    """SIGTERM unwinds like Ctrl-C, so that nothing is left behind."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

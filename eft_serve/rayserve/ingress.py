@@ -1,0 +1,25 @@
+"""The ingress's deployment: the FastAPI app over this application's handles."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import FastAPI
+from ray.serve.handle import DeploymentHandle
+
+from eft_serve.api.app import create_app
+from eft_serve.config import AppConfig
+from eft_serve.rayserve.service import ServeService
+
+
+class IngressReplica:
+    """HTTP in, deltas out."""
+
+    async def __init__(
+        self, config: AppConfig, coordinator: DeploymentHandle, models: dict[str, DeploymentHandle]
+    ) -> None:
+        self.service = ServeService(config, coordinator, models)
+        self.watch = asyncio.create_task(self.service.watch())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - the name that Serve asks for
+        return create_app(self.service)

@@ -1,0 +1,70 @@
+"""`eft-serve serve`: check, start, say where it is, stay until Ctrl-C, leave nothing."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import time
+from pathlib import Path
+
+import ray
+from rich.console import Console
+
+from eft_serve.config import AppConfig
+from eft_serve.config_check import ClusterResources, check, load_any
+from eft_serve.errors import ConfigError
+from eft_serve.rayserve.local import LocalApp, local_app
+
+HEALTH_POLL_S = 1.0
+
+
+def serve_until_stopped(path: Path, *, host: str, port: int, dashboard: bool, timeout_s: float) -> None:
+    """Serve the configuration of this file.
+
+    Raises:
+        ConfigError: the configuration or the address cannot be served; every mistake is named, and nothing was started.
+    """
+    config = load_any(path)
+    _refuse_mistakes(config, host)
+    console = Console()
+    with local_app(config, host=host, port=port, dashboard=dashboard, timeout_s=timeout_s) as served:
+        _explain(console, config, served)
+        try:
+            while ray.is_initialized():
+                time.sleep(HEALTH_POLL_S)
+        except KeyboardInterrupt:
+            console.print("Stopping…")
+
+
+def _refuse_mistakes(config: AppConfig, host: str) -> None:
+    cores = float(os.cpu_count() or 1)
+    errors = [problem for problem in check(config, ClusterResources(cores, 0.0)) if problem.severity == "error"]
+    lines = [f"{problem.path}: {problem.message}" for problem in errors]
+    if config.server.tenants_file is None and not _is_loopback(host):
+        lines.append(f"--host {host}: without server.tenants_file only loopback is served; create tenants first")
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _explain(console: Console, config: AppConfig, served: LocalApp) -> None:
+    model = next(iter(config.recipes), next(iter(config.models)))
+    body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of Peru?"}]}
+    key = ' -H "Authorization: Bearer $EFT_SERVE_API_KEY"' if config.server.tenants_file else ""
+    console.print(f"Serving {', '.join([*config.recipes, *config.models])} at {served.url}", highlight=False)
+    if served.dashboard_url:
+        console.print(f"Ray's dashboard and jobs: {served.dashboard_url}", highlight=False)
+    console.print("Try:", highlight=False)
+    console.print(
+        f"  curl {served.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print("Ctrl-C stops everything.", highlight=False)

@@ -1,0 +1,107 @@
+"""The API's `Service` over Ray Serve handles: requests go to a coordinator and come back as a stream of deltas."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+
+import msgspec
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from eft_serve.config import AppConfig
+from eft_serve.errors import EftServeError, UnavailableError
+from eft_serve.rayserve.coordinator import Status
+from eft_serve.rayserve.metrics import merge
+from eft_serve.types import Delta, GenerationRequest, ModelInfo
+
+logger = logging.getLogger(__name__)
+
+STATUS_TIMEOUT_S = 5.0
+METRICS_TIMEOUT_S = 5.0
+
+
+class ServeService:
+    """One ingress's view of the application."""
+
+    def __init__(self, config: AppConfig, coordinator: DeploymentHandle, models: dict[str, DeploymentHandle]) -> None:
+        self.config = config
+        self.coordinator = coordinator
+        self.models = models
+        self.infos: dict[str, ModelInfo] = {}
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """See `eft_serve.api.service.Service.generate`."""
+        stream = self.coordinator.options(stream=True).generate.remote(msgspec.msgpack.encode(request))
+        finished = False
+        try:
+            async for encoded in stream:
+                delta = msgspec.msgpack.decode(encoded, type=Delta)
+                finished = delta.finish_reason is not None
+                yield delta
+        except RayTaskError as error:
+            finished = True
+            if isinstance(error.cause, EftServeError):
+                raise error.cause from None
+            raise
+        except (RayActorError, DeploymentUnavailableError) as error:
+            finished = True
+            raise UnavailableError("the coordinator is being replaced; send the request again") from error
+        finally:
+            if not finished:
+                stream.cancel()
+
+    async def check_ready(self) -> None:
+        """See `eft_serve.api.service.Service.check_ready`."""
+        try:
+            statuses: list[Status] = await self.coordinator.broadcast("status").results_async(
+                timeout_s=STATUS_TIMEOUT_S
+            )
+        except (TimeoutError, RayActorError, DeploymentUnavailableError) as error:
+            raise UnavailableError("no coordinator answers yet") from error
+        for status in statuses:
+            self.infos |= status.models
+        if missing := sorted({model for status in statuses for model in status.missing}):
+            raise UnavailableError(f"no replica has answered a step yet of: {', '.join(missing)}")
+
+    async def watch(self, period_s: float = 1.0) -> None:
+        """Learn what the models are, until all are known; to be run as a task."""
+        while self.infos.keys() != self.models.keys():
+            try:
+                await self.check_ready()
+            except UnavailableError as error:
+                logger.debug("not ready: %s", error)
+            await asyncio.sleep(period_s)
+
+    async def metrics(self) -> bytes:
+        """Every model's and coordinator's metrics; a replica that does not answer in time is missing, and is counted."""
+        handles = [self.coordinator, *self.models.values()]
+        answers = [answer for found in await asyncio.gather(*map(_replica_metrics, handles)) for answer in found]
+        expositions = {process: text for process, text in answers if process}
+        up = "".join(f'eft_process_up{{process="{process}"}} 1\n' for process in expositions)
+        silent = len(answers) - len(expositions)
+        return (
+            merge(expositions)
+            + "# HELP eft_process_up Processes whose metrics are in this scrape\n# TYPE eft_process_up gauge\n"
+            + up
+            + "# HELP eft_process_silent Replicas and deployments that did not answer this scrape\n"
+            + f"# TYPE eft_process_silent gauge\neft_process_silent {silent}\n"
+        ).encode()
+
+    def max_model_len(self, model: str) -> int:
+        """See `eft_serve.api.service.Service.max_model_len`."""
+        info = self.infos.get(model)
+        if info is None:
+            raise UnavailableError(f"model {model} is not ready")
+        return info.max_model_len
+
+
+async def _replica_metrics(handle: DeploymentHandle) -> list[tuple[str, str]]:
+    """(process, text) of every replica; an empty process for one that did not answer."""
+    try:
+        answers = await handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
+    except (TimeoutError, DeploymentUnavailableError):
+        return [("", "")]
+    return [answer if isinstance(answer, tuple) else ("", "") for answer in answers]

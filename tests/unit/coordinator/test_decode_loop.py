@@ -1,0 +1,305 @@
+"""The whole decode loop over toy models: whatever happens to replicas and caches, tokens are as if alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from fake_models import EOS, VOCAB_SIZE, ToyBackend, endpoint, toy_logits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eft_serve.config import CoordinatorConfig
+from eft_serve.coordinator.decode_loop import DecodeLoop
+from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.coordinator.request import Request
+from eft_serve.types import Delta, Endpoint, FinishReason, GenerationRequest, SamplingParams
+
+EFT = {"base": 1.0, "reference": -1.0, "tuned": 1.0}
+
+
+@dataclass(frozen=True)
+class LetterVocabulary:
+    """One letter a token."""
+
+    num_tokens: int = VOCAB_SIZE
+    eos_token_ids: frozenset[int] = frozenset([EOS])
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(chr(0x4E00 + token_id) for token_id in token_ids if token_id != EOS)
+
+
+@dataclass
+class Harness:
+    """A loop driven step by step in the test's own thread."""
+
+    backend: ToyBackend
+    config: CoordinatorConfig = field(default_factory=CoordinatorConfig)
+    deltas: dict[str, list[Delta]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        models = {e.info.model for e in self.backend.endpoints.values()}
+        vocabularies = dict.fromkeys(sorted(models), LetterVocabulary())
+        self.metrics = CoordinatorMetrics()
+        self.loop = DecodeLoop(self.config, self.backend, vocabularies, self._emit, self.metrics)  # type: ignore[arg-type]
+        self.loop.set_replicas(self.backend.endpoints)
+        self.drive()
+
+    def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
+        for request_id, delta in deltas:
+            self.deltas.setdefault(request_id, []).append(delta)
+
+    def submit(self, request: Request) -> None:
+        self.loop.submit(request)
+
+    def drive(self, max_steps: int = 5000) -> None:
+        """Step until nothing is left."""
+        for _ in range(max_steps):
+            self.loop._receive(0.0)
+            if not self.loop.step() and not self.loop.num_requests:
+                return
+        raise AssertionError("the loop does not come to an end")
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token_id for delta in self.deltas[request_id] for token_id in delta.token_ids]
+
+    def last(self, request_id: str) -> Delta:
+        return self.deltas[request_id][-1]
+
+
+def request(
+    request_id: str,
+    prompts: Mapping[str, list[int]],
+    coefficients: Mapping[str, float] = EFT,
+    now: float | None = None,
+    **sampling: object,
+) -> Request:
+    import time
+
+    generation = GenerationRequest(
+        request_id=request_id,
+        recipe="eft",
+        prompts=dict(prompts),
+        sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
+    )
+    return Request.create(generation, coefficients, time.monotonic() if now is None else now)
+
+
+def naive(req: Request) -> list[int]:
+    """One token at a time, no cache, in the obvious way."""
+    output: list[int] = []
+    sampling = req.generation.sampling
+    while len(output) < sampling.max_tokens and not (output and output[-1] == EOS and not sampling.ignore_eos):
+        combined = torch.zeros(VOCAB_SIZE)
+        for model, coefficient in req.coefficients.items():
+            logits = toy_logits(model, req.generation.prompts[model] + output)
+            combined += coefficient * torch.log_softmax(logits, -1)
+        output.append(int(combined.argmax()))
+    return output
+
+
+def three_models(**kwargs: int) -> dict[str, Endpoint]:
+    return {f"{model}-0": endpoint(model, f"{model}-0", **kwargs) for model in EFT}
+
+
+def prompts_for(rng: random.Random, longest: int = 40) -> dict[str, list[int]]:
+    """Each model its own prompt, of its own length."""
+    return {model: [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))] for model in EFT}
+
+
+def many(rng: random.Random, count: int) -> list[Request]:
+    recipes = [EFT, {"base": 1.0}, {"tuned": 1.0}, {"base": 0.5, "reference": -0.25, "tuned": 0.75}]
+    return [
+        request(f"r{i}", prompts_for(rng), rng.choice(recipes), max_tokens=rng.randint(1, 20)) for i in range(count)
+    ]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.sampled_from([3, 17, 64, 1024]),  # token budget a step
+    st.sampled_from([64, 100, 4096]),  # KV tokens of a replica
+    st.integers(1, 8),
+)
+def test_tokens_are_as_if_alone(seed: int, count: int, budget: int, kv_tokens: int, max_seqs: int) -> None:
+    rng = random.Random(seed)
+    config = CoordinatorConfig(max_num_batched_tokens=budget, max_num_seqs=max_seqs)
+    harness = Harness(ToyBackend(three_models(kv_tokens=kv_tokens)), config)
+    requests = many(rng, count)
+    for req in requests:
+        harness.submit(req)
+    harness.drive()
+    for req in requests:
+        assert harness.tokens(req.request_id) == naive(req)
+        assert harness.last(req.request_id).finish_reason in {FinishReason.STOP, FinishReason.LENGTH}
+    assert not any(harness.backend.held.values()), "every sequence was freed"
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6))
+def test_lost_caches_dead_replicas_and_migration_change_no_token(seed: int) -> None:
+    rng = random.Random(seed)
+    endpoints = {f"{model}-{i}": endpoint(model, f"{model}-{i}", kv_tokens=512) for model in EFT for i in range(2)}
+
+    def disturb(backend: ToyBackend) -> None:
+        dice = rng.random()
+        replica_id = rng.choice(sorted(endpoints))
+        if dice < 0.2:  # an engine restarts, or evicts
+            held = backend.held.get(replica_id, {})
+            for sequence_id in list(held):
+                held[sequence_id] = held[sequence_id][: rng.randint(0, len(held[sequence_id]))]
+        elif dice < 0.3:
+            backend.dead = {replica_id}
+            backend.held.pop(replica_id, None)
+        elif dice < 0.6:
+            backend.dead = set()
+
+    backend = ToyBackend(endpoints, disturb=disturb)
+    harness = Harness(ToyBackend(endpoints))
+    harness.backend = harness.loop.backend = backend
+    backend.connected = endpoints
+    requests = many(rng, 8)
+    for req in requests:
+        harness.submit(req)
+    for replica in harness.loop.replicas.replicas.values():
+        replica.retry_at = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eft_serve.coordinator.scheduler.COOLDOWN_S", 0.0)
+        harness.drive()
+    for req in requests:
+        assert harness.tokens(req.request_id) == naive(req), req
+
+
+def test_requests_join_while_others_run_and_a_long_prompt_does_not_stop_them() -> None:
+    rng = random.Random(7)
+    harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=8))
+    short = request("short", {model: [1, 2] for model in EFT}, max_tokens=10, ignore_eos=True)
+    harness.submit(short)
+    harness.loop._receive(0.0)
+    harness.loop.step()
+    harness.submit(request("long", {model: [rng.randrange(60) for _ in range(60)] for model in EFT}, max_tokens=2))
+    for _ in range(8):
+        harness.loop._receive(0.0)
+        before = len(harness.tokens("short"))
+        harness.loop.step()
+        assert len(harness.tokens("short")) == before + 1
+    assert "long" not in harness.deltas
+    harness.drive()
+    assert len(harness.tokens("long")) == 2
+    sizes = [sum(len(s.token_ids) for s in b.steps) for batches in harness.backend.batches for b in batches.values()]
+    assert max(sizes) <= 8
+
+
+def test_only_models_with_a_coefficient_run() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.backend.batches.clear()
+    harness.submit(request("plain", {"base": [1]}, {"base": 1.0}))
+    harness.drive()
+    assert {replica_id for batches in harness.backend.batches for replica_id in batches} == {"base-0"}
+
+
+def test_an_aborted_request_is_freed_everywhere_and_says_nothing_more() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("gone", prompts_for(random.Random(1)), max_tokens=400, ignore_eos=True))
+    for _ in range(5):
+        harness.loop._receive(0.0)
+        harness.loop.step()
+    emitted = len(harness.deltas["gone"])
+    assert all(harness.backend.held.values())
+    harness.loop.abort("gone")
+    harness.loop.abort("never heard of")
+    harness.drive()
+    assert len(harness.deltas["gone"]) == emitted
+    assert not any(harness.backend.held.values())
+
+
+def test_stop_string_length_and_context_end() -> None:
+    rng = random.Random(3)
+    prompts = prompts_for(rng)
+    plain = request("plain", prompts, max_tokens=12, ignore_eos=True)
+    expected = LetterVocabulary().decode(naive(plain))
+    harness = Harness(ToyBackend(three_models(max_len=48)))
+    harness.submit(plain)
+    harness.submit(request("stop", prompts, max_tokens=12, ignore_eos=True, stop=(expected[4:6],)))
+    harness.submit(request("context", {m: [1] * 40 for m in EFT}, max_tokens=100, ignore_eos=True))
+    harness.submit(request("too long", {m: [1] * 48 for m in EFT}, max_tokens=1))
+    harness.drive()
+    assert "".join(d.text for d in harness.deltas["plain"]) == expected
+    assert harness.last("plain").finish_reason == FinishReason.LENGTH
+    assert "".join(d.text for d in harness.deltas["stop"]) == expected[:4]
+    assert harness.last("stop").finish_reason == FinishReason.STOP
+    assert len(harness.tokens("context")) == 8
+    failure = harness.last("too long").failure
+    assert failure is not None
+    assert failure.kind == "ContextLengthError"
+    assert "48" in failure.message
+
+
+def test_a_model_without_replicas_fails_its_requests_in_time_and_no_others() -> None:
+    harness = Harness(ToyBackend(three_models()), CoordinatorConfig(recovery_timeout_s=0.3))
+    harness.submit(request("eft", prompts_for(random.Random(1)), max_tokens=400, ignore_eos=True))
+    harness.submit(request("base", {"base": [1]}, {"base": 1.0}, max_tokens=50, ignore_eos=True))
+    for _ in range(3):
+        harness.loop._receive(0.0)
+        harness.loop.step()
+    harness.backend.dead = {"tuned-0"}
+    harness.drive(max_steps=10**6)
+    failure = harness.last("eft").failure
+    assert failure is not None
+    assert failure.kind == "UnavailableError"
+    assert "tuned" in failure.message
+    assert harness.last("base").finish_reason == FinishReason.LENGTH
+
+
+def test_a_replica_counts_only_after_it_answered_a_step() -> None:
+    backend = ToyBackend(three_models())
+    backend.dead = {"tuned-0"}
+    harness = Harness(backend)
+    assert harness.loop.missing_models == ["tuned"]
+    backend.dead = set()
+    harness.loop.set_replicas(backend.endpoints)
+    harness.drive()
+    assert harness.loop.missing_models == []
+    harness.loop.set_replicas({"base-0": backend.endpoints["base-0"]})
+    harness.drive()
+    assert harness.loop.missing_models == ["reference", "tuned"]
+
+
+def test_a_nan_fails_its_own_request_only() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    good = request("good", {model: [1, 2] for model in EFT})
+    harness.submit(good)
+    harness.submit(request("bad", {model: [3, 4] for model in EFT}, {**EFT, "base": float("nan")}))
+    harness.drive()
+    assert harness.tokens("good") == naive(good)
+    failure = harness.last("bad").failure
+    assert failure is not None
+    assert failure.kind == "EngineError"
+
+
+def test_the_thread_runs_stops_and_fails_what_is_left() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.loop.start()
+    harness.submit(request("endless", {model: [1] for model in EFT}, max_tokens=450, ignore_eos=True))
+    harness.loop.close()
+    assert harness.loop.error is None
+    assert harness.last("endless").finish_reason in {FinishReason.ERROR, FinishReason.LENGTH}
+
+
+def test_a_seeded_request_draws_the_same_alone_and_in_a_crowd() -> None:
+    rng = random.Random(11)
+    seeded = prompts_for(rng)
+    outputs = []
+    for crowd in (0, 9):
+        harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=16 + crowd))
+        for other in many(rng, crowd):
+            harness.submit(other)
+        harness.submit(request("seeded", seeded, temperature=1.0, seed=42, max_tokens=20, ignore_eos=True))
+        harness.drive()
+        outputs.append(harness.tokens("seeded"))
+    assert outputs[0] == outputs[1]
+    assert len(set(outputs[0])) > 5

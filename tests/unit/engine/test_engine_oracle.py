@@ -1,0 +1,149 @@
+"""The engine against the stock model: every architecture, random schedules, token for token."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import ARCHITECTURES, PADDED, VOCAB_SIZE, greedy, stock_logits
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eft_serve.engine.engine import Engine
+from eft_serve.types import SequenceStep, StepOutput
+
+Load = Callable[..., Engine]
+References = Callable[[str], PreTrainedModel]
+
+LENGTH = 44
+TOLERANCE = 1e-4
+SMALL: dict[str, Any] = {"kv_cache_tokens": 96, "max_num_batched_tokens": 16}  # two sequences fit, the others evict
+
+
+class Draw(NamedTuple):
+    """One step before it is known what the engine holds."""
+
+    sequence: int
+    position: float  # part of what is believed to be held
+    count: int
+    num_logits: float  # part of count
+
+
+draws = st.builds(Draw, st.integers(0, 3), st.floats(0, 1), st.integers(1, 20), st.floats(0, 1))
+schedules = st.lists(st.lists(draws, min_size=1, max_size=5), min_size=3, max_size=10)
+
+
+def tokens_of(sequence: int) -> list[int]:
+    return random.Random(sequence).choices(range(VOCAB_SIZE), k=LENGTH)
+
+
+def to_step(draw: Draw, believed: dict[int, int]) -> SequenceStep:
+    position = min(round(draw.position * believed.get(draw.sequence, 0)), LENGTH - 1)
+    tokens = tokens_of(draw.sequence)[position : position + draw.count]
+    return SequenceStep(str(draw.sequence), position, tokens, round(draw.num_logits * len(tokens)))
+
+
+def assert_blocks_conserved(engine: Engine) -> None:
+    cache = engine._cache
+    owned = [block for sequence in cache for block in sequence.block_ids]
+    everything = sorted([*owned, *cache.pool._free])
+    assert everything == list(range(1, cache.pool.num_blocks + 1))
+
+
+def assert_answers(
+    steps: Sequence[SequenceStep], outputs: Sequence[StepOutput], logits: dict[int, Tensor], believed: dict[int, int]
+) -> None:
+    for step, output in zip(steps, outputs, strict=True):
+        assert output.sequence_id == step.sequence_id
+        assert output.error is None
+        sequence, end = int(step.sequence_id), step.position + len(step.token_ids)
+        if output.held is not None:
+            assert output.logits is None
+            assert 0 <= output.held <= step.position
+            believed[sequence] = output.held
+            continue
+        assert output.logits is not None
+        wanted = logits[sequence][end - step.num_logits : end]
+        torch.testing.assert_close(output.logits, wanted, atol=TOLERANCE, rtol=0)
+        assert output.logits.argmax(-1).tolist() == wanted.argmax(-1).tolist()
+        believed[sequence] = end
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(schedule=schedules)
+def test_any_schedule_gives_the_stock_models_logits(
+    architecture: str, schedule: list[list[Draw]], load: Load, references: References
+) -> None:
+    engine = load(architecture, **SMALL)
+    engine.free(map(str, range(4)))
+    logits = {i: stock_logits(references(architecture), tokens_of(i)) for i in range(4)}
+    believed: dict[int, int] = {}
+    for call in schedule:
+        steps = []
+        for draw in call:
+            steps.append(to_step(draw, believed))
+            believed[draw.sequence] = steps[-1].position + len(steps[-1].token_ids)
+        outputs = engine.forward(steps)
+        assert outputs[0].logits is not None or (outputs[0].held or 0) < steps[0].position
+        assert_answers(steps, outputs, logits, believed)
+        assert_blocks_conserved(engine)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_equals_generate(architecture: str, load: Load, references: References) -> None:
+    engine, model = load(architecture), references(architecture)
+    assert engine.info.attention == ("padded" if architecture in PADDED else "ragged")
+    seen: set[int] = set()
+    for length in (1, 7, 30):
+        prompt = tokens_of(9)[:length]
+        ids = torch.tensor([prompt])
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        continuation = generated[0, length:].tolist()
+        assert greedy(engine, "greedy", prompt, 24) == continuation
+        seen.update(continuation)
+    assert len(seen) > 3, "a degenerate model proves nothing"
+
+
+def test_resending_a_step_changes_nothing(load: Load) -> None:
+    engine = load("llama")
+    tokens = tokens_of(0)
+    engine.forward([SequenceStep("r", 0, tokens[:20], 0)])
+    first, again = (engine.forward([SequenceStep("r", 12, tokens[12:17], 5)])[0].logits for _ in range(2))
+    assert first is not None
+    assert again is not None
+    torch.testing.assert_close(first, again, atol=0, rtol=0)
+
+
+def test_rollback_forgets_the_rejected_draft(load: Load, references: References) -> None:
+    engine, tokens = load("mistral"), tokens_of(1)
+    wrong = [(token + 1) % VOCAB_SIZE for token in tokens[10:14]]
+    engine.forward([SequenceStep("draft", 0, tokens[:10] + wrong, 1)])
+    (output,) = engine.forward([SequenceStep("draft", 10, tokens[10:11], 1)])
+    assert output.logits is not None
+    wanted = stock_logits(references("mistral"), tokens)[10:11]
+    torch.testing.assert_close(output.logits, wanted, atol=TOLERANCE, rtol=0)
+
+
+def test_logits_span_the_forwards_that_a_long_step_is_split_into(load: Load, references: References) -> None:
+    engine, tokens = load("qwen2", max_num_batched_tokens=5), tokens_of(2)
+    steps = [SequenceStep("long", 0, tokens[:23], 20), SequenceStep("short", 0, tokens[:2], 2)]
+    long, short = engine.forward(steps)
+    wanted = stock_logits(references("qwen2"), tokens)
+    assert long.logits is not None
+    assert short.logits is not None
+    torch.testing.assert_close(long.logits, wanted[3:23], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(short.logits, wanted[:2], atol=TOLERANCE, rtol=0)
+
+
+def test_two_steps_for_one_sequence_are_computed_in_order(load: Load, references: References) -> None:
+    engine, tokens = load("llama"), tokens_of(3)
+    steps = [SequenceStep("twice", 0, tokens[:4], 1), SequenceStep("twice", 4, tokens[4:9], 1)]
+    _, second = engine.forward(steps)
+    assert second.logits is not None
+    torch.testing.assert_close(second.logits, stock_logits(references("llama"), tokens)[8:9], atol=TOLERANCE, rtol=0)
