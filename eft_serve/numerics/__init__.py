@@ -1,1 +1,1 @@
-"""Pure torch: from several models' logits to a token."""
+"""From several models' logits to a token: pure functions of tensors, nothing of the project."""

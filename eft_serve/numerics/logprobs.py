@@ -1,0 +1,28 @@
+"""Log-probabilities in float32; knows nothing of where logits come from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Normalised log-probabilities, float32, over the last dimension; −inf stays −inf.
+
+    Args:
+        logits: [..., vocab_size], floating.
+
+    Raises:
+        ValueError: a row has NaN or +inf, or no possible token.
+    """
+    require_possible(logits)
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def require_possible(logits: Tensor) -> Tensor:
+    """The largest logit of each row, [...]; raises ValueError where it is not finite (NaN counts as the largest)."""
+    peak = logits.amax(dim=-1)
+    if not peak.isfinite().all():
+        rows = (~peak.isfinite()).flatten().nonzero().flatten().tolist()
+        raise ValueError(f"logits: rows {rows} have NaN, +inf or no possible token; there is nothing to draw from")
+    return peak

@@ -1,0 +1,145 @@
+"""From combined logits to tokens: per-row temperature, top-k, top-p and min-p, in this order, then a keyed draw.
+
+It knows rows and not requests. A row's token depends on its own logits and parameters alone, never on its neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eft_serve.numerics.filters import min_p_threshold, nucleus_threshold
+from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_keys
+from eft_serve.numerics.logprobs import require_possible
+
+_BLOCK = 1 << 17  # elements whose noise fits a core's cache
+_LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
+_SPARSE = 8  # survivors are picked out one by one when they are fewer than one in so many
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRows:
+    """How each row is drawn; every tensor is [num_rows].
+
+    Raises:
+        ValueError: a parameter is out of its range, or shapes differ; the message names it.
+    """
+
+    temperature: Tensor  # floating, ≥ 0; 0 is greedy, the lowest id on ties
+    top_k: Tensor  # int64; 0 keeps all
+    top_p: Tensor  # floating, in [0, 1]; 1 keeps all, the most likely token always stays
+    min_p: Tensor  # floating, in [0, 1]; 0 keeps all
+    seed: Tensor  # int64, any bits
+    position: Tensor  # int64, of the token within the output
+
+    def __post_init__(self) -> None:
+        in_range = {
+            "temperature": self.temperature.isfinite() & (self.temperature >= 0),
+            "top_k": self.top_k >= 0,
+            "top_p": (self.top_p >= 0) & (self.top_p <= 1),
+            "min_p": (self.min_p >= 0) & (self.min_p <= 1),
+            "seed": torch.ones_like(self.seed, dtype=torch.bool),
+            "position": self.position >= 0,
+        }
+        for name, good in in_range.items():
+            if good.shape != self.temperature.shape or good.dim() != 1:
+                raise ValueError(f"{name}: shape {tuple(good.shape)}; every parameter is one number a row")
+            if not good.all():
+                raise ValueError(f"{name}: out of range in rows {(~good).nonzero().flatten().tolist()}")
+
+    def __len__(self) -> int:
+        return len(self.temperature)
+
+    def select(self, rows: Tensor) -> SamplingRows:
+        """Those of some rows, [num_selected] int64."""
+        return SamplingRows(*(getattr(self, name)[rows] for name in self.__slots__))
+
+
+def sample(logits: Tensor, params: SamplingRows) -> Tensor:
+    """One token for each row, [num_rows] int64.
+
+    Args:
+        logits: [num_rows, vocab_size], floating, unnormalised; −inf is impossible.
+        params: how to draw, on the same device.
+
+    Raises:
+        ValueError: a row has NaN, +inf or no possible token, or there are not as many parameters as rows.
+    """
+    _check_rows(logits, params)
+    require_possible(logits)
+    token_ids = logits.argmax(dim=-1)
+    random = (params.temperature > 0).nonzero().flatten()
+    if random.numel() == len(params):
+        return draw(filtered_logits(logits, params), params.seed, params.position)
+    if random.numel():
+        chosen = params.select(random)
+        token_ids[random] = draw(filtered_logits(logits[random], chosen), chosen.seed, chosen.position)
+    return token_ids
+
+
+def filtered_logprobs(logits: Tensor, params: SamplingRows) -> Tensor:
+    """Log-probabilities of the very distribution that `sample` draws from, [num_rows, vocab_size] float32.
+
+    What was filtered out is −inf; a greedy row has one token at 0. Arguments and errors as in `sample`.
+    """
+    _check_rows(logits, params)
+    require_possible(logits)
+    random = params.temperature > 0
+    result = torch.full_like(logits, -torch.inf, dtype=torch.float32)
+    result.scatter_(1, logits.argmax(dim=-1, keepdim=True), 0.0)
+    rows = random.nonzero().flatten()
+    if rows.numel():
+        result[rows] = torch.log_softmax(filtered_logits(logits[rows], params.select(rows)), dim=-1)
+    return result
+
+
+def filtered_logits(logits: Tensor, params: SamplingRows) -> Tensor:
+    """Logits over temperature, shifted to a maximum of 0, −inf where filtered out; for rows with a temperature > 0."""
+    # Shifting first keeps a tiny temperature from overflowing the most likely token.
+    shifted = logits.float() - logits.amax(dim=-1, keepdim=True).float()
+    tempered = shifted.div_(params.temperature.float().clamp(min=_LEAST_TEMPERATURE)[:, None])
+    threshold = nucleus_threshold(tempered, params.top_p, params.top_k)
+    threshold = torch.maximum(threshold, min_p_threshold(torch.zeros_like(threshold), params.min_p.float()))
+    if threshold.isneginf().all():
+        return tempered
+    return tempered.masked_fill_(tempered < threshold[:, None], -torch.inf)
+
+
+def draw(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Gumbel-max: argmax of logits + noise, [num_rows] int64, distributed as softmax(logits) over keys.
+
+    Noise is bounded, so a token further below the most likely one than the noise's whole range cannot win; it and what
+    was filtered out cost nothing when few tokens are left.
+
+    Args:
+        logits: [num_rows, vocab_size] float32, a finite maximum in each row.
+        seeds, positions: [num_rows] int64, the keys of the noise.
+    """
+    keys = row_keys(seeds, positions)
+    alive = logits >= logits.amax(dim=-1, keepdim=True) - (MAX_NOISE - MIN_NOISE)
+    if int(alive.sum()) * _SPARSE < alive.numel():
+        return _draw_sparse(logits, keys, alive)
+    num_rows = max(1, _BLOCK // logits.shape[1])
+    return torch.cat(
+        [_draw_dense(*block) for block in zip(torch.split(logits, num_rows), torch.split(keys, num_rows), strict=True)]
+    )
+
+
+def _draw_dense(logits: Tensor, keys: Tensor) -> Tensor:
+    token_ids = torch.arange(logits.shape[1], device=logits.device)
+    return gumbel(keys[:, None], token_ids).add_(logits).argmax(dim=-1)
+
+
+def _draw_sparse(logits: Tensor, keys: Tensor, alive: Tensor) -> Tensor:
+    rows, token_ids = alive.nonzero(as_tuple=True)
+    noisy = gumbel(keys[rows], token_ids).add_(logits[rows, token_ids])
+    best = torch.full_like(keys, -torch.inf, dtype=torch.float64).scatter_reduce_(0, rows, noisy, "amax")
+    winners = token_ids.where(noisy == best[rows], logits.shape[1])
+    return torch.full_like(keys, logits.shape[1]).scatter_reduce_(0, rows, winners, "amin")
+
+
+def _check_rows(logits: Tensor, params: SamplingRows) -> None:
+    if logits.dim() != 2 or len(logits) != len(params):
+        raise ValueError(f"logits: shape {tuple(logits.shape)} for {len(params)} rows of parameters")
