@@ -1,1 +1,1 @@
-"""The step contract on ZeroMQ."""
+"""The step contract on ZeroMQ: one message for each model and step; knows neither models nor requests."""
