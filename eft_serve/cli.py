@@ -25,9 +25,9 @@ def demo(
     examples: Annotated[int, typer.Option(help="Of those, how many to print with their answers.")] = 8,
 ) -> None:
     """Serve the embedded family, ask held-out questions, print the evidence, stop everything."""
+    _prepare()
     from eft_serve.demo import run
 
-    _stop_on_sigterm()
     run(questions, examples)
 
 
@@ -40,9 +40,9 @@ def serve(
     timeout_s: Annotated[float, typer.Option(help="Everything must be ready within this.")] = 600.0,
 ) -> None:
     """Serve a configuration on this machine until Ctrl-C."""
+    _prepare()
     from eft_serve.rayserve.serve_command import serve_until_stopped
 
-    _stop_on_sigterm()
     try:
         serve_until_stopped(config, host=host, port=port, dashboard=dashboard, timeout_s=timeout_s)
     except EftServeError as error:
@@ -50,8 +50,11 @@ def serve(
         raise typer.Exit(1) from None
 
 
-def _stop_on_sigterm() -> None:
-    """SIGTERM unwinds like Ctrl-C, so that nothing is left behind."""
+def _prepare() -> None:
+    """For a command that starts a cluster. SIGTERM unwinds like Ctrl-C, so that nothing is left behind."""
+    from eft_serve.rayserve.environment import prepare
+
+    prepare()
 
     def stop(signum: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -1,16 +1,11 @@
-"""What the decode loop measures of itself; seconds on one process's monotonic clock, never compared across processes."""
+"""What the decode loop measures of itself, in seconds on one process's monotonic clock."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-STEP_BUCKETS = tuple(
-    base * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for base in (1, 1.5, 2, 3, 4, 5, 6.5, 8)
-) + (
-    10.0,
-    30.0,
-    60.0,
-)
+_DECADE = (1, 1.5, 2, 3, 4, 5, 6.5, 8)
+STEP_BUCKETS = [step * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for step in _DECADE] + [10.0, 30.0, 60.0]
 
 
 class CoordinatorMetrics:

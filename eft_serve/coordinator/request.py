@@ -1,7 +1,7 @@
 """A request while it is decoded: its tokens, and how far each model's cache has followed them.
 
-The coordinator owns the tokens; a `SequenceState` only remembers which replica holds a cache of them and how much of it,
-so losing that cache (eviction, preemption, a dead replica) costs work and never a token.
+The coordinator owns the tokens; a `SequenceState` only remembers which replica holds a cache of them and how much of
+it, so losing that cache (eviction, preemption, a dead replica) costs work and never a token.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The application graph: every model its own deployment, the coordinator over them, the ingress over the coordinator."""
+"""The application graph: every model its own deployment, the coordinator over them, the ingress over that."""
 
 from __future__ import annotations
 

@@ -21,5 +21,5 @@ class IngressReplica:
         self.service = ServeService(config, coordinator, models)
         self.watch = asyncio.create_task(self.service.watch())
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - the name that Serve asks for
+    def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import secrets
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -38,27 +37,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def prepare_environment() -> None:
-    """Set what Ray reads from the environment; must come before anything starts Ray."""
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if "RAY_AUTH_MODE" not in os.environ:
-        # Ray's own ports listen on every interface: nobody else's token opens them.
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
 @contextmanager
 def local_cluster(*, host: str, port: int, dashboard: bool) -> Iterator[str | None]:
-    """Ray and Serve's HTTP proxy, without an application; gives the dashboard's URL if one was asked for."""
-    prepare_environment()
+    """Ray and Serve's HTTP proxy, without an application; gives the dashboard's URL if one was asked for.
+
+    `eft_serve.rayserve.environment.prepare` must have run.
+    """
     context = ray.init(
         include_dashboard=dashboard,
         dashboard_host="127.0.0.1",
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
-        logging_level="WARNING",
+        logging_level=logging.WARNING,
     )
     try:
         serve.start(http_options={"host": host, "port": port})  # the proxy first: loading models would starve it

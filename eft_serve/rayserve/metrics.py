@@ -20,8 +20,8 @@ class _Families(Collector):
 def merge(expositions: Mapping[str, str]) -> str:
     """Merge Prometheus texts, by process, into one.
 
-    Sums over `process` give the application's totals; a restarted process comes back under another name, so its counters
-    never seem to fall.
+    Sums over `process` give the application's totals; a restarted process comes back under another name, so its
+    counters never seem to fall.
     """
     families: dict[str, Metric] = {}
     for process, text in expositions.items():

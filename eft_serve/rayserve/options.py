@@ -35,5 +35,5 @@ def deployment_options(resources: Resources, *, num_replicas: int = 1) -> dict[s
 
 
 def model_options(config: ModelConfig) -> dict[str, Any]:
-    """Options of a model's deployment. Its tensor-parallel ranks are processes of the replica, on the replica's node."""
+    """Options of a model's deployment; its tensor-parallel ranks are processes of the replica."""
     return deployment_options(config.resources, num_replicas=config.num_replicas)

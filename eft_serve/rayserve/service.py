@@ -76,7 +76,7 @@ class ServeService:
             await asyncio.sleep(period_s)
 
     async def metrics(self) -> bytes:
-        """Every model's and coordinator's metrics; a replica that does not answer in time is missing, and is counted."""
+        """Every model's and coordinator's metrics; a replica that does not answer in time is counted as silent."""
         handles = [self.coordinator, *self.models.values()]
         answers = [answer for found in await asyncio.gather(*map(_replica_metrics, handles)) for answer in found]
         expositions = {process: text for process, text in answers if process}

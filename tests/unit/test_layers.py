@@ -1,4 +1,4 @@
-"""Imports go downwards only; packages on one floor do not know one another; one package imports Ray, one module DeepSpeed."""
+"""Imports go downwards only, and packages on one floor do not know one another."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class ToyBackend:
     connected: Mapping[str, Endpoint] = field(default_factory=dict)
     held: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # replica → sequence → tokens
     dead: set[str] = field(default_factory=set)
-    disturb: Callable[["ToyBackend"], None] = lambda backend: None  # called before each fan-out
+    disturb: Callable[[ToyBackend], None] = lambda backend: None  # called before each fan-out
     batches: list[Mapping[str, StepBatch]] = field(default_factory=list)
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:

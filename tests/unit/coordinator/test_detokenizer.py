@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from hypothesis import given
@@ -25,7 +26,7 @@ class ByteDecoder:
 
 def chunks(data: bytes, cuts: list[int]) -> list[list[int]]:
     edges = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [list(data[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    return [list(data[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 @given(st.text(min_size=1), st.text(), st.lists(st.integers(0, 1000)), st.booleans())

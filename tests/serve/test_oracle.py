@@ -1,0 +1,144 @@
+"""The served stack against the naive loop: the same tokens at temperature 0, in a crowd, with a replica killed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from conftest import Served
+from transformers import PreTrainedModel
+
+from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.testing import naive
+from eft_serve.zoo.questions import held_out_questions, long_prompts
+
+ROLES = {"base": "base-large", "reference": "base-small", "tuned": "tuned-small"}
+NUM_PROMPTS = 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt as tokens, and how the recipe is to be run over it."""
+
+    prompt_token_ids: list[int]
+    max_tokens: int
+    scale: float = 1.0
+    weight: float = 1.0
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {
+            "model": "eft",
+            "prompt": self.prompt_token_ids,
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "extra_body": {
+                "eft": {"scale": self.scale, "weights": {"tuned-small": self.weight}},
+                "return_token_ids": True,
+            },
+        }
+
+
+@pytest.fixture(scope="module")
+def vocabulary(served: Served) -> Vocabulary:
+    return Vocabulary.load(served.config.models["base-large"].checkpoint)
+
+
+@pytest.fixture(scope="module")
+def models(served: Served) -> dict[str, PreTrainedModel]:
+    return {role: naive.load(served.config.models[name].checkpoint) for role, name in ROLES.items()}
+
+
+def expected_tokens(case: Case, models: dict[str, PreTrainedModel], vocabulary: Vocabulary) -> list[int]:
+    return naive.generate_emulated(
+        models,
+        case.prompt_token_ids,
+        max_tokens=case.max_tokens,
+        num_tokens=vocabulary.num_tokens,
+        eos_token_ids=vocabulary.eos_token_ids,
+        scale=case.scale,
+        weight=case.weight,
+    )
+
+
+def cases(vocabulary: Vocabulary, count: int, seed: int = 0) -> list[Case]:
+    """Questions in the chat format, prose to go on with, and some long ones; short and long outputs."""
+    rng = random.Random(seed)
+    texts = [f"User: {question.text}\nAssistant:" for question in held_out_questions(count, seed=seed)]
+    texts += [f"User: {question.text}\nAssistant:" for question in long_prompts(count // 4, seed=seed)]
+    chosen = rng.sample(texts, count)
+    found = []
+    for index, text in enumerate(chosen):
+        token_ids = vocabulary.tokenizer(text)["input_ids"]
+        if index % 5 == 0:  # a prompt of several hundred tokens
+            token_ids = [t for other in rng.sample(texts, 12) for t in vocabulary.tokenizer(other)["input_ids"]]
+        knobs = (rng.choice([0.5, 1.5]), rng.choice([0.0, 0.5])) if index % 6 == 1 else (1.0, 1.0)
+        found.append(Case(token_ids, rng.choice([4, 12, 32]), *knobs))
+    return found
+
+
+async def served_tokens(served: Served, wanted: list[Case]) -> list[list[int]]:
+    async with served.async_client() as client:
+
+        async def one(case: Case) -> list[int]:
+            completion = await client.completions.create(**case.body)
+            token_ids: list[int] = completion.choices[0].model_extra["token_ids"]  # type: ignore[index]
+            assert completion.usage is not None
+            assert completion.usage.completion_tokens == len(token_ids)
+            return token_ids
+
+        return list(await asyncio.gather(*map(one, wanted)))
+
+
+def test_tokens_equal_the_naive_loop(
+    served: Served, models: dict[str, PreTrainedModel], vocabulary: Vocabulary
+) -> None:
+    wanted = cases(vocabulary, NUM_PROMPTS)
+    found = asyncio.run(served_tokens(served, wanted))
+    expected = [expected_tokens(case, models, vocabulary) for case in wanted]
+    assert found == expected
+    assert len({tuple(tokens) for tokens in expected}) > NUM_PROMPTS // 3, "the prompts must not all say the same"
+
+
+def test_plain_models_equal_themselves(
+    served: Served, models: dict[str, PreTrainedModel], vocabulary: Vocabulary
+) -> None:
+    for case in cases(vocabulary, 6, seed=1):
+        for role, name in ROLES.items():
+            completion = served.client().completions.create(
+                model=name,
+                prompt=case.prompt_token_ids,
+                max_tokens=case.max_tokens,
+                temperature=0,
+                extra_body={"return_token_ids": True},
+            )
+            assert completion.choices[0].model_extra["token_ids"] == naive.generate_plain(  # type: ignore[index]
+                models[role],
+                case.prompt_token_ids,
+                max_tokens=case.max_tokens,
+                num_tokens=vocabulary.num_tokens,
+                eos_token_ids=vocabulary.eos_token_ids,
+            )
+
+
+def test_a_killed_replica_changes_no_token(
+    served: Served, models: dict[str, PreTrainedModel], vocabulary: Vocabulary
+) -> None:
+    rng = random.Random(5)
+    wanted = [
+        Case(case.prompt_token_ids[-40:], max_tokens=48, scale=rng.choice([1.0, 0.5]))
+        for case in cases(vocabulary, 24, seed=2)
+    ]
+
+    async def kill_half_way() -> list[list[int]]:
+        generation = asyncio.create_task(served_tokens(served, wanted))
+        await asyncio.sleep(0.4)
+        assert not generation.done(), "too fast to be disturbed: ask for more"
+        victim = served.replicas("model-tuned-small")[0]
+        victim.kill()
+        return await generation
+
+    assert asyncio.run(kill_half_way()) == [expected_tokens(case, models, vocabulary) for case in wanted]
