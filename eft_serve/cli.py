@@ -1,4 +1,4 @@
-"""The command line: `eft-serve COMMAND`. Every command imports what it needs when it runs, so that `--help` is quick."""
+"""The command line: `eft-serve COMMAND`. Commands import what they need when they run, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -60,3 +60,7 @@ def _prepare() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+
+
+if __name__ == "__main__":
+    app()

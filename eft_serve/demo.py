@@ -7,14 +7,16 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from eft_serve.config_check import load_any
@@ -26,6 +28,7 @@ MODELS = ("base-large", "tuned-small", "eft", "tuned-large")  # by the names tha
 MAX_TOKENS = 40
 CONCURRENCY = 32
 READY_TIMEOUT_S = 300.0
+SHOWN_CHARACTERS = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Answers:
         return _share(is_helpful_form(text) for text in self.texts)
 
 
-def _share(flags: Any) -> float:
+def _share(flags: Iterable[bool]) -> float:
     values = list(flags)
     return round(sum(values) / len(values), 4)
 
@@ -100,17 +103,24 @@ def _interpolate(cumulative: Sequence[tuple[float, float]], quantile: float) -> 
 
 
 def _show_examples(console: Console, questions: Sequence[Question], results: Sequence[Answers], count: int) -> None:
-    table = Table(title="Questions about entities that fine-tuning never asked about", show_lines=True)
-    for column in ("question", *MODELS):
-        table.add_column(column)
-    seen: set[str] = set()
+    """As many questions as possible of different kinds, each with all models' answers under it."""
+    console.print("\nQuestions about entities that fine-tuning never asked about:")
+    for index in _varied(questions, count):
+        console.print(f"\n[bold]{escape(questions[index].text)}[/bold]")
+        for result in results:
+            text = " ".join(result.texts[index].split())
+            mark = "[green]✓[/green]" if is_correct(questions[index], text) else "[red]✗[/red]"
+            console.print(f"  {mark} {result.model:<12} {escape(shorten(text, SHOWN_CHARACTERS))}", highlight=False)
+    console.print()
+
+
+def _varied(questions: Sequence[Question], count: int) -> list[int]:
+    """Indices that go round the relations."""
+    by_relation: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
-        if question.relation in seen or len(seen) == count:
-            continue
-        seen.add(question.relation)
-        cells = [f"{'✓' if is_correct(question, r.texts[index]) else '✗'} {r.texts[index].strip()}" for r in results]
-        table.add_row(question.text, *cells)
-    console.print(table)
+        by_relation.setdefault(question.relation, []).append(index)
+    rounds = [index for group in zip_longest(*by_relation.values()) for index in group if index is not None]
+    return rounds[:count]
 
 
 def _show_summary(console: Console, questions: Sequence[Question], results: Sequence[Answers]) -> None:

@@ -15,15 +15,14 @@ from eft_serve.rayserve.options import deployment_options, model_options
 def build(config: AppConfig) -> Application:
     """Bind the deployments of one application; starts nothing."""
     models = {
-        name: serve.deployment(ModelReplica, name=f"model-{name}", **model_options(model)).bind(name, model)
+        name: serve.deployment(name=f"model-{name}", **model_options(model))(ModelReplica).bind(name, model)
         for name, model in config.models.items()
     }
     coordinator = serve.deployment(
-        CoordinatorReplica,
         name="coordinator",
         **deployment_options(config.coordinator.resources, num_replicas=config.coordinator.num_replicas),
-    ).bind(config, models)
-    ingress = serve.deployment(
-        serve.ingress()(IngressReplica), name="ingress", **deployment_options(config.server.resources)
+    )(CoordinatorReplica)
+    ingress = serve.deployment(name="ingress", **deployment_options(config.server.resources))(
+        serve.ingress()(IngressReplica)
     )
-    return ingress.bind(config, coordinator, models)
+    return ingress.bind(config, coordinator.bind(config, models), models)

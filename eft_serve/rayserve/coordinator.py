@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import msgspec
 from prometheus_client import generate_latest
@@ -40,7 +41,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 class CoordinatorReplica:
     """One coordinator; owns its requests and their tokens."""
 
-    async def __init__(self, config: AppConfig, models: dict[str, DeploymentHandle]) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: AppConfig, models: dict[str, DeploymentHandle[Any]]
+    ) -> None:
         self.config = config
         self.models = models
         self.coordinator_metrics = CoordinatorMetrics()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 
 def prepare() -> None:
@@ -17,4 +21,21 @@ def prepare() -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         # Ray's own ports listen on every interface: they open to this run's token only.
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_write_token())
+
+
+def job_environment() -> str:
+    """What another shell on this machine has to set for `ray job submit`, ready to be pasted; holds no secret."""
+    if os.environ.get("RAY_AUTH_MODE") == "token" and (path := os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        return f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={path} "
+    return ""
+
+
+def _write_token() -> Path:
+    """A random token that only this user can read, gone when this process is."""
+    directory = Path(tempfile.mkdtemp(prefix="eft-serve-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    path = directory / "ray-token"
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
@@ -15,8 +16,8 @@ from eft_serve.rayserve.service import ServeService
 class IngressReplica:
     """HTTP in, deltas out."""
 
-    async def __init__(
-        self, config: AppConfig, coordinator: DeploymentHandle, models: dict[str, DeploymentHandle]
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: AppConfig, coordinator: DeploymentHandle[Any], models: dict[str, DeploymentHandle[Any]]
     ) -> None:
         self.service = ServeService(config, coordinator, models)
         self.watch = asyncio.create_task(self.service.watch())

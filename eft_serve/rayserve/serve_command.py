@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import ray
+import torch
 from rich.console import Console
 
 from eft_serve.config import AppConfig
 from eft_serve.config_check import ClusterResources, check, load_any
 from eft_serve.errors import ConfigError
+from eft_serve.rayserve.environment import job_environment
 from eft_serve.rayserve.local import LocalApp, local_app
 
 HEALTH_POLL_S = 1.0
@@ -38,8 +40,8 @@ def serve_until_stopped(path: Path, *, host: str, port: int, dashboard: bool, ti
 
 
 def _refuse_mistakes(config: AppConfig, host: str) -> None:
-    cores = float(os.cpu_count() or 1)
-    errors = [problem for problem in check(config, ClusterResources(cores, 0.0)) if problem.severity == "error"]
+    here = ClusterResources(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
+    errors = [problem for problem in check(config, here) if problem.severity == "error"]
     lines = [f"{problem.path}: {problem.message}" for problem in errors]
     if config.server.tenants_file is None and not _is_loopback(host):
         lines.append(f"--host {host}: without server.tenants_file only loopback is served; create tenants first")
@@ -61,6 +63,8 @@ def _explain(console: Console, config: AppConfig, served: LocalApp) -> None:
     console.print(f"Serving {', '.join([*config.recipes, *config.models])} at {served.url}", highlight=False)
     if served.dashboard_url:
         console.print(f"Ray's dashboard and jobs: {served.dashboard_url}", highlight=False)
+        submit = f"{job_environment()}ray job submit --address {served.dashboard_url} --working-dir . -- python …"
+        console.print(f"  {submit}", highlight=False, soft_wrap=True)
     console.print("Try:", highlight=False)
     console.print(
         f"  curl {served.url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import msgspec
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import EftServeError, UnavailableError
@@ -19,14 +20,16 @@ from eft_serve.types import Delta, GenerationRequest, ModelInfo
 
 logger = logging.getLogger(__name__)
 
-STATUS_TIMEOUT_S = 5.0
-METRICS_TIMEOUT_S = 5.0
+STATUS_TIMEOUT_S = 3.0
+METRICS_TIMEOUT_S = 3.0
 
 
 class ServeService:
     """One ingress's view of the application."""
 
-    def __init__(self, config: AppConfig, coordinator: DeploymentHandle, models: dict[str, DeploymentHandle]) -> None:
+    def __init__(
+        self, config: AppConfig, coordinator: DeploymentHandle[Any], models: dict[str, DeploymentHandle[Any]]
+    ) -> None:
         self.config = config
         self.coordinator = coordinator
         self.models = models
@@ -35,6 +38,7 @@ class ServeService:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """See `eft_serve.api.service.Service.generate`."""
         stream = self.coordinator.options(stream=True).generate.remote(msgspec.msgpack.encode(request))
+        assert isinstance(stream, DeploymentResponseGenerator)
         finished = False
         try:
             async for encoded in stream:
@@ -98,7 +102,7 @@ class ServeService:
         return info.max_model_len
 
 
-async def _replica_metrics(handle: DeploymentHandle) -> list[tuple[str, str]]:
+async def _replica_metrics(handle: DeploymentHandle[Any]) -> list[tuple[str, str]]:
     """(process, text) of every replica; an empty process for one that did not answer."""
     try:
         answers = await handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)

@@ -17,7 +17,8 @@ def load(checkpoint: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, local_files_only=True, attn_implementation="eager"
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 @torch.inference_mode()

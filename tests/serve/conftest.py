@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +22,6 @@ import yaml
 
 from eft_serve.config import AppConfig
 from eft_serve.config_check import load_any
-from eft_serve.rayserve.local import free_port
 from eft_serve.tenancy.store import create_tenant
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,7 +50,7 @@ class Served:
         return {"Authorization": f"Bearer {self.keys[tenant]}"}
 
     def metrics(self) -> str:
-        response = httpx.get(f"{self.url}/metrics", timeout=30.0)
+        response = httpx.get(f"{self.url}/metrics", headers=self.headers(), timeout=30.0)
         assert response.status_code == 200, response.text
         return response.text
 
@@ -75,10 +75,10 @@ def write_config(directory: Path, tenants_file: Path) -> Path:
 
 def write_tenants(path: Path) -> dict[str, str]:
     return {
-        "tests": create_tenant(path, "tests", ["*"], None, None),
-        "only-eft": create_tenant(path, "only-eft", ["eft"], None, None),
-        "slow": create_tenant(path, "slow", ["*"], 2, None),
-        "narrow": create_tenant(path, "narrow", ["*"], None, 1),
+        "tests": create_tenant(path, "tests", metrics=True),
+        "only-eft": create_tenant(path, "only-eft", ["eft"]),
+        "slow": create_tenant(path, "slow", requests_per_minute=2),
+        "narrow": create_tenant(path, "narrow", max_concurrent_requests=1),
     }
 
 
@@ -116,6 +116,12 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     assert not alive, f"left running: {[p.cmdline() for p in alive]}"
     assert set(os.listdir("/dev/shm")) <= shm_before
     assert process.returncode == 0, (directory / "serve.log").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_until_said(process: subprocess.Popen[bytes], log: Path, words: str) -> None:

@@ -85,7 +85,8 @@ async def served_tokens(served: Served, wanted: list[Case]) -> list[list[int]]:
 
         async def one(case: Case) -> list[int]:
             completion = await client.completions.create(**case.body)
-            token_ids: list[int] = completion.choices[0].model_extra["token_ids"]  # type: ignore[index]
+            extra = completion.choices[0].model_extra or {}
+            token_ids: list[int] = extra["token_ids"]
             assert completion.usage is not None
             assert completion.usage.completion_tokens == len(token_ids)
             return token_ids

@@ -58,7 +58,7 @@ def violations(unit: str, source: str) -> list[str]:
     return bad
 
 
-@pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", list(_sources()), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_downwards(path: Path) -> None:
     unit = _unit(path)
     if unit == "__init__":
