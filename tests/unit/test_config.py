@@ -1,116 +1,128 @@
-"""Configurations: refused whole and at once, with every mistake named."""
+"""Configurations: valid ones are frozen data, mistakes are all named, and the documentation knows every field."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from eft_serve.config import ZOO_CHECKPOINTS, AppConfig, ModelConfig
-from eft_serve.config_check import load_any
 from eft_serve.errors import ConfigError
 
-MODELS = {name: {"path": f"/models/{name}"} for name in ("large", "small", "chat")}
-RECIPE = {"base": "large", "reference": "small", "tuned": [{"model": "chat"}]}
-CONFIG: dict[str, Any] = {"models": MODELS, "recipes": {"eft": RECIPE}}
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENT = ROOT / "docs" / "configuration.md"
+
+MODELS: dict[str, Any] = {name: {"path": f"/models/{name}"} for name in ("large", "small", "chat")}
+RECIPE: dict[str, Any] = {"base": "large", "reference": "small", "tuned": [{"model": "chat"}]}
 
 
-def deploy(config: Any, **changes: Any) -> dict[str, Any]:
-    application = {"name": "eft-serve", "import_path": "deployments.eft:app", "args": {"config": config}}
-    return {"applications": [application | changes]}
+def app(**changes: Any) -> dict[str, Any]:
+    return {"models": MODELS, "recipes": {"eft": RECIPE}} | changes
 
 
-def write(path: Path, data: Any) -> Path:
-    path.write_text(yaml.safe_dump(data))
-    return path
-
-
-def test_a_recipes_models_are_each_named_once_base_first() -> None:
-    tuned = [{"model": "chat"}, {"model": "code", "reference": "mid"}]
-    models = MODELS | {name: {"path": name} for name in ("code", "mid")}
-    config = AppConfig.parse({"models": models, "recipes": {"eft": RECIPE | {"tuned": tuned}}})
-    assert config.recipes["eft"].models == ("large", "small", "chat", "code", "mid")
+def test_a_configuration_has_its_defaults_and_cannot_be_changed() -> None:
+    config = AppConfig.parse(app())
     assert config.recipes["eft"].scale == config.recipes["eft"].tuned[0].weight == 1.0
+    assert config.recipes["eft"].models == ("large", "small", "chat")
+    assert config.coordinator.num_replicas == 1
+    with pytest.raises(ValidationError):
+        config.models["large"].path = "elsewhere"
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"models": {}}, ["models"]),
-        ({"modles": {}, "recipe": {}}, ["modles", "recipe"]),
-        ({"models": MODELS | {"a b": {"path": "x"}}}, ["a b"]),
-        (
-            {"models": MODELS | {"x": {"path": "x", "tensor_parallel": 0, "dtype": "int4"}}},
-            ["tensor_parallel", "dtype"],
-        ),
-        ({"models": MODELS | {"x": {"path": "x", "resources": {"gpus": 1}}}}, ["resources.gpus"]),
-        ({"recipes": {"eft": RECIPE | {"base": "lagre"}}}, ["recipes.eft", "lagre", "large"]),
-        ({"recipes": {"eft": RECIPE | {"tuned": []}}}, ["tuned"]),
-        ({"recipes": {"eft": RECIPE | {"tuned": [{"model": "chat"}, {"model": "chat"}]}}}, ["named twice"]),
-        ({"recipes": {"eft": RECIPE | {"scale": float("nan")}}}, ["scale"]),
-        ({"recipes": {"eft": RECIPE | {"scale": 101}}}, ["scale"]),
-        ({"recipes": {"large": RECIPE}}, ["recipes.large", "rename"]),
-        ({"coordinator": {"step_timeout_s": 0}}, ["coordinator.step_timeout_s"]),
-    ],
-)
-def test_mistakes_are_refused_and_all_named(changes: dict[str, Any], said: list[str]) -> None:
-    with pytest.raises(ConfigError) as refusal:
-        AppConfig.parse(CONFIG | changes, source="file.yaml")
-    assert all(line.startswith("file.yaml: ") for line in refusal.value.message.splitlines())
-    assert [word for word in said if word not in refusal.value.message] == []
+def test_one_model_without_a_recipe_is_enough() -> None:
+    assert AppConfig.parse({"models": {"alone": {"path": "x"}}}).recipes == {}
 
 
-def test_a_configuration_never_changes() -> None:
-    config = AppConfig.parse(CONFIG)
-    with pytest.raises(ValidationError, match="frozen"):
-        config.models["large"].path = "elsewhere"  # type: ignore[misc]
+def test_a_reference_of_its_own_is_one_of_the_recipes_models() -> None:
+    tuned = [{"model": "chat"}, {"model": "other", "reference": "other-base", "weight": -0.5}]
+    models = MODELS | {name: {"path": name} for name in ("other", "other-base")}
+    config = AppConfig.parse({"models": models, "recipes": {"eft": RECIPE | {"tuned": tuned}}})
+    assert config.recipes["eft"].models == ("large", "small", "chat", "other", "other-base")
 
 
-def test_a_zoo_path_is_in_the_package() -> None:
-    assert ModelConfig(path="zoo:base-large").checkpoint == ZOO_CHECKPOINTS / "base-large"
-    assert ModelConfig(path="/models/x").checkpoint == Path("/models/x")
+def test_a_zoo_path_is_inside_the_package() -> None:
+    assert ModelConfig(path="zoo:base-small").checkpoint == ZOO_CHECKPOINTS / "base-small"
+    assert ModelConfig(path="~/model").checkpoint == Path.home() / "model"
 
 
-def test_both_shapes_of_a_file_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    bare = write(tmp_path / "bare.yaml", CONFIG)
-    inline = write(tmp_path / "inline.yaml", deploy(CONFIG))
-    by_name = write(tmp_path / "by-name.yaml", deploy("bare.yaml"))
-    expected = AppConfig.parse(CONFIG)
-    assert load_any(bare) == load_any(inline) == load_any(by_name) == AppConfig.load(bare) == expected
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("unknown key", app(model={}), "model: Extra inputs"),
+    ("unknown key of a model", app(models=MODELS | {"large": {"path": "x", "tp": 2}}), "models.large.tp: Extra inputs"),
+    ("no models", app(models={}, recipes={}), "models: "),
+    ("a model without a path", app(models=MODELS | {"large": {}}), "models.large.path: Field required"),
+    ("unknown model", app(recipes={"eft": RECIPE | {"base": "larg"}}), "recipes.eft: unknown model 'larg'"),
+    ("unknown reference", app(recipes={"eft": RECIPE | {"reference": "smal"}}), "unknown model 'smal'"),
+    ("unknown tuned", app(recipes={"eft": RECIPE | {"tuned": [{"model": "chatt"}]}}), "unknown model 'chatt'"),
+    ("name clash", app(recipes={"large": RECIPE}), "recipes.large: a model has this name too"),
+    ("twice", app(recipes={"eft": RECIPE | {"tuned": [{"model": "chat"}] * 2}}), "a model is named twice"),
+    ("no tuned", app(recipes={"eft": RECIPE | {"tuned": []}}), "recipes.eft.tuned: "),
+    ("infinite scale", app(recipes={"eft": RECIPE | {"scale": float("inf")}}), "recipes.eft.scale: "),
+    ("a scale that is no number", app(recipes={"eft": RECIPE | {"scale": float("nan")}}), "recipes.eft.scale: "),
+    (
+        "a weight far beyond use",
+        app(recipes={"eft": RECIPE | {"tuned": [{"model": "chat", "weight": 101}]}}),
+        "recipes.eft.tuned.0.weight: ",
+    ),
+    ("a name with a blank", app(models=MODELS | {"my model": {"path": "x"}}), "my model"),
+    ("no ranks", app(models=MODELS | {"large": {"path": "x", "tensor_parallel": 0}}), "models.large.tensor_parallel: "),
+    ("unknown dtype", app(models=MODELS | {"large": {"path": "x", "dtype": "int8"}}), "models.large.dtype: "),
+    ("no time", app(coordinator={"step_timeout_s": 0}), "coordinator.step_timeout_s: "),
+    ("negative CPUs", app(server={"resources": {"num_cpus": -1}}), "server.resources.num_cpus: "),
+]
 
 
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (deploy(CONFIG) | {"http_option": {}}, ["http_option"]),
-        (deploy(CONFIG) | {"http_options": {"prot": 1}}, ["http_options", "prot"]),
-        (deploy(CONFIG) | {"http_options": None}, ["http_options: must be a mapping"]),
-        (deploy(CONFIG, rout_prefix="/", arg={}), ["rout_prefix", "'arg'"]),
-        (deploy(CONFIG, args={"confg": {}}), ["'confg'", "args.config: missing"]),
-        (deploy(CONFIG, args=None), ["args: must be a mapping"]),
-        ({"applications": []}, ["exactly one"]),
-        ({"applications": deploy(CONFIG)["applications"] * 2}, ["exactly one"]),
-        (deploy(CONFIG | {"modles": {}}), ["modles"]),
-        (deploy("self.yaml"), ["names another file again"]),
-        (deploy("missing.yaml"), ["missing.yaml"]),
-        ([1], ["top level"]),
-    ],
-)
-def test_a_wrong_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: Any, said: list[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as refusal:
-        load_any(write(tmp_path / "self.yaml", data))
-    assert [word for word in said if word not in refusal.value.message] == []
+@pytest.mark.parametrize(("data", "said"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_a_mistake_is_named(data: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        AppConfig.parse(data)
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", None])
-def test_what_is_no_yaml_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "config.yaml"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
-        load_any(path)
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        AppConfig.parse(app(coordinater={}, server={"tenants": "x"}), source="my.yaml")
+    lines = caught.value.message.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [["my.yaml", "server.tenants"], ["my.yaml", "coordinater"]]
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml"):
+        AppConfig.load(tmp_path / "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("models: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: cannot be read as YAML"):
+        AppConfig.load(tmp_path / "broken.yaml")
+
+
+def sections(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A configuration class and all below it."""
+    yield kind
+    for field in kind.model_fields.values():
+        waiting = [field.annotation]
+        while waiting:
+            found = waiting.pop()
+            if isinstance(found, type) and issubclass(found, BaseModel):
+                yield from sections(found)
+            waiting.extend(get_args(found))
+
+
+def test_the_documentation_names_every_field_and_no_other() -> None:
+    documented = set(re.findall(r"^\| `(\w+)` \|", DOCUMENT.read_text(), re.MULTILINE))
+    fields = {name for kind in sections(AppConfig) for name in kind.model_fields}
+    assert len(fields) > 30
+    assert documented == fields
+
+
+def test_the_documentations_example_is_valid_and_uses_every_field() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    data = yaml.safe_load(next(block for block in blocks if block.startswith("models:")))
+    AppConfig.parse(data, source="docs/configuration.md")
+    assert keys_of(data) >= {name for kind in sections(AppConfig) for name in kind.model_fields}
+
+
+def keys_of(data: Any) -> set[str]:
+    children = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return set(data if isinstance(data, dict) else ()).union(*map(keys_of, children))

@@ -1,283 +1,409 @@
-"""Every mistake in checkpoints, recipes and resources is explained before anything starts."""
+"""Every mistake is explained before anything starts: tiny checkpoints, each broken in one way."""
 
 from __future__ import annotations
 
 import json
-import struct
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save, save_file
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from eft_serve.config import AppConfig
-from eft_serve.config_check import ClusterResources, Problem, check
-from eft_serve.config_check.checkpoint import BrokenFileError, tensor_names, token_ids
-from eft_serve.config_cli import app
+from eft_serve.config_check import ClusterResources, Problem, check, load_any
+from eft_serve.config_check.checkpoint import INDEX, SINGLE, BrokenFileError, tensor_names
+from eft_serve.config_cli import app as cli
+from eft_serve.errors import ConfigError
 
-TENSORS = {"a": np.zeros((2, 3), np.float32), "b": np.ones(5, np.float16)}
-VOCAB = {"<eos>": 0, "a": 1, "b": 2}
-HF_CONFIG = {
+ROOT = Path(__file__).parent.parent.parent
+VOCAB = {"a": 0, "b": 1, "c": 2}
+CONFIG = {
     "model_type": "llama",
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "vocab_size": 4,
-    "eos_token_id": 0,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "vocab_size": 8,
+    "eos_token_id": 2,
 }
+TENSORS = {"embed": np.zeros((8, 4), np.float32), "head": np.ones((4, 8), np.float16)}
 
 
-def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data))
+def checkpoint(path: Path, vocab: dict[str, int] | None = None, **config: Any) -> Path:
+    """A directory that looks like a model's."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG | config))
+    (path / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab or VOCAB}}))
+    save_file(TENSORS, path / SINGLE)
+    return path
 
 
-def make_checkpoint(directory: Path, vocab: dict[str, int] = VOCAB, **config: Any) -> Path:
-    directory.mkdir()
-    write_json(directory / "config.json", HF_CONFIG | config)
-    write_json(directory / "tokenizer.json", {"model": {"type": "BPE", "vocab": vocab}, "added_tokens": []})
-    save_file(TENSORS, directory / "model.safetensors")
-    return directory
+def sharded(path: Path) -> Path:
+    """The same in two files."""
+    (checkpoint(path) / SINGLE).unlink()
+    for file, name in (("one.safetensors", "embed"), ("two.safetensors", "head")):
+        save_file({name: TENSORS[name]}, path / file)
+    weight_map = {"embed": "one.safetensors", "head": "two.safetensors"}
+    (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return path
 
 
-def problems(directory: Path, **model: Any) -> list[Problem]:
-    return check(AppConfig.parse({"models": {"m": {"path": str(directory), **model}}}))
+def problems(path: Path, **model: Any) -> list[Problem]:
+    return check(AppConfig.parse({"models": {"m": {"path": str(path)} | model}}))
 
 
-def ensemble(tmp_path: Path, *, server: dict[str, Any] | None = None, **checkpoints: Path) -> AppConfig:
-    models = {}
-    for name in ("large", "small", "chat"):
-        models[name] = {"path": str(checkpoints.get(name) or make_checkpoint(tmp_path / name))}
-    recipe = {"base": "large", "reference": "small", "tuned": [{"model": "chat"}]}
-    return AppConfig.parse({"models": models, "recipes": {"eft": recipe}, "server": server or {}})
+def only(found: list[Problem]) -> Problem:
+    assert len(found) == 1, found
+    return found[0]
+
+
+def cut(file: Path, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "checkpoint")
+def model(tmp_path: Path) -> Path:
+    return checkpoint(tmp_path / "model")
 
 
-def test_a_good_configuration_has_no_problem(tmp_path: Path) -> None:
-    padded = make_checkpoint(tmp_path / "padded", vocab_size=128)
-    assert check(ensemble(tmp_path, large=padded), ClusterResources(5)) == []
+def test_whole_checkpoints_have_no_problem(model: Path, tmp_path: Path) -> None:
+    assert problems(model) == []
+    assert problems(sharded(tmp_path / "sharded")) == []
+    assert problems(model, tensor_parallel=2, max_model_len=128, kv_cache_tokens=128) == []
 
 
-def split_weights(directory: Path) -> None:
-    (directory / "model.safetensors").unlink()
-    for name, tensor in TENSORS.items():
-        save_file({name: tensor}, directory / f"{name}.safetensors")
-    write_json(
-        directory / "model.safetensors.index.json", {"weight_map": {name: f"{name}.safetensors" for name in TENSORS}}
+@pytest.mark.parametrize("path", sorted((ROOT / "deployments").glob("zoo*.yaml")), ids=lambda path: path.stem)
+def test_the_embedded_family_has_no_problem_on_two_cores(path: Path) -> None:
+    assert check(load_any(path), ClusterResources(num_cpus=2)) == []
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    problem = only(problems(tmp_path / "nowhere"))
+    assert problem.path == "models.m.path"
+    assert "nowhere is not a directory" in problem.message
+    config = AppConfig.parse({"models": {"m": {"path": "zoo:base-huge"}}})
+    assert "no such model" in only(check(config)).message
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("config.json", "has no config.json"), (SINGLE, "has neither"), ("tokenizer.json", "has no tokenizer")],
+)
+def test_a_missing_file(model: Path, file: str, said: str) -> None:
+    (model / file).unlink()
+    assert said in only(problems(model)).message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\ud800", "[" * 100_000])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_json_that_is_none(model: Path, file: str, text: str) -> None:
+    (model / file).write_bytes(text.encode(errors="surrogatepass"))
+    problem = only(problems(model))
+    assert file in problem.message
+    assert problem.severity == "error"
+
+
+def test_all_mistakes_of_a_checkpoint_are_named_at_once(model: Path) -> None:
+    for file in (SINGLE, "tokenizer.json"):
+        (model / file).unlink()
+    found = problems(model, max_model_len=129, tensor_parallel=3)
+    assert [problem.path.rpartition(".")[2] for problem in found] == [
+        "path",
+        "path",
+        "tensor_parallel",
+        "max_model_len",
+    ]
+
+
+def test_truncated_weights_are_found_wherever_they_are_cut(model: Path) -> None:
+    whole = (model / SINGLE).read_bytes()
+    for size in {0, 4, 8, 20, *range(8, len(whole), 37), len(whole) - 1}:
+        (model / SINGLE).write_bytes(whole[:size])
+        assert "truncated or corrupt" in only(problems(model)).message, size
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},  # half of the tensor
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},  # a gap
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "U8", "shape": [0]}},
+        {"a": 1},
+        [],
+    ],
+)
+def test_a_header_that_contradicts_itself_or_the_file(tmp_path: Path, header: Any) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(BrokenFileError, match=SINGLE):
+        tensor_names(tmp_path / SINGLE)
+
+
+@given(st.binary(max_size=64))
+def test_no_bytes_break_the_check_itself(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.safetensors"
+    file.write_bytes(data)
+    with suppress(BrokenFileError):
+        assert tensor_names(file) == set()
+
+
+def test_every_broken_shard_is_named(tmp_path: Path) -> None:
+    path = sharded(tmp_path / "sharded")
+    cut(path / "one.safetensors", 100)
+    (path / "two.safetensors").unlink()
+    one, two = problems(path)
+    assert "one.safetensors is truncated" in one.message
+    assert "two.safetensors is missing" in two.message
+
+
+def test_a_shard_without_its_tensor(tmp_path: Path) -> None:
+    path = sharded(tmp_path / "sharded")
+    save_file({"other": TENSORS["head"]}, path / "two.safetensors")
+    assert "lacks 1 tensors" in only(problems(path)).message
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": {"a": 1}}, {"weight_map": ["a"]}])
+def test_an_index_without_files(tmp_path: Path, index: dict[str, Any]) -> None:
+    path = sharded(tmp_path / "sharded")
+    (path / INDEX).write_text(json.dumps(index))
+    assert "has no weight_map" in only(problems(path)).message
+
+
+def test_pickled_weights_and_a_tokenizer_that_cannot_be_compared_are_warnings(model: Path) -> None:
+    (model / SINGLE).rename(model / "pytorch_model.bin")
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    assert [problem.severity for problem in problems(model)] == ["warning", "warning"]
+
+
+FALCON = {"model_type": "falcon", "num_attention_heads": 8, "num_kv_heads": 2, "num_key_value_heads": None}
+FALCON_7B = FALCON | {"multi_query": True, "new_decoder_architecture": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "field", "said"),
+    [
+        ({}, {"tensor_parallel": 4}, "tensor_parallel", "does not divide 4 attention heads and 2 key-value heads"),
+        ({"num_key_value_heads": None}, {"tensor_parallel": 3}, "tensor_parallel", "4 attention heads and 4 key-value"),
+        (FALCON_7B, {"tensor_parallel": 2}, "tensor_parallel", "Falcon-7B"),
+        (FALCON | {"new_decoder_architecture": True}, {"tensor_parallel": 4}, "tensor_parallel", "2 key-value heads"),
+        ({"model_type": "bloom"}, {"tensor_parallel": 2}, "tensor_parallel", "ALiBi"),
+        ({}, {"max_model_len": 129}, "max_model_len", "beyond the 128 tokens"),
+        ({"vocab_size": 2}, {}, "path", "vocab_size: 2 is smaller than the tokenizer, which has tokens up to id 2"),
+        ({"rope_scaling": {"type": "dynamic"}}, {}, "max_model_len", "set 128"),
+        ({}, {"tensor_parallel": 2, "resources": {"num_gpus": 1}}, "resources.num_gpus", "one GPU to each rank"),
+        ({}, {"device": "cuda"}, "resources.num_gpus", "hides every GPU"),
+    ],
+)
+def test_what_the_model_cannot_do(
+    tmp_path: Path, config: dict[str, Any], asked: dict[str, Any], field: str, said: str
+) -> None:
+    problem = only(problems(checkpoint(tmp_path / "model", **config), **asked))
+    assert (problem.path, problem.severity) == (f"models.m.{field}", "error")
+    assert said in problem.message
+
+
+def test_what_these_models_can_do(tmp_path: Path) -> None:
+    assert problems(checkpoint(tmp_path / "7b", **FALCON_7B)) == []
+    new = checkpoint(tmp_path / "40b", **FALCON, new_decoder_architecture=True)
+    assert problems(new, tensor_parallel=2, resources={"num_gpus": 2}) == []
+    dynamic = checkpoint(tmp_path / "dynamic", rope_scaling={"type": "dynamic"})
+    assert problems(dynamic, max_model_len=128) == []
+
+
+def test_a_cache_below_one_sequence_is_a_warning(model: Path) -> None:
+    problem = only(problems(model, kv_cache_tokens=64))
+    assert (problem.path, problem.severity) == ("models.m.kv_cache_tokens", "warning")
+    assert problems(model, kv_cache_tokens=64, max_model_len=64) == []
+
+
+def recipe(**paths: Path) -> AppConfig:
+    """base, tuned and reference at these paths."""
+    models = {name: {"path": str(path), "resources": {"num_cpus": 0.1}} for name, path in paths.items()}
+    return AppConfig.parse(
+        {
+            "models": models,
+            "recipes": {"eft": {"base": "base", "reference": "reference", "tuned": [{"model": "tuned"}]}},
+        }
     )
 
 
-def test_whole_shards_are_no_problem(checkpoint: Path) -> None:
-    split_weights(checkpoint)
-    assert problems(checkpoint) == []
-
-
-def drop_shard(directory: Path) -> None:
-    split_weights(directory)
-    (directory / "b.safetensors").unlink()
-
-
-def swap_shard(directory: Path) -> None:
-    split_weights(directory)
-    (directory / "b.safetensors").write_bytes((directory / "a.safetensors").read_bytes())
-
-
-def rewrite(name: str, text: str) -> Callable[[Path], object]:
-    return lambda directory: (directory / name).write_text(text)
-
-
-def truncate(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
+def test_one_tokenizer_with_different_padding_is_fine(tmp_path: Path) -> None:
+    paths = {name: checkpoint(tmp_path / name, vocab_size=8 * i) for i, name in enumerate(("base", "reference"), 1)}
+    unigram = {"model": {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}}
+    paths["tuned"] = checkpoint(tmp_path / "tuned")
+    (paths["tuned"] / "tokenizer.json").write_text(
+        json.dumps(unigram | {"added_tokens": [{"id": 2, "content": "c", "special": True}]})
+    )
+    assert check(recipe(**paths)) == []
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("vocab", "difference"),
     [
-        (lambda d: (d / "config.json").unlink(), "no config.json"),
-        (rewrite("config.json", "{"), "config.json cannot be read as JSON"),
-        (rewrite("config.json", "[]"), "holds no JSON object"),
-        (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
-        (truncate, "model.safetensors is truncated"),
-        (rewrite("model.safetensors", "version https://git-lfs.github.com/spec/v1"), "truncated or corrupt"),
-        (rewrite("model.safetensors", ""), "truncated or corrupt"),
-        (drop_shard, "b.safetensors"),
-        (swap_shard, "lacks b"),
-        (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer"),
-        (rewrite("tokenizer.json", "{}"), "has no vocabulary"),
-        (rewrite("tokenizer.json", '{"model": {"vocab": {"a": 0, "b": 2}}}'), "gaps"),
-        (
-            rewrite("tokenizer.json", '{"model": {"vocab": [["a", 0], ["b", 0], ["c", 0], ["d", 0], ["e", 0]]}}'),
-            "smaller",
-        ),
+        ({"a": 0, "x": 1, "y": 2}, "id 1: base has 'b', tuned has 'x'"),
+        ({"b": 0, "a": 1, "c": 2}, "id 0: base has 'a', tuned has 'b'"),
+        (VOCAB | {"d": 3}, "id 3: base has none, tuned has 'd'"),
     ],
 )
-def test_a_damaged_checkpoint_is_one_error_that_says_what_to_do(
-    checkpoint: Path, damage: Callable[[Path], object], said: str
+def test_vocabularies_that_differ_are_named_with_the_first_difference(
+    tmp_path: Path, vocab: dict[str, int], difference: str
 ) -> None:
-    damage(checkpoint)
-    (problem,) = problems(checkpoint)
-    assert (problem.path, problem.severity) == ("models.m.path", "error")
-    assert said in problem.message
-    assert "; " in problem.message  # the remedy
+    config = recipe(
+        base=checkpoint(tmp_path / "base"),
+        reference=checkpoint(tmp_path / "reference"),
+        tuned=checkpoint(tmp_path / "tuned", vocab),
+    )
+    problem = only(check(config))
+    assert (problem.path, problem.severity) == ("recipes.eft", "error")
+    assert difference in problem.message
 
 
-def test_a_missing_directory_is_said_once(tmp_path: Path) -> None:
-    (problem,) = problems(tmp_path / "nowhere")
-    assert "is not a directory" in problem.message
-    (problem,) = check(AppConfig.parse({"models": {"m": {"path": "zoo:nothing"}}}))
-    assert "embedded family" in problem.message
+def test_ids_with_gaps(tmp_path: Path) -> None:
+    assert "ids have gaps" in only(problems(checkpoint(tmp_path / "model", {"a": 0, "b": 2}))).message
 
 
-def test_what_only_loading_can_check_is_a_warning(checkpoint: Path) -> None:
-    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
-    (checkpoint / "tokenizer.json").rename(checkpoint / "tokenizer.model")
-    assert [p.severity for p in problems(checkpoint)] == ["warning", "warning"]
+def test_models_that_end_a_text_differently_are_a_warning(tmp_path: Path) -> None:
+    config = recipe(
+        base=checkpoint(tmp_path / "base"),
+        reference=checkpoint(tmp_path / "reference"),
+        tuned=checkpoint(tmp_path / "tuned", eos_token_id=[1]),
+    )
+    problem = only(check(config))
+    assert problem.severity == "warning"
+    assert "base ends a text with [2], tuned with [1]" in problem.message
 
 
-FALCON = {"model_type": "falcon", "num_attention_heads": 8}
-
-
-@pytest.mark.parametrize(
-    ("config", "model", "path"),
-    [
-        ({}, {"tensor_parallel": 3}, "tensor_parallel"),
-        ({}, {"tensor_parallel": 8}, "tensor_parallel"),  # divides the heads, not the key-value heads
-        (FALCON, {"tensor_parallel": 2}, "tensor_parallel"),
-        (FALCON | {"new_decoder_architecture": True, "num_kv_heads": 8}, {"tensor_parallel": 4}, None),
-        (FALCON, {"tensor_parallel": 1}, None),
-        ({}, {"tensor_parallel": 4, "resources": {"num_gpus": 2}}, "resources.num_gpus"),
-        ({}, {"tensor_parallel": 4, "resources": {"num_gpus": 4}}, None),
-        ({}, {"tensor_parallel": 4}, None),
-        ({}, {"device": "cuda"}, "resources.num_gpus"),
-        ({}, {"max_model_len": 65}, "max_model_len"),
-        ({}, {"max_model_len": 64}, None),
-        ({}, {"kv_cache_tokens": 63}, "kv_cache_tokens"),
-        ({}, {"kv_cache_tokens": 63, "max_model_len": 32}, None),
-    ],
-)
-def test_what_a_checkpoint_cannot_give(
-    tmp_path: Path, config: dict[str, Any], model: dict[str, Any], path: str | None
-) -> None:
-    removed = {"num_key_value_heads": None} if config else {}
-    found = problems(make_checkpoint(tmp_path / "c", **removed, **config), **model)
-    assert [p.path for p in found] == ([f"models.m.{path}"] if path else [])
-
-
-def test_different_vocabularies_name_both_models_and_the_first_difference(tmp_path: Path) -> None:
-    other = make_checkpoint(tmp_path / "other", vocab={"<eos>": 0, "b": 1, "a": 2})
-    (problem,) = check(ensemble(tmp_path, chat=other))
-    assert problem.path == "recipes.eft"
-    assert "large and chat" in problem.message
-    assert "id 1: large has 'a', chat has 'b'" in problem.message
-
-
-def test_a_token_more_is_a_difference_but_a_padded_head_is_none(tmp_path: Path) -> None:
-    more = make_checkpoint(tmp_path / "more", vocab=VOCAB | {"<pad>": 3})
-    (problem,) = check(ensemble(tmp_path, small=more))
-    assert "id 3: large has none, small has '<pad>'" in problem.message
-
-
-def test_ends_that_have_nothing_in_common_are_a_warning(tmp_path: Path) -> None:
-    other = make_checkpoint(tmp_path / "other", eos_token_id=2)
-    (problem,) = check(ensemble(tmp_path, chat=other))
-    assert (problem.path, problem.severity) == ("recipes.eft", "warning")
-    write_json(other / "generation_config.json", {"eos_token_id": [2, 0]})
-    assert check(ensemble_of(other, tmp_path)) == []
-
-
-def ensemble_of(chat: Path, tmp_path: Path) -> AppConfig:
-    return ensemble(tmp_path, large=tmp_path / "large", small=tmp_path / "small", chat=chat)
-
-
-def test_tokens_of_every_kind_of_tokenizer(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    added = [{"content": "<s>", "id": 2}]
-    for vocab in ({"a": 0, "b": 1}, [["a", -1.5], ["b", -2.5]]):
-        write_json(path, {"model": {"vocab": vocab}, "added_tokens": added})
-        assert token_ids(path) == {"a": 0, "b": 1, "<s>": 2}
-
-
-def test_resources_count_every_replica_of_every_deployment(tmp_path: Path) -> None:
-    config = ensemble(tmp_path)
-    assert check(config, ClusterResources(num_cpus=5)) == []
-    (problem,) = check(config, ClusterResources(num_cpus=4.9))
+def test_resources_that_are_not_there(tmp_path: Path) -> None:
+    config = recipe(**{name: checkpoint(tmp_path / name) for name in ("base", "reference", "tuned")})
+    assert check(config, ClusterResources(num_cpus=2.3)) == []  # three models of 0.1, coordinator and server of 1
+    problem = only(check(config, ClusterResources(num_cpus=2.2)))
     assert problem.path == "resources.num_cpus"
-    assert "5 in all" in problem.message
-    assert "coordinator 1" in problem.message
-
-
-@pytest.mark.parametrize("content", [None, "a: [secret", "", "- secret"])
-def test_a_tenants_file_that_cannot_be_used(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "tenants.yaml"
-    if content is not None:
-        path.write_text(content)
-    (problem,) = check(ensemble(tmp_path, server={"tenants_file": str(path)}))
-    assert problem.path == "server.tenants_file"
-    assert "secret" not in problem.message
-
-
-WHOLE = save(TENSORS)
-
-
-@given(length=st.integers(0, len(WHOLE) - 1))
-def test_every_truncation_of_the_weights_is_found(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
-    path = tmp_path_factory.getbasetemp() / "truncated.safetensors"
-    path.write_bytes(WHOLE[:length])
-    with pytest.raises(BrokenFileError, match="truncated or corrupt"):
-        tensor_names(path)
+    assert "2.3 in all (models.base 0.1, models.reference 0.1, models.tuned 0.1, coordinator 1, server 1)" in str(
+        problem
+    )
+    models = {"m": {"path": str(tmp_path / "base"), "num_replicas": 3, "resources": {"num_gpus": 1}}}
+    found = check(AppConfig.parse({"models": models}), ClusterResources(num_cpus=8, num_gpus=2))
+    assert "3 in all (models.m 3), and the cluster has 2" in only(found).message
 
 
 @pytest.mark.parametrize(
-    "tensor",
+    ("text", "said"), [(None, "No such file"), ("tenants: {", "is not YAML"), ("", "holds no tenants")]
+)
+def test_a_tenants_file_that_cannot_be_used(tmp_path: Path, model: Path, text: str | None, said: str) -> None:
+    file = tmp_path / "tenants.yaml"
+    if text is not None:
+        file.write_text(text)
+    data = {"models": {"m": {"path": str(model)}}, "server": {"tenants_file": str(file)}}
+    problem = only(check(AppConfig.parse(data)))
+    assert problem.path == "server.tenants_file"
+    assert said in problem.message
+
+
+INNER: dict[str, Any] = {"models": {"m": {"path": "x"}}}
+
+
+def deploy(*applications: Any, **more: Any) -> dict[str, Any]:
+    return {"applications": list(applications), **more}
+
+
+def application(config: Any, **more: Any) -> dict[str, Any]:
+    return {"name": "eft-serve", "import_path": "deployments.eft:app", "args": {"config": config}, **more}
+
+
+def write(path: Path, data: Any) -> Path:
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_every_shape_of_a_file_is_read(tmp_path: Path) -> None:
+    bare = write(tmp_path / "bare.yaml", INNER)
+    inline = write(tmp_path / "inline.yaml", deploy(application(INNER), http_options={"port": 1}))
+    named = write(tmp_path / "named.yaml", deploy(application(str(bare))))
+    assert load_any(bare) == load_any(inline) == load_any(named) == AppConfig.parse(INNER)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
     [
-        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
-        {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
-        {"dtype": "F32", "shape": [1]},
-        "nonsense",
+        (deploy(), "exactly one application"),
+        (deploy(application(INNER), application(INNER)), "exactly one application"),
+        (deploy({"name": "a", "import_path": "deployments.eft:app"}), "applications.0.args.config: missing"),
+        (deploy(application(None)), "applications.0.args.config: missing"),
+        (deploy(application(INNER), http_option={}), "unknown key 'http_option'"),
+        (deploy(application(INNER), http_options={"prot": 1}), "http_options: unknown key 'prot'"),
+        (deploy(application(INNER, rout_prefix="/")), "applications.0: unknown key 'rout_prefix'"),
+        (deploy("app"), "applications.0: must be a mapping"),
+        (deploy(application({"model": {}})), "applications.0.args.config: model: Extra inputs"),
+        (deploy(application("nowhere.yaml")), "nowhere.yaml: cannot be read"),
+        (["models"], "(top level)"),
     ],
 )
-def test_a_header_that_lies_is_found(tmp_path: Path, tensor: Any) -> None:
-    header = json.dumps({"t": tensor}).encode()
-    path = tmp_path / "w.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    with pytest.raises(BrokenFileError, match="corrupt"):
-        tensor_names(path)
+def test_a_file_that_is_none_of_them_says_what_is_wanted(tmp_path: Path, data: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_any(write(tmp_path / "file.yaml", data))
 
 
-def test_the_command_prints_every_problem_and_fails(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text(json.dumps({"models": {"a": {"path": "/nowhere"}, "b": {"path": "/nowhere"}}}))
-    result = CliRunner().invoke(app, ["check", str(file), "--cpus", "1"])
-    assert result.exit_code == 1
-    said = result.output
-    assert all(f"error {path}" in said for path in ("models.a.path", "models.b.path", "resources.num_cpus"))
-    assert "3 errors" in said
-    file.write_text("modles: {}")
-    result = CliRunner().invoke(app, ["check", str(file)])
-    assert result.exit_code == 1
-    assert "modles" in result.output
+def test_mistakes_around_the_configuration_and_in_it_are_named_together(tmp_path: Path) -> None:
+    data = deploy(application({**INNER, "model": {}}, rout_prefix="/"), http_option={})
+    with pytest.raises(ConfigError) as caught:
+        load_any(write(tmp_path / "file.yaml", data))
+    assert [name in caught.value.message for name in ("'http_option'", "'rout_prefix'", "config: model:")] == [True] * 3
 
 
-def test_the_command_passes_what_only_warns(checkpoint: Path, tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text(json.dumps({"models": {"m": {"path": str(checkpoint), "kv_cache_tokens": 8}}}))
-    result = CliRunner().invoke(app, ["check", str(file)])
-    assert result.exit_code == 0, result.output
-    assert "0 errors, 1 warnings" in result.output
+def test_a_file_that_names_itself_ends(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    with pytest.raises(ConfigError, match="names another file again"):
+        load_any(write(path, deploy(application(str(path)))))
 
 
-def test_checking_loads_neither_torch_nor_ray() -> None:
-    heavy = "{'torch', 'transformers', 'ray', 'deepspeed'}"
-    code = f"import sys, eft_serve.config_cli; assert not {heavy} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: {m: {path: x}, m: {path: y}}", "'m' is given twice"),
+        ("models: [", "cannot be read as YAML"),
+        ("models: 2026-13-45", "cannot be read as YAML"),
+        ("\ud800", "cannot be read as YAML"),
+    ],
+)
+def test_yaml_that_says_nothing_clear_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(ConfigError, match=said):
+        load_any(path)
+
+
+def test_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text("models:\n  a: &a {path: x, dtype: float32}\n  b: {<<: *a, path: y}\n  c: {<<: *a, path: z}\n")
+    config = load_any(path)
+    assert [(m.path, m.dtype) for m in config.models.values()] == [(p, "float32") for p in "xyz"]
+
+
+def test_the_command_says_ok_or_what_is_wrong(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "file.yaml", {"models": {"m": {"path": str(model), "kv_cache_tokens": 1}}})
+    fine = CliRunner().invoke(cli, ["check", str(path)])
+    assert fine.exit_code == 0
+    assert fine.output.splitlines()[0].startswith("warning models.m.kv_cache_tokens: ")
+    assert re.match(r"ok .*: 1 models, 0 recipes, 3 CPUs, 0 GPUs; 0 errors, 1 warnings$", fine.output.splitlines()[1])
+    short = CliRunner().invoke(cli, ["check", str(path), "--cpus", "2", "--gpus", "0"])
+    assert short.exit_code == 1
+    assert "error resources.num_cpus: 3 in all" in short.output
+    assert "not ok" in short.output
+    write(path, {"models": {}, "recipe[s]": {}})
+    bad = CliRunner().invoke(cli, ["check", str(path)])
+    assert bad.exit_code == 1
+    assert [line.split(" ")[0] for line in bad.output.splitlines()] == ["error", "error"]
+    assert "recipe[s]" in bad.output
+
+
+def test_checking_needs_neither_torch_nor_ray() -> None:
+    code = "import sys, eft_serve.config_cli; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

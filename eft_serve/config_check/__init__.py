@@ -1,0 +1,32 @@
+"""Every mistake of a configuration, explained before anything starts: `check`, and `load_any` for the files.
+
+Reads the JSON files and safetensors headers of the checkpoints; loads no weights and no tokenizer, and knows neither
+torch nor Ray. Whether a kind of model can be served is the engine's word.
+"""
+
+from __future__ import annotations
+
+from eft_serve.config import AppConfig
+from eft_serve.config_check.files import load_any
+from eft_serve.config_check.models import model_problems
+from eft_serve.config_check.problem import Problem
+from eft_serve.config_check.recipes import recipe_problems
+from eft_serve.config_check.resources import ClusterResources, resource_problems
+from eft_serve.config_check.server import server_problems
+
+__all__ = ["ClusterResources", "Problem", "check", "load_any"]
+
+
+def check(config: AppConfig, cluster: ClusterResources | None = None) -> list[Problem]:
+    """Everything that is wrong with this configuration on this machine; empty when nothing is.
+
+    Args:
+        config: already valid in itself.
+        cluster: what there is to place the application on; None when that is not known.
+    """
+    return [
+        *(problem for name, model in config.models.items() for problem in model_problems(name, model)),
+        *recipe_problems(config),
+        *server_problems(config.server),
+        *(resource_problems(config, cluster) if cluster else []),
+    ]

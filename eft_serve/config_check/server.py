@@ -1,0 +1,27 @@
+"""What is wrong with the HTTP side: a tenants file that is not there. What it may hold is the tenants' own business."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import yaml
+
+from eft_serve.config import ServerConfig
+from eft_serve.config_check.problem import Problem
+
+
+def server_problems(server: ServerConfig) -> Iterator[Problem]:
+    """The tenants file; its contents are never repeated."""
+    if server.tenants_file is None:
+        return
+    where = "server.tenants_file"
+    try:
+        data = yaml.safe_load(server.tenants_file.read_text())
+    except OSError as error:
+        message = f"{server.tenants_file} cannot be read: {error.strerror}; make it with 'eft-serve tenant create'"
+        yield Problem(where, message)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        yield Problem(where, f"{server.tenants_file} is not YAML; make it anew with 'eft-serve tenant create'")
+    else:
+        if not isinstance(data, dict):
+            yield Problem(where, f"{server.tenants_file} holds no tenants; add one with 'eft-serve tenant create'")
