@@ -1,0 +1,30 @@
+"""One forward as plain data; knows nothing of tensors, models or who asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """One sequence's part of one forward."""
+
+    token_ids: list[int]  # the new tokens
+    position: int  # where the first of them stands in its sequence; as many are in the cache
+    block_ids: list[int]  # blocks of the sequence, enough for position + len(token_ids) tokens
+    num_logits: int  # logits wanted, of the last so many new tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """What every tensor-parallel rank computes in one forward."""
+
+    rows: list[BatchRow]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+    @property
+    def num_logits(self) -> int:
+        return sum(row.num_logits for row in self.rows)

@@ -1,0 +1,148 @@
+"""One model behind the step contract; knows no Ray, no sockets and no other model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from prometheus_client import CollectorRegistry
+from torch import Tensor
+
+from eft_serve.config import ModelConfig
+from eft_serve.engine.batch import ForwardBatch
+from eft_serve.engine.kv_cache import BLOCK_SIZE, KVCache
+from eft_serve.engine.metrics import EngineMetrics
+from eft_serve.engine.scheduler import Admitted, Chunk, Limits, Scheduler, waves
+from eft_serve.engine.startup import start, within
+from eft_serve.engine.worker_group import WorkerGroup
+from eft_serve.errors import EngineError
+from eft_serve.types import ModelInfo, SequenceStep, StepOutput
+
+
+class Engine:
+    """Holds one model's sequences and computes their steps. Not thread-safe: call it from one thread.
+
+    Args:
+        info: what the model is.
+        group: the started ranks.
+        config: limits, lease and budget.
+        vocab_size: token ids run below this.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        group: WorkerGroup,
+        config: ModelConfig,
+        vocab_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self._group = group
+        self._lease_s = config.lease_s
+        self._clock = clock
+        self._failure: str | None = None
+        self._cache = KVCache(info.kv_capacity_tokens // BLOCK_SIZE)
+        self._scheduler = Scheduler(self._cache, Limits(vocab_size, info.max_model_len, config.max_num_batched_tokens))
+        self._metrics = EngineMetrics(info.model)
+        self._metrics.kv_capacity_tokens.set(info.kv_capacity_tokens)
+
+    @classmethod
+    def load(cls, name: str, config: ModelConfig, clock: Callable[[], float] = time.monotonic) -> Engine:
+        """Load a model on all its ranks and check that it computes what the checkpoint does.
+
+        Raises:
+            CheckpointError: the model directory is not one that can be served.
+            EngineError: a rank failed, or nothing was ready within `startup_timeout_s`.
+        """
+        group = WorkerGroup(config)
+        try:
+            info, vocab_size = within(config.startup_timeout_s, lambda: start(name, config, group), name)
+        except BaseException:
+            group.close()
+            raise
+        return cls(info, group, config, vocab_size, clock)
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """The engine's metrics."""
+        return self._metrics.registry
+
+    def forward(self, steps: Sequence[SequenceStep]) -> list[StepOutput]:
+        """Compute steps; the answers stand in their order.
+
+        Two steps for one sequence are computed one after the other. Bad steps are answered with `error`.
+
+        Raises:
+            EngineError: the model itself failed; sequences of this call are rolled back to what was computed.
+        """
+        self._check_alive()
+        outputs: dict[int, StepOutput] = {}
+        for wave in waves(steps):
+            admitted, answered = self._scheduler.admit(wave, self._clock())
+            outputs.update(answered)
+            outputs.update(self._compute(admitted))
+        self._observe(outputs.values())
+        return [outputs[index] for index in range(len(steps))]
+
+    def free(self, sequence_ids: Iterable[str]) -> None:
+        """Drop sequences; those that are not here are no error."""
+        for sequence_id in sequence_ids:
+            self._cache.free(sequence_id)
+        self._observe(())
+
+    def expire(self) -> None:
+        """Drop sequences that nobody stepped for `lease_s`."""
+        expired = self._cache.stepped_before(self._clock() - self._lease_s)
+        self._metrics.expirations.inc(len(expired))
+        self.free(expired)
+
+    def close(self) -> None:
+        """Stop the other ranks and give back the memory; may be called twice."""
+        self._failure = self._failure or "closed"
+        self._group.close()
+
+    def _compute(self, admitted: list[Admitted]) -> dict[int, StepOutput]:
+        pieces: dict[int, list[Tensor]] = {item.index: [] for item in admitted}
+        try:
+            for chunks in self._scheduler.pack(admitted):
+                for chunk, logits in zip(chunks, self._run(chunks), strict=True):
+                    chunk.commit()
+                    pieces[chunk.admitted.index].append(logits)
+        finally:
+            for item in admitted:  # after a failure there are blocks reserved for tokens that were not computed
+                self._cache.truncate(item.sequence, item.sequence.num_computed_tokens)
+        return {item.index: _output(item.step, pieces[item.index]) for item in admitted}
+
+    def _run(self, chunks: list[Chunk]) -> tuple[Tensor, ...]:
+        """One forward; logits of each chunk."""
+        batch = ForwardBatch([chunk.row() for chunk in chunks])
+        started = time.perf_counter()
+        try:
+            logits = self._group.forward(batch)
+        except Exception as error:
+            # Ranks may be out of step with one another now; one rank alone is where it was before.
+            self._failure = str(error) if self._group.followers else None
+            raise EngineError(f"{self.info.model}: {error}") from error
+        self._metrics.forward_seconds.observe(time.perf_counter() - started)
+        self._metrics.tokens_computed.inc(batch.num_tokens)
+        return torch.split(logits, [chunk.num_logits for chunk in chunks])
+
+    def _observe(self, outputs: Iterable[StepOutput]) -> None:
+        self._metrics.held_answers.inc(sum(output.held is not None for output in outputs))
+        self._metrics.evictions.inc(self._scheduler.take_num_evictions())
+        self._metrics.num_sequences.set(len(self._cache))
+        self._metrics.kv_used_tokens.set(self._cache.used_tokens)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineError(f"{self.info.model}: the engine has failed: {self._failure}")
+
+
+def _output(step: SequenceStep, pieces: list[Tensor]) -> StepOutput:
+    logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    if not logits.sum(dtype=torch.float32).isfinite():
+        return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
+    return StepOutput(step.sequence_id, logits=logits)

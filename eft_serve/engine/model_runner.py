@@ -1,0 +1,229 @@
+"""One rank's model and its KV tensors: loaded, split by DeepSpeed, checked, and run; knows no sequences and no budget.
+
+The only module that imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eft_serve.config import ModelConfig
+from eft_serve.engine import checkpoint
+from eft_serve.engine.attention import PagedTensors
+from eft_serve.engine.batch import BatchRow, ForwardBatch
+from eft_serve.engine.kv_cache import BLOCK_SIZE
+from eft_serve.engine.layout import Layout
+from eft_serve.engine.padded_path import PaddedPath
+from eft_serve.engine.ragged_path import RaggedPath
+from eft_serve.errors import CheckpointError, EftServeError, EngineError
+
+logger = logging.getLogger(__name__)
+
+PATHS: dict[str, type[RaggedPath] | type[PaddedPath]] = {"ragged": RaggedPath, "padded": PaddedPath}
+COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # of one all-reduce; a dead peer shows at once, a stopped one after this
+PROBE_TOKENS = 8
+PROBE_BLOCKS = 2
+
+
+class ForwardPath(Protocol):
+    """A way of running the model on a layout."""
+
+    name: str
+
+    def forward(self, layout: Layout, cache: PagedTensors) -> Tensor: ...
+
+
+def resolve_device(config: ModelConfig, rank: int) -> torch.device:
+    """`auto` is a GPU where there is one; each rank has its own."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    wanted, seen = config.tensor_parallel, torch.cuda.device_count()
+    if seen < wanted:
+        raise EngineError(
+            f"device: {wanted} GPUs are needed, one for each rank, and this process sees {seen}; set "
+            f"resources.num_gpus: {wanted}, or device: cpu"
+        )
+    return torch.device("cuda", rank)
+
+
+def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto` is float32 on a CPU and bfloat16 on a GPU."""
+    if config.dtype == "float16" and device.type == "cpu":
+        raise EngineError("dtype: float16 is not computed on a CPU; set float32 or bfloat16")
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+class ModelRunner:
+    """One rank. `load`, `split`, `allocate` and `try_path` in this order, then `forward` as often as wanted."""
+
+    def __init__(self, config: ModelConfig, rank: int) -> None:
+        self._config = config
+        self._rank = rank
+        self.device = resolve_device(config, rank)
+        self.dtype = resolve_dtype(config, self.device)
+        self._cache = PagedTensors([], [])
+        self._path: ForwardPath | None = None
+        self._joined = False
+
+    def load(self) -> Tensor | None:
+        """Read the checkpoint; rank 0 returns the unsplit model's probe logits [num_tokens, vocab_size]."""
+        path = self._config.checkpoint
+        self.hf_config = checkpoint.read_config(path)
+        checkpoint.check_served(self.hf_config, self._config)
+        self.max_model_len = checkpoint.context_limit(self.hf_config, self._config)
+        self.model: PreTrainedModel = checkpoint.load_model(path, self.hf_config, self.dtype)
+        self._stock_attention = self.model.config._attn_implementation
+        self.num_embeddings = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        return self._stock_logits() if self._rank == 0 else None
+
+    def probe_ids(self) -> list[int]:
+        """A short prompt that any vocabulary has."""
+        return [(7 * i + 3) % self.num_embeddings for i in range(PROBE_TOKENS)]
+
+    @torch.no_grad()
+    def _stock_logits(self) -> Tensor:
+        logits: Tensor = self.model(torch.tensor([self.probe_ids()]), use_cache=False).logits[0]
+        if not logits.isfinite().all():
+            raise CheckpointError(
+                f"path: {self._config.path} computes infinities or NaN in {self.dtype}; try dtype float32"
+            )
+        return logits
+
+    def split(self, store: Path | None) -> None:
+        """Hand the model to DeepSpeed, which moves it to the device and keeps this rank's share of it."""
+        world_size = self._config.tensor_parallel
+        os.environ["DS_ACCELERATOR"] = self.device.type
+        os.environ["LOCAL_RANK"] = str(self._rank)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        with _quiet():
+            if store is not None:
+                self._join(store, world_size)
+            try:
+                self.model = self._init_inference(world_size)
+                self._read_cache_shapes()
+            except (EftServeError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # DeepSpeed and the models fail here in any way
+                remedy = "; set tensor_parallel: 1" if world_size > 1 else ""
+                raise CheckpointError(
+                    f"path: {self._config.path} ({self.hf_config.model_type}) cannot be run by DeepSpeed at "
+                    f"tensor_parallel {world_size}{remedy} ({type(error).__name__}: {error})"
+                ) from error
+
+    def _init_inference(self, world_size: int) -> PreTrainedModel:
+        import deepspeed
+
+        engine = deepspeed.init_inference(
+            self.model,
+            tensor_parallel={"tp_size": world_size},
+            replace_with_kernel_inject=False,
+            dtype=self.dtype,
+        )
+        model: PreTrainedModel = engine.module
+        return model
+
+    def _join(self, store: Path, world_size: int) -> None:
+        import deepspeed
+
+        # Without this, DeepSpeed compiles a shared-memory all-reduce at first use (minutes, and a lock that outlives a
+        # killed process), leaves 69 MB per rank in /dev/shm and spins while it waits. Plain gloo does none of these.
+        deepspeed.ops.__compatible_ops__ = {}
+        torch.distributed.init_process_group(
+            backend="nccl" if self.device.type == "cuda" else "gloo",
+            init_method=f"file://{store}",
+            rank=self._rank,
+            world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        self._joined = True
+
+    @torch.no_grad()
+    def _read_cache_shapes(self) -> None:
+        """What each layer caches, by looking at what the model itself would: (kv_heads, key and value head_dim)."""
+        ids = torch.tensor([self.probe_ids()], device=self.device)
+        layers = getattr(getattr(self.model(ids, use_cache=True), "past_key_values", None), "layers", None)
+        if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+            raise CheckpointError(f"path: {self._config.path} keeps another state than keys and values; not served")
+        self._shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV cache of one token on this rank."""
+        return int(sum(heads * (key + value) for heads, key, value in self._shapes) * self.dtype.itemsize)
+
+    def max_blocks(self) -> int | None:
+        """Blocks that fit this rank's GPU beside the weights; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        budget = int(total * self._config.kv_cache_fraction) - (total - free)
+        return budget // (self.bytes_per_token * BLOCK_SIZE)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Take the whole KV cache at once; block 0 is extra and stays zero."""
+        slots = (max(num_blocks, PROBE_BLOCKS) + 1) * BLOCK_SIZE
+        options = {"dtype": self.dtype, "device": self.device}
+        self._cache = PagedTensors(
+            [torch.zeros(slots, heads, key_dim, **options) for heads, key_dim, _ in self._shapes],  # type: ignore[call-overload]
+            [torch.zeros(slots, heads, value_dim, **options) for heads, _, value_dim in self._shapes],  # type: ignore[call-overload]
+        )
+
+    def try_path(self, name: str) -> Tensor | str:
+        """Run the probe in pieces beside a second sequence; the logits of the last pieces, or why there are none."""
+        ids, cut = self.probe_ids(), PROBE_TOKENS // 2
+        first = [BatchRow(ids[:cut], 0, [1], 0), BatchRow(ids[:1], 0, [2], 0)]
+        second = [BatchRow(ids[cut:], cut, [1], PROBE_TOKENS - cut), BatchRow(ids[1:2], 1, [2], 1)]
+        try:
+            if self.model.config._attn_implementation != self._stock_attention:
+                self.model.set_attn_implementation(self._stock_attention)
+            self._path = PATHS[name](self.model)
+            self.forward(ForwardBatch(first))
+            return self.forward(ForwardBatch(second))
+        except Exception as error:  # models of any kind fail here in any way; the caller decides what that means
+            return f"{type(error).__name__}: {error}"
+
+    @torch.no_grad()
+    def forward(self, batch: ForwardBatch) -> Tensor:
+        """Logits [batch.num_logits, vocab_size] on the CPU, rows in the order of the batch."""
+        if self._path is None:
+            raise EngineError("forward before try_path")
+        return self._path.forward(Layout.of(batch, self.device), self._cache).cpu()
+
+    def close(self) -> None:
+        """Leave the group and forget the class-level state that DeepSpeed keeps of it."""
+        self._cache = PagedTensors([], [])
+        self._path = None
+        if self._joined:
+            import deepspeed
+
+            del self.model
+            self._joined = False
+            torch.distributed.destroy_process_group()
+            deepspeed.comm.comm.cdb = None
+            deepspeed.InferenceEngine.inference_mp_group = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints its policy to stdout; keep it for debugging only."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        yield
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if said.getvalue():
+        logger.debug("DeepSpeed: %s", said.getvalue().strip())

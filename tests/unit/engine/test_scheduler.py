@@ -1,0 +1,139 @@
+"""Who fits, who is evicted, and how steps become forwards."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eft_serve.engine.kv_cache import BLOCK_SIZE, KVCache
+from eft_serve.engine.scheduler import Admitted, Limits, Scheduler, find_mistake, waves
+from eft_serve.types import SequenceStep, StepOutput
+
+LIMITS = Limits(vocab_size=10, max_model_len=1000, max_num_batched_tokens=8)
+
+
+def step(name: str, position: int, count: int, num_logits: int = 0) -> SequenceStep:
+    return SequenceStep(name, position, [1] * count, num_logits)
+
+
+def admit(
+    scheduler: Scheduler, *steps: SequenceStep, now: float = 0.0
+) -> tuple[list[Admitted], list[tuple[int, StepOutput]]]:
+    """Admit one wave and count it as computed."""
+    admitted, answered = scheduler.admit(list(enumerate(steps)), now)
+    for chunks in scheduler.pack(admitted):
+        for chunk in chunks:
+            chunk.commit()
+    return admitted, answered
+
+
+def served(admitted: list[Admitted]) -> list[str]:
+    return [item.step.sequence_id for item in admitted]
+
+
+@pytest.fixture
+def cache() -> KVCache:
+    return KVCache(4)
+
+
+@pytest.fixture
+def scheduler(cache: KVCache) -> Scheduler:
+    return Scheduler(cache, LIMITS)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9))))
+def test_waves_keep_every_step_and_each_sequences_order(drawn: list[tuple[str, int]]) -> None:
+    steps = [step(name, position, 1) for name, position in drawn]
+    result = waves(steps)
+    assert sorted(index for wave in result for index, _ in wave) == list(range(len(steps)))
+    for wave in result:
+        assert len({s.sequence_id for _, s in wave}) == len(wave)
+    for name in "abc":
+        in_order = [index for wave in result for index, s in wave if s.sequence_id == name]
+        assert in_order == sorted(in_order)
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.floats(0, 1)), min_size=1, max_size=6))
+def test_packing_loses_no_token_and_no_logit(drawn: list[tuple[int, float]]) -> None:
+    scheduler = Scheduler(KVCache(100), LIMITS)
+    steps = [step(str(i), 0, count, round(part * count)) for i, (count, part) in enumerate(drawn)]
+    admitted, _ = scheduler.admit(list(enumerate(steps)), 0.0)
+    forwards = scheduler.pack(admitted)
+    assert all(sum(c.stop - c.start for c in chunks) <= LIMITS.max_num_batched_tokens for chunks in forwards)
+    for item in admitted:
+        chunks = [c for forward in forwards for c in forward if c.admitted is item]
+        assert [token for c in chunks for token in c.row().token_ids] == item.step.token_ids
+        assert [c.row().position for c in chunks] == [c.start for c in chunks]
+        assert sum(c.num_logits for c in chunks) == item.step.num_logits
+        assert all(len(c.row().block_ids) * BLOCK_SIZE >= c.stop for c in chunks)
+
+
+def test_the_least_recently_stepped_outsider_goes_first(scheduler: Scheduler, cache: KVCache) -> None:
+    admit(scheduler, step("old", 0, BLOCK_SIZE), now=1.0)
+    admit(scheduler, step("new", 0, 2 * BLOCK_SIZE), now=2.0)
+    admitted, answered = admit(scheduler, step("mine", 0, 2 * BLOCK_SIZE), now=3.0)
+    assert (served(admitted), answered) == (["mine"], [])
+    assert cache.get("old") is None
+    assert cache.get("new") is not None
+    assert scheduler.take_num_evictions() == 1
+    assert scheduler.take_num_evictions() == 0
+
+
+def test_an_evicted_sequence_finds_out_by_held_zero(scheduler: Scheduler) -> None:
+    admit(scheduler, step("victim", 0, 3 * BLOCK_SIZE))
+    admit(scheduler, step("mine", 0, 4 * BLOCK_SIZE))
+    _, answered = admit(scheduler, step("victim", 3 * BLOCK_SIZE, 1))
+    assert answered == [(0, StepOutput("victim", held=0))]
+
+
+def test_the_first_step_takes_blocks_from_later_steps_of_the_same_call(scheduler: Scheduler) -> None:
+    names = ["a", "b", "c", "d"]
+    admit(scheduler, *(step(name, 0, BLOCK_SIZE) for name in names))
+    admitted, answered = admit(scheduler, *(step(name, BLOCK_SIZE, 1) for name in names))
+    assert served(admitted) == ["a", "b"], "the last ones gave way"
+    assert [(output.sequence_id, output.held) for _, output in answered] == [("c", 0), ("d", 0)]
+
+
+def test_a_step_that_finds_no_room_is_told_what_it_holds_and_evicts_nobody(
+    scheduler: Scheduler, cache: KVCache
+) -> None:
+    admit(scheduler, step("waiting", 0, 8))
+    admitted, answered = admit(scheduler, step("first", 0, 3 * BLOCK_SIZE), step("waiting", 8, 3 * BLOCK_SIZE))
+    assert served(admitted) == ["first"]
+    assert answered == [(1, StepOutput("waiting", held=8))]
+    assert cache.get("first") is not None
+
+
+def test_rollback_gives_blocks_back(scheduler: Scheduler, cache: KVCache) -> None:
+    admit(scheduler, step("a", 0, 4 * BLOCK_SIZE))
+    admitted, _ = admit(scheduler, step("a", BLOCK_SIZE, 1), step("b", 0, 2 * BLOCK_SIZE))
+    assert served(admitted) == ["a", "b"]
+    assert cache.pool.num_free == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (step("s", -1, 1), "position"),
+        (step("s", 0, 0), "token_ids"),
+        (step("s", 0, 2, 3), "num_logits"),
+        (step("s", 0, 2, -1), "num_logits"),
+        (SequenceStep("s", 0, [3, 10], 1), "token_ids: 10"),
+        (SequenceStep("s", 0, [-1], 1), "token_ids: -1"),
+        (step("s", 0, 4 * BLOCK_SIZE + 1), "kv_cache_tokens"),
+        (step("s", 1000, 1), "max_model_len"),
+    ],
+)
+def test_a_step_that_can_never_be_served_names_the_field(bad: SequenceStep, field: str) -> None:
+    mistake = find_mistake(bad, LIMITS, capacity_tokens=4 * BLOCK_SIZE)
+    assert mistake is not None
+    assert field in mistake
+
+
+def test_a_bad_step_changes_nothing(scheduler: Scheduler, cache: KVCache) -> None:
+    admit(scheduler, step("a", 0, 5))
+    admit(scheduler, step("a", 2, 1, num_logits=7))
+    sequence = cache.get("a")
+    assert sequence is not None
+    assert sequence.num_computed_tokens == 5
