@@ -1,0 +1,59 @@
+"""The FastAPI application: endpoints, errors and middleware over a `Service`. Knows no Ray, sockets or models."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from eft_serve import __version__
+from eft_serve.api import errors, openapi
+from eft_serve.api.auth import Access
+from eft_serve.api.context import Context
+from eft_serve.api.metrics import ApiMetrics
+from eft_serve.api.middleware import RequestMiddleware
+from eft_serve.api.prompts import PromptRenderer
+from eft_serve.api.routers import chat, completions, models, ops
+from eft_serve.api.schemas import ChatBody, CompletionBody
+from eft_serve.api.service import Service
+from eft_serve.tenancy.limits import AdmissionLimits
+from eft_serve.tenancy.tenants import Tenants
+from eft_serve.tenancy.usage import UsageCounters
+
+
+def create_app(
+    service: Service, renderer: PromptRenderer | None = None, registry: CollectorRegistry | None = None
+) -> FastAPI:
+    """The OpenAI-compatible application.
+
+    Args:
+        service: runs the requests.
+        renderer: the models' tokenizers; read from their directories when not given.
+        registry: for this process's metrics; a new one when not given.
+
+    Raises:
+        ConfigError: the tenants file is missing or wrong.
+        CheckpointError: a model has no tokenizer.
+    """
+    registry = registry or CollectorRegistry()
+    tenants_file = service.config.server.tenants_file
+    context = Context(
+        service=service,
+        renderer=renderer or PromptRenderer.load(service.config),
+        access=Access(Tenants.load(tenants_file) if tenants_file else None),
+        limits=AdmissionLimits(),
+        metrics=ApiMetrics(registry),
+        usage=UsageCounters(registry),
+        registry=registry,
+        started=int(time.time()),
+    )
+    # The documentation pages would load scripts from elsewhere; /openapi.json is the same without them.
+    app = FastAPI(title="eft-serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.context = context
+    app.add_middleware(RequestMiddleware, metrics=context.metrics)
+    errors.install(app)
+    openapi.install(app, ChatBody, CompletionBody)
+    for module in (models, chat, completions, ops):
+        app.include_router(module.router)
+    return app

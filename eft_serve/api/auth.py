@@ -1,0 +1,74 @@
+"""Who is asking: a tenant by its key or, on a server without tenants, a loopback client.
+
+Without tenants three things must hold, because each alone can be had from afar: the peer is loopback, nothing says
+that a proxy forwarded the request (then the peer is the proxy, not the client), and the `Host` is a loopback name (a
+web page can make a browser ask 127.0.0.1 under its own name). Headers are only ever read to trust less.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+
+from eft_serve.errors import PermissionDeniedError
+from eft_serve.tenancy.tenants import ANONYMOUS, Tenant, Tenants
+
+FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
+REMEDY = "set server.tenants_file and send an API key (eft-serve tenant create makes both)"
+
+
+class Access:
+    """Finds the tenant of a request.
+
+    Args:
+        tenants: all tenants; None to answer loopback clients only.
+    """
+
+    def __init__(self, tenants: Tenants | None) -> None:
+        self._tenants = tenants
+
+    def tenant(self, request: Request) -> Tenant:
+        """The tenant who asks.
+
+        Raises:
+            AuthenticationError: there are tenants and the request carries no key of theirs.
+            PermissionDeniedError: there are none and the request does not come from this machine.
+        """
+        if self._tenants is not None:
+            return self._tenants.authenticate(request.headers.get("authorization"))
+        if request.client is not None and not is_loopback(request.client.host):
+            raise PermissionDeniedError(f"without tenants only loopback clients are answered; {REMEDY}")
+        if any(header in request.headers for header in FORWARDING_HEADERS):
+            raise PermissionDeniedError(f"without tenants nothing that a proxy forwarded is answered; {REMEDY}")
+        if not is_loopback(host_name(request.headers.get("host", ""))):
+            raise PermissionDeniedError(f"without tenants the Host must be a loopback name; ask localhost, or {REMEDY}")
+        return ANONYMOUS
+
+    def metrics_reader(self, request: Request) -> Tenant:
+        """As `tenant`, for one who may read metrics, which name every tenant."""
+        tenant = self.tenant(request)
+        if not tenant.metrics:
+            raise PermissionDeniedError("this key does not open /metrics; give its tenant 'metrics: true'")
+        return tenant
+
+
+def host_name(host: str) -> str:
+    """The name in a `Host` header, without port and brackets; empty when there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` is `localhost` or a loopback address, IPv4 in IPv6 included."""
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback

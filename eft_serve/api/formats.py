@@ -1,0 +1,117 @@
+"""OpenAI's response objects, for chat and for text completions; plain dictionaries, ready for the encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from eft_serve.types import FinishReason
+
+JsonObject = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Choice:
+    """One finished or growing answer."""
+
+    text: str = ""
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
+def usage(num_prompt_tokens: int, num_generated: int) -> JsonObject:
+    """Tokens used; the prompt counts once however many choices there are, as OpenAI has it."""
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
+    }
+
+
+class Format(Protocol):
+    """How one endpoint words its answers."""
+
+    prefix: str
+    whole: str
+    part: str
+
+    def opening(self, index: int) -> JsonObject | None:
+        """What a choice's stream begins with."""
+        ...
+
+    def parts(self, index: int, text: str, finish_reason: FinishReason | None) -> list[JsonObject]:
+        """A delta as stream choices; none when it holds nothing to show."""
+        ...
+
+    def choice(self, index: int, choice: Choice) -> JsonObject:
+        """A whole choice."""
+        ...
+
+
+class ChatFormat:
+    """`chat.completion`: a role first, then text, then an empty delta with the finish reason."""
+
+    prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def opening(self, index: int) -> JsonObject | None:
+        return self._part(index, {"role": "assistant", "content": ""})
+
+    def parts(self, index: int, text: str, finish_reason: FinishReason | None) -> list[JsonObject]:
+        parts = [self._part(index, {"content": text})] if text else []
+        return [*parts, self._part(index, {}, finish_reason)] if finish_reason else parts
+
+    def choice(self, index: int, choice: Choice) -> JsonObject:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
+
+    @staticmethod
+    def _part(index: int, delta: JsonObject, finish_reason: FinishReason | None = None) -> JsonObject:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+class CompletionFormat:
+    """`text_completion`: text, and the finish reason with the last of it."""
+
+    prefix, whole, part = "cmpl-", "text_completion", "text_completion"
+
+    def opening(self, index: int) -> JsonObject | None:
+        return None
+
+    def parts(self, index: int, text: str, finish_reason: FinishReason | None) -> list[JsonObject]:
+        return [self._choice(index, text, finish_reason)] if text or finish_reason else []
+
+    def choice(self, index: int, choice: Choice) -> JsonObject:
+        return self._choice(index, choice.text, choice.finish_reason)
+
+    @staticmethod
+    def _choice(index: int, text: str, finish_reason: FinishReason | None) -> JsonObject:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What all objects of one answer have in common."""
+
+    format: Format
+    id: str
+    created: int  # Unix seconds
+    model: str
+    with_usage: bool = False  # every chunk has a usage field, null but in the last
+
+    def whole(self, choices: Sequence[Choice], num_prompt_tokens: int) -> JsonObject:
+        """The answer in one piece."""
+        body = self._body(self.format.whole, [self.format.choice(i, c) for i, c in enumerate(choices)])
+        return body | {"usage": usage(num_prompt_tokens, sum(c.num_tokens for c in choices))}
+
+    def chunk(self, part: JsonObject) -> JsonObject:
+        """One stream choice as a chunk."""
+        body = self._body(self.format.part, [part])
+        return body | {"usage": None} if self.with_usage else body
+
+    def usage_chunk(self, num_prompt_tokens: int, num_generated: int) -> JsonObject:
+        """The last chunk, without choices."""
+        return self._body(self.format.part, []) | {"usage": usage(num_prompt_tokens, num_generated)}
+
+    def _body(self, kind: str, choices: list[JsonObject]) -> JsonObject:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}

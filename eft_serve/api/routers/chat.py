@@ -1,0 +1,37 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from eft_serve.api.body import receive_body
+from eft_serve.api.context import context_of, request_id_of
+from eft_serve.api.formats import ChatFormat
+from eft_serve.api.generation import Call, GenerationResponse
+from eft_serve.api.openapi import body_of
+from eft_serve.api.schemas import ChatBody
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", openapi_extra=body_of(ChatBody))
+async def create_chat_completion(request: Request) -> Response:
+    """The models' answer to a conversation, whole or as a stream."""
+    context = context_of(request)
+    tenant = context.access.tenant(request)
+    body, arrival = await receive_body(request, ChatBody, context.service.config.server.request_timeout_s)
+    call = Call(
+        request_id=request_id_of(request),
+        tenant=tenant,
+        ensemble=context.ensemble(body.model, tenant),
+        body=body,
+        format=ChatFormat(),
+        prompt_param="messages",
+        default_max_tokens=context.service.config.server.default_max_tokens,
+        render=partial(context.renderer.chat, messages=[m.rendered for m in body.messages]),
+        arrival=arrival,
+    )
+    return GenerationResponse(context, call)

@@ -1,0 +1,39 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from eft_serve.api.body import receive_body
+from eft_serve.api.context import context_of, request_id_of
+from eft_serve.api.formats import CompletionFormat
+from eft_serve.api.generation import Call, GenerationResponse
+from eft_serve.api.openapi import body_of
+from eft_serve.api.schemas import CompletionBody
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", openapi_extra=body_of(CompletionBody))
+async def create_completion(request: Request) -> Response:
+    """The models' continuation of a text, whole or as a stream."""
+    context = context_of(request)
+    tenant = context.access.tenant(request)
+    body, arrival = await receive_body(request, CompletionBody, context.service.config.server.request_timeout_s)
+    call = Call(
+        request_id=request_id_of(request),
+        tenant=tenant,
+        ensemble=context.ensemble(body.model, tenant),
+        body=body,
+        format=CompletionFormat(),
+        prompt_param="prompt",
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        render=partial(context.renderer.completion, prompt=body.prompt),
+        arrival=arrival,
+    )
+    return GenerationResponse(context, call)

@@ -1,0 +1,33 @@
+"""`GET /v1/models`: the recipes and plain models that the tenant may use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from eft_serve.api.context import Context, context_of
+from eft_serve.api.errors import json_response
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> Response:
+    """All that `model` may name."""
+    context = context_of(request)
+    names = context.names(context.access.tenant(request))
+    return json_response({"object": "list", "data": [_model(context, name) for name in names]})
+
+
+@router.get("/v1/models/{name}")
+async def retrieve_model(request: Request, name: str) -> Response:
+    """One of them."""
+    context = context_of(request)
+    ensemble = context.ensemble(name, context.access.tenant(request))
+    return json_response(_model(context, ensemble.name))
+
+
+def _model(context: Context, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": context.started, "owned_by": "eft-serve"}

@@ -1,0 +1,224 @@
+"""The requests of the OpenAI API, as far as they are served; unknown or unserved parameters are refused, never ignored.
+
+Types are strict: `"1"` is no number. Sampling defaults are OpenAI's.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from eft_serve.types import SamplingParams
+
+MAX_CHOICES = 16
+MAX_STOP_STRINGS = 16  # OpenAI takes 4; each is looked for in every token's text
+MAX_STOP_CHARACTERS = 256
+SEED_RANGE = 2**63
+
+Finite = Field(allow_inf_nan=False)
+
+
+def _stop_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _text(content: object) -> object:
+    """A message's text; parts of text are joined by line breaks."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError("content parts other than text are not supported yet")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _one_prompt(value: object) -> object:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        if len(value) == 1 and isinstance(value[0], str | list):
+            return _one_prompt(value[0])
+        if all(type(v) is int for v in value):
+            return value
+        if all(isinstance(v, str | list) for v in value):
+            raise ValueError("several prompts in one request are not supported yet; send a request for each")
+    raise ValueError("must be a string or a list of token ids")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class EftKnobs(_Strict):
+    """The two knobs of emulated fine-tuning; what is not given is the recipe's own."""
+
+    scale: Annotated[float, Finite] | None = None
+    """beta: how much of the pre-training scale-up."""
+    weights: dict[str, Annotated[float, Finite]] | None = None
+    """alpha by tuned model: how much of each fine-tuning."""
+
+
+class StreamOptions(_Strict):
+    """What a stream carries besides tokens."""
+
+    include_usage: bool = False
+    """One more chunk at the end, without choices and with `usage`."""
+
+
+class GenerationBody(_Strict):
+    """What chat and text completions have in common."""
+
+    model: str = Field(max_length=256)
+    """A recipe's name, or a plain model's."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    """Keep the k likeliest tokens; 0 and -1 keep all."""
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    """Drop tokens less likely than this part of the likeliest."""
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    seed: int | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
+    """Same seed, same request, same tokens; taken modulo 2^63."""
+    stop: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+            Field(max_length=MAX_STOP_STRINGS),
+            BeforeValidator(_stop_list),
+        ]
+        | None
+    ) = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """Accepted and not used."""
+    eft: EftKnobs = EftKnobs()
+
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """OpenAI's parameters that are not served yet, each with the values besides null that change nothing."""
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream to be true")
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    def sampling(self, max_tokens: int, seed: int) -> SamplingParams:
+        """How to draw one choice's tokens; `seed` is that choice's own."""
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=max(0, self.top_k or 0),
+            min_p=self.min_p or 0.0,
+            seed=seed,
+            max_tokens=max_tokens,
+            stop=tuple(self.stop or ()),
+            ignore_eos=self.ignore_eos,
+        )
+
+    @property
+    def requested_tokens(self) -> int | None:
+        """The tokens asked for; None for the server's default."""
+        return self.max_tokens
+
+
+class Message(_Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is OpenAI's newer name of `system` and is rendered as that."""
+    content: Annotated[str, BeforeValidator(_text)]
+
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "name": (),
+        "refusal": (),
+        "audio": (),
+        "annotations": ([],),
+        "function_call": (),
+        "tool_calls": ([],),
+    }
+
+    @property
+    def rendered(self) -> dict[str, str]:
+        """As chat templates want it."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+
+
+class ChatBody(GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    """OpenAI's newer name of `max_tokens`."""
+
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "audio": (),
+        "frequency_penalty": (0, 0.0),
+        "function_call": ("none",),
+        "functions": ([],),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "metadata": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True, False),  # without tools there is nothing to call
+        "prediction": (),
+        "presence_penalty": (0, 0.0),
+        "prompt_cache_key": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "safety_identifier": (),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatBody:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
+        return self
+
+    @property
+    def requested_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`."""
+
+    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    """Text, or token ids where all models that run share a tokenizer."""
+
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "best_of": (1,),
+        "echo": (False,),
+        "frequency_penalty": (0, 0.0),
+        "logit_bias": ({},),
+        "logprobs": (),
+        "presence_penalty": (0, 0.0),
+        "suffix": ("",),
+    }
+
+
+def choice_seed(seed: int | None, choice: int) -> int:
+    """The seed of one choice, 0 <= seed < 2^63: the request's own for the first, so that n=1 and n=2 begin alike."""
+    if seed is None:
+        return secrets.randbelow(SEED_RANGE)
+    # splitmix64's increment keeps the choices of neighbouring seeds apart
+    return (seed + choice * 0x9E3779B97F4A7C15) % SEED_RANGE

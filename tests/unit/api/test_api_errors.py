@@ -1,0 +1,244 @@
+"""Every mistake is a typed error in OpenAI's shape, before anything runs; nothing inside shows."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from api_fakes import Stack, chat, events, make_config
+
+from eft_serve.api.body import MAX_BODY_BYTES
+from eft_serve.errors import EftServeError, EngineError, RateLimitError, UnavailableError
+from eft_serve.types import Delta, Failure, FinishReason
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    return Stack(make_config(tmp_path))
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return chat(messages=[{"role": "user", "content": "hi"} | fields])
+
+
+@pytest.mark.parametrize(
+    ("request_body", "param"),
+    [
+        (chat(foo=1), "foo"),
+        (chat(temperature="1"), "temperature"),
+        (chat(temperature=2.1), "temperature"),
+        (chat(temperature=True), "temperature"),
+        (chat(top_p=0), "top_p"),
+        (chat(top_k=1.5), "top_k"),
+        (chat(n=0), "n"),
+        (chat(n=17), "n"),
+        (chat(max_tokens=0), "max_tokens"),
+        (chat(max_tokens=1, max_completion_tokens=2), None),
+        (chat(seed=2**63), "seed"),
+        (chat(stop=""), "stop.0"),
+        (chat(stop=["x"] * 17), "stop"),
+        (chat(stream_options={"include_usage": True}), None),
+        (chat(stream=True, stream_options={"foo": True}), "stream_options.foo"),
+        (chat(messages=[]), "messages"),
+        (message(role="robot"), "messages.0.role"),
+        (message(content=None), "messages.0.content"),
+        (message(content=[{"type": "image_url", "image_url": {}}]), "messages.0.content"),
+        (message(tool_calls=[{}]), "messages.0.tool_calls"),
+        (message(name="Bob"), "messages.0.name"),
+        (message(foo=1), "messages.0.foo"),
+        (chat(eft={"foo": 1}), "eft.foo"),
+        (chat(eft={"scale": 1e9}), "eft.scale"),
+        (chat(eft={"weights": {"large": 1}}), "eft.weights"),
+        (chat(model="small", eft={"scale": 1}), "eft"),
+        (chat(logprobs=True), "logprobs"),
+        (chat(top_logprobs=2), "top_logprobs"),
+        (chat(tools=[{"type": "function"}]), "tools"),
+        (chat(tool_choice="required"), "tool_choice"),
+        (chat(response_format={"type": "json_object"}), "response_format"),
+        (chat(logit_bias={"5": 1}), "logit_bias"),
+        (chat(presence_penalty=0.1), "presence_penalty"),
+        (chat(frequency_penalty=-1), "frequency_penalty"),
+        (chat(modalities=["text", "audio"]), "modalities"),
+        (chat(audio={}), "audio"),
+        (chat(store=True), "store"),
+        (chat(metadata={"a": "b"}), "metadata"),
+        (chat(service_tier="flex"), "service_tier"),
+        (chat(best_of=1), "best_of"),
+    ],
+)
+async def test_a_wrong_field_is_named(stack: Stack, request_body: dict[str, Any], param: str | None) -> None:
+    async with stack.client() as client:
+        response = await client.post("/v1/chat/completions", json=request_body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert (param or "max") in error["message"] or "stream" in error["message"]
+    assert stack.service.requests == []
+
+
+@pytest.mark.parametrize("field", ["echo", "logprobs", "suffix", "best_of"])
+async def test_completions_refuse_what_they_do_not_have(stack: Stack, field: str) -> None:
+    value = {"echo": True, "logprobs": 0, "suffix": "x", "best_of": 2}[field]
+    async with stack.client() as client:
+        response = await client.post("/v1/completions", json={"model": "up", "prompt": "a", field: value})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, field)
+    assert "not supported yet" in response.json()["error"]["message"]
+
+
+async def test_no_op_values_are_accepted(stack: Stack) -> None:
+    nothing = {
+        "logprobs": False,
+        "tools": [],
+        "tool_choice": "auto",
+        "response_format": {"type": "text"},
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "n": 1,
+        "store": None,
+        "service_tier": "auto",
+        "modalities": ["text"],
+        "user": "someone",
+    }
+    async with stack.client() as client:
+        response = await client.post("/v1/chat/completions", json=chat(**nothing))
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "status"),
+    [
+        (b"{", {}, 400),
+        (b"[]", {}, 400),
+        (b'{"model": NaN}', {}, 400),
+        (b'{"model": "\xff"}', {}, 400),
+        (b'{"a":' * 100_000, {}, 400),
+        (b"{}", {"content-type": "text/plain"}, 415),
+        (b'{"model": "' + b"x" * MAX_BODY_BYTES, {}, 413),
+    ],
+    ids=["cut", "list", "nan", "utf8", "deep", "text", "large"],
+)
+async def test_a_body_that_is_no_json_object(
+    stack: Stack, content: bytes, headers: dict[str, str], status: int
+) -> None:
+    async with stack.client() as client:
+        response = await client.post(
+            "/v1/completions", content=content, headers={"content-type": "application/json"} | headers
+        )
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/docs", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/models/", 404),
+    ],
+)
+async def test_unknown_paths_and_methods(stack: Stack, method: str, path: str, status: int) -> None:
+    async with stack.client() as client:
+        response = await client.request(method, path)
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"),
+    [
+        (UnavailableError("no replica of 'large'", retry_after_s=0.2), openai.InternalServerError),
+        (RateLimitError("slow down", retry_after_s=3.2), openai.RateLimitError),
+        (EngineError("out of memory"), openai.InternalServerError),
+    ],
+)
+async def test_an_error_before_the_first_token_has_its_own_status(
+    stack: Stack, failure: EftServeError, kind: type[openai.APIStatusError]
+) -> None:
+    stack.service.answer = lambda _: [failure]
+    client = stack.openai()
+    for stream in (False, True):
+        with pytest.raises(kind) as caught:
+            await client.completions.create(model="up", prompt="a", stream=stream)
+        assert caught.value.status_code == failure.status
+        assert failure.message in caught.value.message
+        expected = {"no replica of 'large'": "1", "slow down": "4"}.get(failure.message)
+        assert caught.value.response.headers.get("retry-after") == expected
+    assert stack.metric("eft_tenant_requests_total", tenant="anonymous", recipe="up", status=str(failure.status)) == 2
+
+
+@pytest.mark.parametrize("raised", [True, False], ids=["raised", "as data"])
+async def test_an_error_in_mid_stream_is_the_last_event(stack: Stack, raised: bool) -> None:
+    error = EngineError("the card fell out")
+    failed = Delta(
+        text="",
+        token_ids=[],
+        finish_reason=FinishReason.ERROR,
+        failure=Failure(kind="EngineError", message=error.message),
+    )
+    stack.service.answer = lambda _: [Delta(text="He", token_ids=[1, 2]), error if raised else failed]
+    async with stack.client() as client:
+        response = await client.post("/v1/chat/completions", json=chat(stream=True))
+        whole = await client.post("/v1/chat/completions", json=chat())
+    *_, text, last = events(response)
+    assert text["choices"][0]["delta"] == {"content": "He"}
+    assert last["error"] == {
+        "message": "the card fell out",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_error",
+    }
+    assert whole.status_code == 500
+    assert whole.json() == last
+    assert stack.metric("eft_tenant_requests_total", tenant="anonymous", recipe="up", status="500") == 2
+    assert stack.metric("eft_tenant_generation_tokens_total", tenant="anonymous") == 4
+
+
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.ERROR])
+async def test_an_answer_that_was_given_up_is_never_passed_off_as_whole(stack: Stack, reason: FinishReason) -> None:
+    stack.service.answer = lambda _: [
+        Delta(text="He", token_ids=[1]),
+        Delta(text="", token_ids=[], finish_reason=reason),
+    ]
+    async with stack.client() as client:
+        response = await client.post("/v1/chat/completions", json=chat())
+    assert response.status_code == 503
+
+
+async def test_an_unexpected_failure_shows_nothing_and_is_logged(
+    stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    stack.service.answer = lambda _: [ZeroDivisionError("secret detail")]
+    headers = {"x-request-id": "my-request"}
+    with caplog.at_level(logging.ERROR):
+        async with stack.client(headers=headers) as client:
+            first = await client.post("/v1/chat/completions", json=chat())
+            stack.service.answer = lambda _: [Delta(text="a", token_ids=[1]), ZeroDivisionError("secret detail")]
+            midway = await client.post("/v1/chat/completions", json=chat(stream=True))
+    assert first.status_code == 500
+    assert first.json()["error"]["code"] == "internal_error"
+    assert first.headers["x-request-id"] == "my-request"
+    assert events(midway)[-1] == first.json()
+    assert "secret" not in first.text + midway.text
+    assert sum("secret detail" in str(r.exc_info) and "my-request" in r.getMessage() for r in caplog.records) == 2
+
+
+@pytest.mark.parametrize("wanted", ["", "a b", "x" * 129, "a;b"])
+async def test_a_strange_request_id_is_replaced(stack: Stack, wanted: str) -> None:
+    async with stack.client(headers={"x-request-id": wanted}) as client:
+        response = await client.get("/health")
+    assert response.headers["x-request-id"] != wanted
+    assert len(response.headers["x-request-id"]) == 32
+
+
+async def test_a_template_that_refuses_says_so(stack: Stack) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "developer", "content": "b"}]
+    async with stack.client() as client:
+        response = await client.post("/v1/chat/completions", json=chat(messages=messages))
+    assert response.status_code == 400
+    assert "system comes first" in response.json()["error"]["message"]

@@ -1,0 +1,74 @@
+"""`/health`, `/ready`, `/metrics`, `/openapi.json`, and what is counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from api_fakes import Stack, chat, make_config
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from eft_serve.api.metrics import ApiMetrics, TokenClock
+from eft_serve.types import Delta
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Stack:
+    return Stack(make_config(tmp_path))
+
+
+async def test_ready_names_what_is_missing_and_health_does_not_care(stack: Stack) -> None:
+    async with stack.client(peer="10.0.0.9") as client:
+        assert (await client.get("/ready")).status_code == 200
+        stack.service.missing = "large"
+        response = await client.get("/ready")
+        assert (await client.get("/health")).status_code == 200
+    assert response.status_code == 503
+    assert "'large'" in response.json()["error"]["message"]
+
+
+async def test_metrics_are_those_of_every_process_and_have_no_callers_strings(stack: Stack) -> None:
+    async with stack.client() as client:
+        await client.post("/v1/chat/completions", json=chat())
+        await client.post("/v1/chat/completions", json=chat(model="evil-label"))
+        await client.get("/evil-path")
+        text = (await client.get("/metrics")).text
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    assert "eft_engine_steps_total" in families
+    assert "evil" not in text
+    assert stack.metric("eft_http_requests_total", route="/v1/chat/completions", status="200") == 1
+    assert stack.metric("eft_http_requests_total", route="/v1/chat/completions", status="404") == 1
+    assert stack.metric("eft_http_requests_total", route="unmatched", status="404") == 1
+    assert stack.metric("eft_http_requests_running") == 0
+    assert stack.metric("eft_e2e_request_latency_seconds_count", recipe="up") == 1
+    assert stack.metric("eft_time_to_first_token_seconds_count", recipe="up") == 1
+    assert stack.metric("eft_inter_token_latency_seconds_count", recipe="up") == 2
+    assert stack.metric("eft_tenant_requests_total", tenant="anonymous", recipe="up", status="200") == 1
+    assert stack.metric("eft_tenant_prompt_tokens_total", tenant="anonymous") == 20
+    assert stack.metric("eft_tenant_generation_tokens_total", tenant="anonymous") == 5
+
+
+async def test_openapi_describes_the_bodies(stack: Stack) -> None:
+    async with stack.client() as client:
+        description = (await client.get("/openapi.json")).json()
+    assert {"ChatBody", "CompletionBody", "Message", "EftKnobs"} <= set(description["components"]["schemas"])
+    operation = description["paths"]["/v1/chat/completions"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert schema == {"$ref": "#/components/schemas/ChatBody"}
+
+
+def test_tokens_that_arrive_together_share_the_time_they_took() -> None:
+    registry = CollectorRegistry()
+    clock = TokenClock(ApiMetrics(registry), "up", arrival=10.0)
+    clock.saw(0, Delta(text="", token_ids=[1, 2]), now=10.5)
+    clock.saw(0, Delta(text="x", token_ids=[]), now=10.6)
+    clock.saw(1, Delta(text="", token_ids=[1]), now=10.7)
+    clock.saw(0, Delta(text="", token_ids=[1, 2, 3]), now=10.8)
+
+    def sample(name: str, part: str) -> float | None:
+        return registry.get_sample_value(f"eft_{name}_seconds_{part}", {"recipe": "up"})
+
+    assert (sample("time_to_first_token", "count"), sample("time_to_first_token", "sum")) == (1, 0.5)
+    assert sample("inter_token_latency", "count") == 3
+    assert sample("inter_token_latency", "sum") == pytest.approx(0.3)
