@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from eft_serve.types import FinishReason
+from eft_serve.types import Delta, FinishReason
 
 JsonObject = dict[str, Any]
 
@@ -16,8 +16,12 @@ class Choice:
     """One finished or growing answer."""
 
     text: str = ""
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
 
 def usage(num_prompt_tokens: int, num_generated: int) -> JsonObject:
@@ -44,6 +48,10 @@ class Format(Protocol):
         """A delta as stream choices; none when it holds nothing to show."""
         ...
 
+    def choice_part(self, index: int) -> JsonObject:
+        """A stream choice without text."""
+        ...
+
     def choice(self, index: int, choice: Choice) -> JsonObject:
         """A whole choice."""
         ...
@@ -60,6 +68,9 @@ class ChatFormat:
     def parts(self, index: int, text: str, finish_reason: FinishReason | None) -> list[JsonObject]:
         parts = [self._part(index, {"content": text})] if text else []
         return [*parts, self._part(index, {}, finish_reason)] if finish_reason else parts
+
+    def choice_part(self, index: int) -> JsonObject:
+        return self._part(index, {"content": ""})
 
     def choice(self, index: int, choice: Choice) -> JsonObject:
         message = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -81,6 +92,9 @@ class CompletionFormat:
     def parts(self, index: int, text: str, finish_reason: FinishReason | None) -> list[JsonObject]:
         return [self._choice(index, text, finish_reason)] if text or finish_reason else []
 
+    def choice_part(self, index: int) -> JsonObject:
+        return self._choice(index, "", None)
+
     def choice(self, index: int, choice: Choice) -> JsonObject:
         return self._choice(index, choice.text, choice.finish_reason)
 
@@ -98,11 +112,23 @@ class Envelope:
     created: int  # Unix seconds
     model: str
     with_usage: bool = False  # every chunk has a usage field, null but in the last
+    with_token_ids: bool = False  # every choice has the ids of its tokens, as vLLM's `return_token_ids` gives them
 
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int) -> JsonObject:
         """The answer in one piece."""
-        body = self._body(self.format.whole, [self.format.choice(i, c) for i, c in enumerate(choices)])
+        shown = [self.format.choice(i, c) for i, c in enumerate(choices)]
+        if self.with_token_ids:
+            shown = [each | {"token_ids": c.token_ids} for each, c in zip(shown, choices, strict=True)]
+        body = self._body(self.format.whole, shown)
         return body | {"usage": usage(num_prompt_tokens, sum(c.num_tokens for c in choices))}
+
+    def parts(self, index: int, delta: Delta) -> list[JsonObject]:
+        """A delta as stream choices; its token ids come with the first, even where there is no text yet."""
+        parts = self.format.parts(index, delta.text, delta.finish_reason)
+        if not self.with_token_ids or not delta.token_ids:
+            return parts
+        first, *rest = parts or [self.format.choice_part(index)]
+        return [first | {"token_ids": delta.token_ids}, *rest]
 
     def chunk(self, part: JsonObject) -> JsonObject:
         """One stream choice as a chunk."""

@@ -83,7 +83,12 @@ class GenerationResponse(Response):
         self._id = call.format.prefix + uuid.uuid4().hex
         options = call.body.stream_options
         self._envelope = Envelope(
-            call.format, self._id, int(time.time()), call.body.model, with_usage=bool(options and options.include_usage)
+            call.format,
+            self._id,
+            int(time.time()),
+            call.body.model,
+            with_usage=bool(options and options.include_usage),
+            with_token_ids=bool(call.body.return_token_ids),
         )
         self._deadline = call.arrival + context.service.config.server.request_timeout_s
         self._clock = TokenClock(context.metrics, call.ensemble.name, call.arrival)
@@ -163,7 +168,7 @@ class GenerationResponse(Response):
                 self._clock.saw(index, delta, self._now())
                 choice = self._progress.choices[index]
                 choice.text += delta.text
-                choice.num_tokens += len(delta.token_ids)
+                choice.token_ids += delta.token_ids
                 choice.finish_reason = delta.finish_reason
                 yield item
 
@@ -204,7 +209,7 @@ class GenerationResponse(Response):
 
     def _events(self, item: Indexed) -> list[JsonObject]:
         index, delta = item
-        parts = self._call.format.parts(index, delta.text, delta.finish_reason)
+        parts = self._envelope.parts(index, delta)
         if index not in self._progress.opened:
             self._progress.opened.add(index)
             opening = self._call.format.opening(index)

@@ -93,6 +93,8 @@ class GenerationBody(_Strict):
         | None
     ) = None
     ignore_eos: bool = False
+    return_token_ids: bool | None = None
+    """vLLM's: every choice also has `token_ids`."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

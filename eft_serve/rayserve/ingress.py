@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 
 from eft_serve.api.app import create_app
 from eft_serve.config import AppConfig
+from eft_serve.errors import ConfigError
 from eft_serve.rayserve.service import ServeService
 
 
@@ -19,8 +21,15 @@ class IngressReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: AppConfig, coordinator: DeploymentHandle[Any], models: dict[str, DeploymentHandle[Any]]
     ) -> None:
+        _require_tenants_behind_haproxy(config)
         self.service = ServeService(config, coordinator, models)
         self.watch = asyncio.create_task(self.service.watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service)
+
+
+def _require_tenants_behind_haproxy(config: AppConfig) -> None:
+    """HAProxy says nothing of whom it forwards, so that everybody would look like a loopback client."""
+    if config.server.tenants_file is None and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise ConfigError("server.tenants_file: needed with RAY_SERVE_ENABLE_HA_PROXY=1", param="server.tenants_file")

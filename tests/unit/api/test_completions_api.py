@@ -92,3 +92,16 @@ async def test_a_character_streams_as_itself_whatever_it_is(stack: Stack) -> Non
     client = stack.openai()
     stream = await client.completions.create(model="small", prompt="a", stream=True)
     assert [chunk.choices[0].text async for chunk in stream] == [text]
+
+
+async def test_token_ids_come_when_asked_for_whole_and_streamed_even_without_text(stack: Stack) -> None:
+    last = Delta(text="", token_ids=[2], finish_reason=FinishReason.STOP)
+    stack.service.answer = lambda _: [Delta(text="", token_ids=[1]), Delta(text="é", token_ids=[3, 4]), last]
+    body = {"model": "up", "prompt": "a", "return_token_ids": True}
+    async with stack.client() as client:
+        whole = (await client.post("/v1/completions", json=body)).json()
+        *chunks, _ = events(await client.post("/v1/completions", json={**body, "stream": True}))
+        plain = (await client.post("/v1/completions", json={**body, "return_token_ids": None})).json()
+    assert whole["choices"][0]["token_ids"] == [1, 3, 4, 2]
+    assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[1], [3, 4], [2]]
+    assert "token_ids" not in plain["choices"][0]
