@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from eft_serve.bench.cli import app as bench_app
 from eft_serve.config_cli import app as config_app
 from eft_serve.errors import EftServeError
 from eft_serve.tenancy.cli import app as tenant_app
@@ -17,6 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(config_app, name="config")
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(zoo_app, name="zoo")
+app.add_typer(bench_app, name="bench")
 
 
 @app.command()

@@ -99,7 +99,7 @@ class DecodeLoop:
         try:
             wait_s = IDLE_WAIT_S
             while not self._stopping:
-                self._receive(wait_s)
+                self.receive(wait_s)
                 stepped = self.step()
                 wait_s = 0.0 if stepped else STALL_WAIT_S if len(self.scheduler) else IDLE_WAIT_S
         except BaseException as error:
@@ -156,8 +156,8 @@ class DecodeLoop:
             if delta.finish_reason is not None:
                 self._end(request_id, delta.finish_reason)
 
-    def _receive(self, wait_s: float) -> None:
-        """Everything that other threads asked for, waiting so long for the first."""
+    def receive(self, wait_s: float = 0.0) -> None:
+        """Do what other threads asked for, waiting so long for the first."""
         try:
             self._inbox.get(timeout=wait_s)() if wait_s else self._inbox.get_nowait()()
             while True:

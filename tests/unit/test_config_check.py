@@ -183,8 +183,13 @@ def test_pickled_weights_and_a_tokenizer_that_cannot_be_compared_are_warnings(mo
     assert [problem.severity for problem in problems(model)] == ["warning", "warning"]
 
 
-FALCON = {"model_type": "falcon", "num_attention_heads": 8, "num_kv_heads": 2, "num_key_value_heads": None}
-FALCON_7B = FALCON | {"multi_query": True, "new_decoder_architecture": False}
+FALCON: dict[str, Any] = {
+    "model_type": "falcon",
+    "num_attention_heads": 8,
+    "num_kv_heads": 2,
+    "num_key_value_heads": None,
+}
+FALCON_7B: dict[str, Any] = FALCON | {"multi_query": True, "new_decoder_architecture": False}
 
 
 @pytest.mark.parametrize(

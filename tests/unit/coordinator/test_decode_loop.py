@@ -58,7 +58,7 @@ class Harness:
     def drive(self, max_steps: int = 5000) -> None:
         """Step until nothing is left."""
         for _ in range(max_steps):
-            self.loop._receive(0.0)
+            self.loop.receive()
             if not self.loop.step() and not self.loop.num_requests:
                 return
         raise AssertionError("the loop does not come to an end")
@@ -179,11 +179,11 @@ def test_requests_join_while_others_run_and_a_long_prompt_does_not_stop_them() -
     harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=8))
     short = request("short", {model: [1, 2] for model in EFT}, max_tokens=10, ignore_eos=True)
     harness.submit(short)
-    harness.loop._receive(0.0)
+    harness.loop.receive()
     harness.loop.step()
     harness.submit(request("long", {model: [rng.randrange(60) for _ in range(60)] for model in EFT}, max_tokens=2))
     for _ in range(8):
-        harness.loop._receive(0.0)
+        harness.loop.receive()
         before = len(harness.tokens("short"))
         harness.loop.step()
         assert len(harness.tokens("short")) == before + 1
@@ -206,7 +206,7 @@ def test_an_aborted_request_is_freed_everywhere_and_says_nothing_more() -> None:
     harness = Harness(ToyBackend(three_models()))
     harness.submit(request("gone", prompts_for(random.Random(1)), max_tokens=400, ignore_eos=True))
     for _ in range(5):
-        harness.loop._receive(0.0)
+        harness.loop.receive()
         harness.loop.step()
     emitted = len(harness.deltas["gone"])
     assert all(harness.backend.held.values())
@@ -244,7 +244,7 @@ def test_a_model_without_replicas_fails_its_requests_in_time_and_no_others() -> 
     harness.submit(request("eft", prompts_for(random.Random(1)), max_tokens=400, ignore_eos=True))
     harness.submit(request("base", {"base": [1]}, {"base": 1.0}, max_tokens=50, ignore_eos=True))
     for _ in range(3):
-        harness.loop._receive(0.0)
+        harness.loop.receive()
         harness.loop.step()
     harness.backend.dead = {"tuned-0"}
     harness.drive(max_steps=10**6)

@@ -1,0 +1,28 @@
+"""`eft-serve bench …`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Benchmarks: a table, then one line of JSON.")
+
+
+@app.callback()
+def bench() -> None:
+    """Benchmarks: a table, then one line of JSON."""
+
+
+@app.command()
+def fanout(
+    latency_ms: Annotated[str, typer.Option(help="Of base, tuned and reference.")] = "107,36,36",
+    vocab: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 32_000,
+    batch: Annotated[str, typer.Option(help="Requests at a time.")] = "1,16",
+    steps: Annotated[int, typer.Option(help="Decode steps of each measurement.")] = 20,
+    rounds: Annotated[int, typer.Option(help="Times that the measurements are interleaved.")] = 3,
+) -> None:
+    """What a decode step costs beyond its slowest model."""
+    from eft_serve.bench.fanout import run
+
+    run([float(ms) for ms in latency_ms.split(",")], vocab, [int(b) for b in batch.split(",")], steps, rounds)

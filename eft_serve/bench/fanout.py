@@ -1,0 +1,118 @@
+"""`eft-serve bench fanout`: what a decode step costs beyond its slowest model.
+
+The real coordinator and the real transport over engines that only sleep. 1.0 would be a step that costs what its
+slowest model costs; one model after the other would be the sum of the latencies over the largest.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eft_serve.bench import sleeping_engine
+from eft_serve.config import CoordinatorConfig
+from eft_serve.coordinator.decode_loop import DecodeLoop
+from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.coordinator.request import Request
+from eft_serve.transport.client import FanOut
+from eft_serve.types import GenerationRequest, SamplingParams
+
+ROLES = ("base", "tuned", "reference")
+COEFFICIENTS = {"base": 1.0, "tuned": 1.0, "reference": -1.0}
+WARM_UP_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Letters:
+    """A vocabulary that spells nothing."""
+
+    num_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "a" * len(token_ids)
+
+
+class Ensemble:
+    """Three sleeping engines and a coordinator over them, driven step by step."""
+
+    def __init__(self, latencies_s: Sequence[float], vocab_size: int) -> None:
+        self.slowest_s = max(latencies_s)
+        self.backend = FanOut()
+        started = [
+            sleeping_engine.start(role, latency, vocab_size, self.backend.public_key)
+            for role, latency in zip(ROLES, latencies_s, strict=True)
+        ]
+        self.processes = [process for process, _ in started]
+        vocabularies: dict[str, Any] = dict.fromkeys(ROLES, Letters(vocab_size))
+        self.loop = DecodeLoop(
+            CoordinatorConfig(), self.backend, vocabularies, lambda deltas: None, CoordinatorMetrics()
+        )
+        self.loop.set_replicas({endpoint.replica_id: endpoint for _, endpoint in started})
+        self.loop.receive()
+
+    def measure(self, batch: int, num_steps: int) -> list[float]:
+        """Seconds of each of so many decode steps with so many requests."""
+        requests = [self._request(f"{batch}-{index}", WARM_UP_STEPS + num_steps) for index in range(batch)]
+        for request in requests:
+            self.loop.submit(request)
+        self.loop.receive()
+        seconds = []
+        for _ in range(WARM_UP_STEPS + num_steps):
+            started = time.perf_counter()
+            self.loop.step()
+            seconds.append(time.perf_counter() - started)
+        self.loop.step()  # tells the engines that all of it is over
+        return seconds[WARM_UP_STEPS:]
+
+    def close(self) -> None:
+        self.backend.close()
+        for process in self.processes:
+            process.terminate()
+            process.join()
+
+    @staticmethod
+    def _request(request_id: str, max_tokens: int) -> Request:
+        generation = GenerationRequest(
+            request_id=request_id,
+            recipe="bench",
+            prompts={role: [1] for role in ROLES},
+            sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
+        )
+        return Request.create(generation, COEFFICIENTS, time.monotonic())
+
+
+def run(latencies_ms: Sequence[float], vocab_size: int, batches: Sequence[int], num_steps: int, rounds: int) -> None:
+    """Interleave the batch sizes and both latencies over the rounds; print medians, the last line as JSON."""
+    sleeping = Ensemble([ms / 1e3 for ms in latencies_ms], vocab_size)
+    instant = Ensemble([0.0] * len(ROLES), vocab_size)
+    seconds: dict[tuple[str, int], list[float]] = {}
+    try:
+        for _ in range(rounds):
+            for batch in batches:
+                seconds.setdefault(("sleeping", batch), []).extend(sleeping.measure(batch, num_steps))
+                seconds.setdefault(("instant", batch), []).extend(instant.measure(batch, num_steps))
+    finally:
+        sleeping.close()
+        instant.close()
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    slowest = max(latencies_ms) / 1e3
+    over = {str(b): round(medians["sleeping", b] / slowest, 4) if slowest else None for b in batches}
+    overhead = {str(b): round(medians["instant", b] * 1e3, 3) for b in batches}
+    table = Table(
+        title=f"Decode step over sleeping models of {', '.join(map(str, latencies_ms))} ms, {vocab_size} tokens"
+    )
+    for column in ("batch", "step ms, p50", "over the slowest", "step ms at latency 0"):
+        table.add_column(column, justify="right")
+    for b in batches:
+        table.add_row(str(b), f"{medians['sleeping', b] * 1e3:.2f}", str(over[str(b)]), str(overhead[str(b)]))
+    console = Console()
+    console.print(table)
+    console.file.write(json.dumps({"step_over_slowest": over, "overhead_ms_p50": overhead}) + "\n")
