@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eft_serve.errors import ConfigError
@@ -165,19 +164,6 @@ class AppConfig(_Frozen):
                 if model not in self.models:
                     raise ValueError(f"recipes.{name}: unknown model {model!r}; models are {sorted(self.models)}")
         return self
-
-    @classmethod
-    def load(cls, path: Path) -> AppConfig:
-        """Read a YAML file.
-
-        Raises:
-            ConfigError: the file is missing, is not YAML, or does not validate; the message names every mistake.
-        """
-        try:
-            data = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-        return cls.parse(data, source=str(path))
 
     @classmethod
     def parse(cls, data: Any, source: str = "config") -> AppConfig:

@@ -31,7 +31,8 @@ def serve(config: dict[str, Any], directory: Path, *options: str) -> subprocess.
 
 
 def one_model(path: Path | str) -> dict[str, Any]:
-    return {"models": {"only": {"path": str(path), "resources": {"num_cpus": 0.1}}}}
+    small = {"resources": {"num_cpus": 0.1}}
+    return {"models": {"only": {"path": str(path), **small}}, "coordinator": small, "server": small}
 
 
 def test_mistakes_are_named_before_anything_starts(tmp_path: Path) -> None:

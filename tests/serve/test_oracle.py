@@ -74,7 +74,7 @@ def cases(vocabulary: Vocabulary, count: int, seed: int = 0) -> list[Case]:
     for index, text in enumerate(chosen):
         token_ids = vocabulary.tokenizer(text)["input_ids"]
         if index % 5 == 0:  # a prompt of several hundred tokens
-            token_ids = [t for other in rng.sample(texts, 12) for t in vocabulary.tokenizer(other)["input_ids"]]
+            token_ids = [t for other in rng.choices(texts, k=12) for t in vocabulary.tokenizer(other)["input_ids"]]
         knobs = (rng.choice([0.5, 1.5]), rng.choice([0.0, 0.5])) if index % 6 == 1 else (1.0, 1.0)
         found.append(Case(token_ids, rng.choice([4, 12, 32]), *knobs))
     return found

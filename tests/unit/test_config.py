@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from eft_serve.config import ZOO_CHECKPOINTS, AppConfig, ModelConfig
+from eft_serve.config_check import load_any
 from eft_serve.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -91,10 +92,10 @@ def test_all_mistakes_are_named_at_once() -> None:
 
 def test_a_file_that_is_missing_or_no_yaml_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.yaml"):
-        AppConfig.load(tmp_path / "missing.yaml")
+        load_any(tmp_path / "missing.yaml")
     (tmp_path / "broken.yaml").write_text("models: [")
     with pytest.raises(ConfigError, match=r"broken\.yaml: cannot be read as YAML"):
-        AppConfig.load(tmp_path / "broken.yaml")
+        load_any(tmp_path / "broken.yaml")
 
 
 def sections(kind: type[BaseModel]) -> Iterator[type[BaseModel]]:
