@@ -56,7 +56,7 @@ class StepOutput:
     """An engine's answer to one `SequenceStep`: exactly one of `held`, `error`, `logits` is set."""
 
     sequence_id: str
-    held: int | None = None  # fewer than `position` tokens are here; nothing was computed; send again from here
+    held: int | None = None  # so many tokens are here, too few or with no room for more; nothing was computed; send again
     error: str | None = None  # this step can never be served (out of vocabulary, beyond the context)
     logits: Tensor | None = None  # [num_logits, vocab_size], floating
 

@@ -81,7 +81,7 @@ def ragged_attention(
     for group in ragged.layout.groups:
         rows = slice(group.start, group.stop)
         q = query[0, :, rows].reshape(-1, group.batch_size, group.q_length, query.shape[3]).transpose(0, 1)
-        view = group.view(sliding_window)
+        view = group.view(sliding_window, query.shape[1] // key.shape[1])
         if view.is_causal and softcap is None:
             out = _causal_attention(q, key[:, :, rows], value[:, :, rows], scaling)
         else:
@@ -109,22 +109,17 @@ def _masked_attention(
     query: Tensor,  # [batch, heads, q_length, head_dim]
     key: Tensor,  # [batch, kv_heads, kv_length, head_dim]
     value: Tensor,
-    mask: Tensor | None,  # [batch, 1, q_length, kv_length] bool
+    mask: Tensor | None,  # [batch, 1, repeats * q_length, kv_length] bool
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """Grouped queries: of a decoding row the heads of one kv head become its rows, longer rows take copied keys."""
-    shape = query.shape
-    repeats = shape[1] // key.shape[1]
-    if shape[2] == 1:
-        query = query.reshape(shape[0], key.shape[1], repeats, shape[3])
-    elif repeats > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    """Grouped queries without copied keys: the heads of one kv head become more rows of it."""
+    packed = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])  # [batch, kv_heads, repeats * q_length, _]
     if softcap is None:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        out = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
     else:
-        out = _softcapped_attention(query, key, value, mask, scaling, softcap)
-    return out.reshape(*shape[:3], -1)
+        out = _softcapped_attention(packed, key, value, mask, scaling, softcap)
+    return out.reshape(*query.shape[:3], -1)
 
 
 def _softcapped_attention(

@@ -24,7 +24,7 @@ class GroupView:
     """What one kind of attention sees of a group."""
 
     slots: Tensor  # [batch, kv_length] int64, cache slots of each row's tokens, padded on the left
-    mask: Tensor | None  # [batch, 1, q_length, kv_length] bool, True where attended; None: every column is
+    mask: Tensor | None  # [batch, 1, repeats * q_length, kv_length] bool, True where attended; None: everywhere
     is_causal: bool = False  # one row, nothing cached, no window: plain causal attention over the new tokens alone
 
 
@@ -38,7 +38,7 @@ class Group:
     num_logits: list[int]  # wanted of each row, its last new tokens
     slots: Tensor  # [batch, kv_length] int64
     positions: Tensor  # [batch, q_length] int64
-    _views: dict[int | None, GroupView] = field(default_factory=dict)
+    _views: dict[tuple[int | None, int], GroupView] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
@@ -59,15 +59,21 @@ class Group:
         first = self.kv_length - torch.tensor(self.lengths, device=self.slots.device)
         return columns >= first[:, None]
 
-    def view(self, window: int | None) -> GroupView:
-        """The columns and the mask for full attention, or for a sliding window of so many tokens."""
+    def view(self, window: int | None, repeats: int) -> GroupView:
+        """The columns and the mask for full attention, or for a sliding window of so many tokens.
+
+        Args:
+            window: tokens that a query sees, itself included; None for all.
+            repeats: queries of one kv head at each position, one block of rows after the other.
+        """
         if window is not None and window >= max(self.lengths):
             window = None
-        if window not in self._views:
-            self._views[window] = self._build_view(window)
-        return self._views[window]
+        key = (window, repeats)
+        if key not in self._views:
+            self._views[key] = self._build_view(window, repeats)
+        return self._views[key]
 
-    def _build_view(self, window: int | None) -> GroupView:
+    def _build_view(self, window: int | None, repeats: int) -> GroupView:
         reach = self.kv_length if window is None else min(self.kv_length, window + self.q_length - 1)
         hidden = self.kv_length - reach
         if self.q_length == 1 and min(self.lengths) >= reach:
@@ -80,7 +86,7 @@ class Group:
             seen &= key > query - window
         mask = seen[None] & self.padding_mask()[:, None, hidden:]
         is_causal = window is None and self.batch_size == 1 and self.q_length == self.kv_length
-        return GroupView(self.slots[:, hidden:], mask[:, None], is_causal)
+        return GroupView(self.slots[:, hidden:], mask[:, None].repeat(1, 1, repeats, 1), is_causal)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def _num_blocks(name: str, config: ModelConfig, most: list[int | None]) -> int:
 def _choose_path(config: ModelConfig, group: WorkerGroup, reference: Tensor) -> str:
     """The first way of running the model that gives the logits of the unsplit, uncached model."""
     tolerance = _TOLERANCE[group.runner.dtype]
-    tried = []
+    tried: list[str] = []
     for name in ("ragged", "padded"):
         outcome: Tensor | str = group.call("try_path", name)[0]
         if isinstance(outcome, str):
@@ -77,6 +77,8 @@ def _choose_path(config: ModelConfig, group: WorkerGroup, reference: Tensor) -> 
             continue
         deviation = _deviation(outcome, reference)
         if deviation <= tolerance:
+            for reason in tried:
+                logger.info("%s: %s", config.path, reason)
             return name
         tried.append(f"{name}: logits deviate by {deviation:.2g}")
     raise CheckpointError(

@@ -44,6 +44,10 @@ def tokens_of(sequence: int) -> list[int]:
     return random.Random(sequence).choices(range(VOCAB_SIZE), k=LENGTH)
 
 
+def expected_path(architecture: str) -> str:
+    return "padded" if architecture in PADDED else "ragged"
+
+
 def to_step(draw: Draw, believed: dict[int, int]) -> SequenceStep:
     position = min(round(draw.position * believed.get(draw.sequence, 0)), LENGTH - 1)
     tokens = tokens_of(draw.sequence)[position : position + draw.count]
@@ -83,6 +87,7 @@ def test_any_schedule_gives_the_stock_models_logits(
     architecture: str, schedule: list[list[Draw]], load: Load, references: References
 ) -> None:
     engine = load(architecture, **SMALL)
+    assert engine.info.attention == expected_path(architecture), "the other path would hide this one's mistakes"
     engine.free(map(str, range(4)))
     logits = {i: stock_logits(references(architecture), tokens_of(i)) for i in range(4)}
     believed: dict[int, int] = {}
@@ -100,7 +105,7 @@ def test_any_schedule_gives_the_stock_models_logits(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_equals_generate(architecture: str, load: Load, references: References) -> None:
     engine, model = load(architecture), references(architecture)
-    assert engine.info.attention == ("padded" if architecture in PADDED else "ragged")
+    assert engine.info.attention == expected_path(architecture)
     seen: set[int] = set()
     for length in (1, 7, 30):
         prompt = tokens_of(9)[:length]

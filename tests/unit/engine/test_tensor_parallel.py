@@ -32,8 +32,8 @@ def config_of(path: Path) -> ModelConfig:
 
 
 def leftovers() -> set[str]:
-    groups = {path.name for path in Path("/tmp").glob("eft-serve-group-*")}
-    return groups | {path.name for path in Path("/dev/shm").iterdir()}
+    """Group directories and DeepSpeed's shared memory."""
+    return {str(path) for path in (*Path("/tmp").glob("eft-serve-group-*"), *Path("/dev/shm").glob("deepspeed*"))}
 
 
 def is_running(pid: int) -> bool:
