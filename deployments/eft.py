@@ -18,8 +18,8 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    config: str | dict[str, Any]
-    """A YAML file, or the configuration itself (`eft_serve.config.AppConfig`)."""
+    config: str | dict[str, Any] = str(Path(__file__).parent / "zoo.yaml")
+    """A YAML file, or the configuration itself (`eft_serve.config.AppConfig`); the embedded family by default."""
 
 
 def app(args: AppArgs) -> Application:

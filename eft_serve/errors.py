@@ -47,6 +47,12 @@ class CheckpointError(EftServeError):
     status, error_type, code = 500, "server_error", "invalid_checkpoint"
 
 
+class DeploymentError(EftServeError):
+    """A deployment could not be started; the message carries its own traceback."""
+
+    status, error_type, code = 500, "server_error", "deployment_failed"
+
+
 class InvalidRequestError(EftServeError):
     """The request is malformed or asks for what cannot be given."""
 
@@ -106,6 +112,7 @@ BY_NAME: dict[str, type[EftServeError]] = {
     for kind in (
         ConfigError,
         CheckpointError,
+        DeploymentError,
         InvalidRequestError,
         ContextLengthError,
         AuthenticationError,

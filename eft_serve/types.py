@@ -56,7 +56,7 @@ class StepOutput:
     """An engine's answer to one `SequenceStep`: exactly one of `held`, `error`, `logits` is set."""
 
     sequence_id: str
-    held: int | None = None  # so many tokens are here, too few or with no room for more; nothing was computed; send again
+    held: int | None = None  # only so many tokens are here, or there is no room for more: nothing was computed
     error: str | None = None  # this step can never be served (out of vocabulary, beyond the context)
     logits: Tensor | None = None  # [num_logits, vocab_size], floating
 

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from eft_serve.config import AppConfig
-from eft_serve.errors import DeadlineError
+from eft_serve.errors import DeadlineError, DeploymentError
 from eft_serve.rayserve.app import build
 
 APP_NAME = "eft-serve"
@@ -65,15 +65,24 @@ def local_app(
     """Serve this configuration here; ready when the block begins, and gone when it ends.
 
     Raises:
-        RuntimeError: a deployment failed; Ray Serve's message carries its traceback.
+        DeploymentError: a deployment failed; the message carries its own traceback.
         DeadlineError: not ready in time.
     """
     port = port or free_port()
     with local_cluster(host=host, port=port, dashboard=dashboard) as dashboard_url:
-        serve.run(build(config), name=APP_NAME)
+        _run(config)
         url = f"http://127.0.0.1:{port}"
         wait_ready(url, timeout_s)
         yield LocalApp(url, dashboard_url)
+
+
+def _run(config: AppConfig) -> None:
+    try:
+        serve.run(build(config), name=APP_NAME)
+    except RuntimeError as error:  # it names the deployments that failed, and says nothing of why
+        deployments = serve.status().applications[APP_NAME].deployments
+        why = [f"{name}: {d.message}" for name, d in deployments.items() if d.message and d.status != "HEALTHY"]
+        raise DeploymentError("\n".join([str(error), *why])) from error
 
 
 def wait_ready(url: str, timeout_s: float) -> None:
