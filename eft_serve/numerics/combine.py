@@ -35,6 +35,7 @@ def combine(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> Tensor:
     _check_shapes(logits, coefficients)
     factors = coefficients.to(device=logits[0].device, dtype=torch.float32)
     total = torch.zeros(logits[0].shape, dtype=torch.float32, device=logits[0].device)
+    scratch = torch.empty_like(total)
     impossible: Tensor | None = None
     for term, factor in zip(range(len(logits)), factors, strict=True):
         rows = _running_rows(logits[term].float(), factor)
@@ -43,7 +44,7 @@ def combine(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> Tensor:
             impossible = absent if impossible is None else impossible | absent
             rows = rows.masked_fill(absent, 0.0)  # a negative coefficient, or a second −inf, would make NaN of it
         # Two exact steps, not a fused multiply-add: a row's bits must not depend on where in the batch it stands.
-        total.add_(rows * factor[:, None])
+        total.add_(torch.mul(rows, factor[:, None], out=scratch))
     return _finish(total, impossible)
 
 
@@ -87,7 +88,7 @@ def _running_rows(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _has_impossible(rows: Tensor, term: int) -> bool:
-    lowest, highest = torch.aminmax(rows, dim=-1)
+    lowest, highest = rows.amin(dim=-1), rows.amax(dim=-1)  # both NaN where one is
     bad = highest.isnan() | highest.isposinf()
     if bad.any():
         raise ValueError(f"logits: term {term} has NaN or +inf in rows {bad.nonzero().flatten().tolist()}")
@@ -95,7 +96,7 @@ def _has_impossible(rows: Tensor, term: int) -> bool:
 
 
 def _finish(total: Tensor, impossible: Tensor | None) -> Tensor:
-    if not torch.stack(torch.aminmax(total)).isfinite().all():
+    if not (total.amin(dim=-1).isfinite() & total.amax(dim=-1).isfinite()).all():
         raise ValueError("coefficients: the combination overflows float32; use smaller ones")
     if impossible is None:
         return total

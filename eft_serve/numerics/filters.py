@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WINDOW = 1024  # largest logits looked at first
+WINDOWS = (256, 4096)  # how many of the largest logits are looked at before all are
 
 
 def nucleus_threshold(logits: Tensor, top_p: Tensor, top_k: Tensor | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def nucleus_threshold(logits: Tensor, top_p: Tensor, top_k: Tensor | None = None
     top_k = torch.zeros_like(top_p, dtype=torch.int64) if top_k is None else top_k
     threshold = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=logits.device)
     pending = ((top_p < 1) | ((top_k > 0) & (top_k < vocab_size))).nonzero().flatten()
-    for width in (WINDOW, vocab_size):
+    for width in (*WINDOWS, vocab_size):
         if pending.numel():
             found, settled = _within_window(logits, pending, min(width, vocab_size), top_p, top_k)
             threshold[pending] = found
@@ -39,7 +39,8 @@ def _within_window(logits: Tensor, rows: Tensor, width: int, top_p: Tensor, top_
     """Thresholds of these rows, and whether the `width` largest logits were enough to know them."""
     chosen = logits if len(rows) == len(logits) else logits[rows]
     top_p, top_k = top_p[rows].double()[:, None], top_k[rows].clamp(max=width)[:, None]
-    values, token_ids = chosen.topk(width)  # [len(rows), width], falling
+    # [len(rows), width], falling
+    values, token_ids = chosen.topk(width) if width < logits.shape[1] else chosen.sort(descending=True)
     kth = values.gather(1, (top_k - 1).clamp(min=0)).where(top_k > 0, -torch.inf)
     # Not logsumexp: softmax sums each row by itself, so that neighbours cannot change a row's last bit.
     probs = chosen.softmax(dim=-1).gather(1, token_ids).double().where(values >= kth, 0.0)

@@ -14,7 +14,7 @@ from eft_serve.numerics.filters import min_p_threshold, nucleus_threshold
 from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_keys
 from eft_serve.numerics.logprobs import require_possible
 
-_BLOCK = 1 << 17  # elements whose noise fits a core's cache
+_CPU_BLOCK = 1 << 18  # elements whose intermediate values stay in the cache
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 _SPARSE = 8  # survivors are picked out one by one when they are fewer than one in so many
 
@@ -71,11 +71,9 @@ def sample(logits: Tensor, params: SamplingRows) -> Tensor:
     require_possible(logits)
     token_ids = logits.argmax(dim=-1)
     random = (params.temperature > 0).nonzero().flatten()
-    if random.numel() == len(params):
-        return draw(filtered_logits(logits, params), params.seed, params.position)
-    if random.numel():
-        chosen = params.select(random)
-        token_ids[random] = draw(filtered_logits(logits[random], chosen), chosen.seed, chosen.position)
+    for rows in torch.split(random, _block_rows(logits)):
+        chosen = params.select(rows)
+        token_ids[rows] = draw(filtered_logits(logits[rows], chosen), chosen.seed, chosen.position)
     return token_ids
 
 
@@ -119,12 +117,9 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """
     keys = row_keys(seeds, positions)
     alive = logits >= logits.amax(dim=-1, keepdim=True) - (MAX_NOISE - MIN_NOISE)
-    if int(alive.sum()) * _SPARSE < alive.numel():
+    if int(alive.count_nonzero()) * _SPARSE < alive.numel():
         return _draw_sparse(logits, keys, alive)
-    num_rows = max(1, _BLOCK // logits.shape[1])
-    return torch.cat(
-        [_draw_dense(*block) for block in zip(torch.split(logits, num_rows), torch.split(keys, num_rows), strict=True)]
-    )
+    return _draw_dense(logits, keys)
 
 
 def _draw_dense(logits: Tensor, keys: Tensor) -> Tensor:
@@ -138,6 +133,11 @@ def _draw_sparse(logits: Tensor, keys: Tensor, alive: Tensor) -> Tensor:
     best = torch.full_like(keys, -torch.inf, dtype=torch.float64).scatter_reduce_(0, rows, noisy, "amax")
     winners = token_ids.where(noisy == best[rows], logits.shape[1])
     return torch.full_like(keys, logits.shape[1]).scatter_reduce_(0, rows, winners, "amin")
+
+
+def _block_rows(logits: Tensor) -> int:
+    """How many rows to draw at once; an accelerator takes all."""
+    return max(1, _CPU_BLOCK // logits.shape[1] if logits.device.type == "cpu" else len(logits))
 
 
 def _check_rows(logits: Tensor, params: SamplingRows) -> None:

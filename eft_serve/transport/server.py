@@ -1,7 +1,7 @@
-"""The engine's side: a socket, and the one thread that owns the engine.
+"""An engine's socket: the thread that receives steps, merges what is ready into one forward, and answers.
 
-Whatever has arrived while the last forward ran is merged into the next, so several coordinators share one batch. Only
-clients whose CURVE key was allowed are heard at all.
+It knows a `StepHandler` and not what computes behind it. Only clients whose CURVE key was allowed get through the
+handshake; the server proves itself to them by its own key.
 """
 
 from __future__ import annotations
@@ -9,146 +9,191 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from eft_serve.errors import EngineError
-from eft_serve.transport import wire
+from eft_serve.transport.sockets import harden
+from eft_serve.transport.wire import (
+    MAX_REQUEST_BYTES,
+    Frame,
+    Request,
+    WireError,
+    decode_request,
+    encode_failure,
+    encode_reply,
+)
 from eft_serve.types import SequenceStep, StepOutput
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 * 1024**2  # 16 million tokens; nobody sends more in a step
-IDLE_POLL_MS = 1000  # leases are looked at so often
-MAX_FAILURES = 3  # forwards that fail in a row before the engine counts as broken
-HEARTBEAT_MS = 2000
+POLL_INTERVAL_S = 0.2  # an idle server looks at its stop flag so often
+EXPIRE_INTERVAL_S = 1.0
+MAX_MERGED_MESSAGES = 256
 
 
 class StepHandler(Protocol):
-    """What the server steps; called from its thread only."""
+    """An engine, as the server sees it; called by one thread."""
 
-    def forward(self, steps: Sequence[SequenceStep]) -> list[StepOutput]: ...
+    def forward(self, steps: Sequence[SequenceStep]) -> list[StepOutput]:
+        """Answers in the order of the steps."""
+        ...
 
-    def free(self, sequence_ids: Iterable[str]) -> None: ...
+    def free(self, sequence_ids: Iterable[str]) -> None:
+        """Drop sequences; unknown ids are no error."""
+        ...
 
-    def expire(self) -> None: ...
+    def expire(self) -> None:
+        """Drop sequences whose lease has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Incoming:
+    """A request, and the client to answer."""
+
+    client: bytes
+    request: Request
+
+    @property
+    def sequence_ids(self) -> set[str]:
+        return {step.sequence_id for step in self.request.steps}
+
+
+class _AllowedKeys(set[bytes]):
+    """Clients' public keys, in the form that pyzmq's authenticator asks for."""
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self
 
 
 class StepServer:
-    """Serves one handler.
+    """Serves a handler from a thread of its own; listens from construction on, answers from `start` on.
 
     Args:
-        handler: the engine.
-        host: the interface to listen on; the port is a free one.
+        handler: what computes the steps; used by the server's thread alone.
+        host: the interface to listen on; the port is free choice of the system.
+        bind_address: a whole ZeroMQ address instead, e.g. `ipc:///path`.
     """
 
-    def __init__(self, handler: StepHandler, host: str) -> None:
+    def __init__(self, handler: StepHandler, host: str = "127.0.0.1", bind_address: str | None = None) -> None:
         self._handler = handler
-        self._context = zmq.Context()
-        self._allowed: set[bytes] = set()
-        self._authenticator = ThreadAuthenticator(self._context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(domain="*", credentials_provider=_Allowed(self._allowed))
-        self.public_key, secret_key = zmq.curve_keypair()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
-        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
-        self._socket.setsockopt(zmq.CURVE_SECRETKEY, secret_key)
-        self.address = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        self._allowed = _AllowedKeys()
+        self._failure: str | None = None
         self._stopping = threading.Event()
-        self._num_failures = 0
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._next_expiry = 0.0
+        self.public_key, secret_key = zmq.curve_keypair()
+        self._context = zmq.Context()
+        self._authenticator = ThreadAuthenticator(self._context, log=logger)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(domain="*", credentials_provider=self._allowed)
+        self._socket = self._context.socket(zmq.ROUTER)
+        harden(self._socket, MAX_REQUEST_BYTES)
+        self._socket.set(zmq.CURVE_SERVER, 1)
+        self._socket.set(zmq.CURVE_SECRETKEY, secret_key)
+        self._socket.bind(bind_address or f"tcp://{host}:0")
+        self.address = self._socket.get_string(zmq.LAST_ENDPOINT)
+        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+
+    # From any thread.
 
     def start(self) -> None:
-        """Start the engine's thread."""
         self._thread.start()
 
     def allow(self, client_public_key: bytes) -> None:
-        """Let this client in; from any thread, idempotent."""
+        """Let this client through from its next handshake on; Z85, idempotent."""
         self._allowed.add(client_public_key)
 
     def check(self) -> None:
-        """Raises `EngineError` when the thread has died or the handler keeps failing."""
-        if self._error is not None or not self._thread.is_alive():
-            raise EngineError(f"the engine's thread has ended: {self._error!r}") from self._error
-        if self._num_failures >= MAX_FAILURES:
-            raise EngineError(f"the last {self._num_failures} forwards failed")
+        """Raises `EngineError` while the last forward failed, or when the thread has ended."""
+        if self._failure is not None:
+            raise EngineError(f"the engine failed: {self._failure}")
+        if not self._thread.is_alive():
+            raise EngineError("the engine's thread is not running")
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Stop after the forward that runs now; may be called twice."""
-        if self._stopping.is_set():
-            return
+        """Stop after the present forward, waiting no longer than `timeout_s`; idempotent."""
         self._stopping.set()
-        if self._thread.ident is not None:
+        if self._thread.is_alive():
             self._thread.join(timeout_s)
-        if not self._thread.is_alive():  # a socket must not be closed under a thread that still uses it
-            self._authenticator.stop()
-            self._socket.close()
-            self._context.term()
+        self._authenticator.stop()
+        if self._thread.is_alive():
+            logger.error(
+                "the engine's thread still computes after %g s; its socket is left to the process's end", timeout_s
+            )
+            return
+        self._context.destroy(linger=0)
 
-    def _run(self) -> None:
+    # The engine's own thread.
+
+    def run(self) -> None:
+        """Receive, merge, compute, answer, until closed."""
         try:
-            expired_at = time.monotonic()
             while not self._stopping.is_set():
-                if self._socket.poll(IDLE_POLL_MS):
-                    self._serve(self._drain())
-                if time.monotonic() - expired_at >= IDLE_POLL_MS / 1e3:
-                    self._handler.expire()
-                    expired_at = time.monotonic()
+                for merged in _without_duplicates(self._receive()):
+                    self._serve(merged)
+                self._expire()
         except BaseException as error:
             logger.exception("the engine's thread died")
-            self._error = error
+            self._failure = f"{type(error).__name__}: {error}"
 
-    def _drain(self) -> list[tuple[bytes, wire.StepMessage]]:
-        """Every message that is here, with its sender; what is no message is dropped."""
-        messages = []
-        while True:
+    def _receive(self) -> list[_Incoming]:
+        """Everything that is ready, waiting a little for the first."""
+        incoming: list[_Incoming] = []
+        wait_ms = int(POLL_INTERVAL_S * 1000)
+        while len(incoming) < MAX_MERGED_MESSAGES and self._socket.poll(wait_ms):
+            wait_ms = 0
+            client, *frames = self._socket.recv_multipart()
             try:
-                client, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-                if len(frames) != 1:
-                    raise wire.WireError(f"{len(frames)} frames")
-                messages.append((client, wire.decode_message(frames[0])))
-            except zmq.Again:
-                return messages
-            except wire.WireError as error:
+                incoming.append(_Incoming(client, decode_request(frames)))
+            except WireError as error:
                 logger.warning("dropped a message: %s", error)
+        return incoming
 
-    def _serve(self, messages: Sequence[tuple[bytes, wire.StepMessage]]) -> None:
-        """One forward for all of them, one reply to each."""
-        started = time.perf_counter()
+    def _serve(self, merged: list[_Incoming]) -> None:
+        """One forward for all of these clients; what it raises is every client's failure and nobody's end."""
         try:
-            self._handler.free([sequence_id for _, message in messages for sequence_id in message.freed])
-            outputs = self._handler.forward([step for _, message in messages for step in message.steps])
+            replies = self._compute(merged)
+            self._failure = None
         except Exception as error:
             logger.exception("a forward failed")
-            self._num_failures += 1
-            for client, message in messages:
-                self._reply(client, wire.encode_failure(message.message_id, f"{type(error).__name__}: {error}"))
-            return
-        self._num_failures = 0
+            self._failure = f"{type(error).__name__}: {error}"
+            replies = [encode_failure(incoming.request.message_id, self._failure) for incoming in merged]
+        for incoming, frames in zip(merged, replies, strict=True):
+            self._socket.send_multipart([incoming.client, *frames], copy=False)
+
+    def _compute(self, merged: list[_Incoming]) -> list[list[Frame]]:
+        requests = [incoming.request for incoming in merged]
+        if freed := [sequence_id for request in requests for sequence_id in request.freed]:
+            self._handler.free(freed)
+        steps = [step for request in requests for step in request.steps]
+        started = time.perf_counter()
+        outputs = self._handler.forward(steps) if steps else []
         seconds = time.perf_counter() - started
-        start = 0
-        for client, message in messages:
-            end = start + len(message.steps)
-            self._reply(client, wire.encode_reply(message.message_id, outputs[start:end], seconds))
-            start = end
+        if [output.sequence_id for output in outputs] != [step.sequence_id for step in steps]:
+            raise EngineError(f"{len(outputs)} outputs do not answer {len(steps)} steps one by one")
+        remaining = iter(outputs)
+        return [encode_reply(r.message_id, [next(remaining) for _ in r.steps], seconds) for r in requests]
 
-    def _reply(self, client: bytes, frames: Sequence[bytes | memoryview]) -> None:
-        self._socket.send_multipart([client, *frames], copy=False)
+    def _expire(self) -> None:
+        if (now := time.monotonic()) >= self._next_expiry:
+            self._next_expiry = now + EXPIRE_INTERVAL_S
+            self._handler.expire()
 
 
-class _Allowed:
-    """The shape in which pyzmq wants the set of allowed keys."""
-
-    def __init__(self, keys: set[bytes]) -> None:
-        self._keys = keys
-
-    def callback(self, domain: str, key: bytes) -> Any:
-        return key in self._keys
+def _without_duplicates(incoming: Iterable[_Incoming]) -> Iterator[list[_Incoming]]:
+    """Merge in order of arrival; a sequence that comes again, or was freed meanwhile, starts the next forward."""
+    merged: list[_Incoming] = []
+    seen: set[str] = set()
+    for one in incoming:
+        if seen & (one.sequence_ids | set(one.request.freed)):
+            yield merged
+            merged, seen = [], set()
+        merged.append(one)
+        seen |= one.sequence_ids
+    if merged:
+        yield merged

@@ -1,28 +1,38 @@
-"""What the messages look like: a msgpack header, and the logits behind it as one raw frame. Nothing is pickled.
+"""The step contract as ZeroMQ frames: a msgpack header, and logits as one raw frame that nobody copies on arrival.
 
-All rows of a reply share a dtype and a vocabulary, so they travel as one contiguous block in the order of the steps.
+It knows bytes and not sockets. Nothing here can run code that the other side sent: no pickle, every field typed, every
+size checked before it is believed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 import torch
 from torch import Tensor
-from zmq import Frame
 
+from eft_serve.errors import EngineError
 from eft_serve.types import SequenceStep, StepOutput
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_REQUEST_BYTES = 64 << 20  # token ids and names only
+MAX_REPLY_BYTES = 4 << 30
+
+Frame = bytes | bytearray | memoryview
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class WireError(Exception):
-    """Bytes that are no message of ours."""
+class WireError(EngineError):
+    """Bytes that are not a message of this contract."""
+
+    code = "malformed_message"
 
 
-class StepMessage(msgspec.Struct, frozen=True, array_like=True):
-    """From a coordinator to an engine."""
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """One coordinator's part of a forward; with no steps it only frees."""
 
     message_id: int
     steps: list[SequenceStep]
@@ -30,7 +40,7 @@ class StepMessage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """One step's `StepOutput` without its logits."""
+    """One step's outcome: `held`, `error`, or that many rows of the payload."""
 
     sequence_id: str
     held: int | None
@@ -38,73 +48,111 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     num_rows: int
 
 
-class StepReply(msgspec.Struct, frozen=True, array_like=True):
-    """From an engine to a coordinator; the logits follow as a second frame when there are any rows."""
+class ReplyHeader(msgspec.Struct, frozen=True, array_like=True):
+    """What stands before the logits; with a `failure` there are no answers."""
 
     message_id: int
     answers: list[Answer]
     dtype: str
     vocab_size: int
     forward_seconds: float
-    failure: str | None = None  # the engine could not compute; no answers then
+    failure: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A decoded reply: outputs in the order of the steps, logits being views of the received frame."""
+
+    message_id: int
+    outputs: list[StepOutput]
+    forward_seconds: float
+    failure: str | None
 
 
 _encoder = msgspec.msgpack.Encoder()
-_message_decoder = msgspec.msgpack.Decoder(StepMessage)
-_reply_decoder = msgspec.msgpack.Decoder(StepReply)
-
-encode_message = _encoder.encode
+_request_decoder = msgspec.msgpack.Decoder(Request)
+_reply_decoder = msgspec.msgpack.Decoder(ReplyHeader)
 
 
-def decode_message(frame: bytes | memoryview) -> StepMessage:
-    """Raises `WireError`."""
+def encode_request(request: Request) -> bytes:
+    return _encoder.encode(request)
+
+
+def decode_request(frames: Sequence[Frame]) -> Request:
+    """Raises `WireError` for anything but one well-formed frame."""
+    if len(frames) != 1:
+        raise WireError(f"request: {len(frames)} frames; send one")
     try:
-        return _message_decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WireError(f"not a step message: {error}") from error
+        request = _request_decoder.decode(frames[0])
+    except (msgspec.MsgspecError, ValueError) as error:  # ValueError: text that is not UTF-8
+        raise WireError(f"request: {error}; run the same version on both sides") from error
+    for step in request.steps:
+        if step.position < 0 or not 0 <= step.num_logits <= len(step.token_ids):
+            raise WireError(f"request: sequence {step.sequence_id!r}: position or num_logits out of range")
+    return request
 
 
-def encode_failure(message_id: int, failure: str) -> list[bytes]:
-    """Frames of a reply without answers."""
-    return [_encoder.encode(StepReply(message_id, [], "", 0, 0.0, failure))]
+def encode_reply(message_id: int, outputs: Sequence[StepOutput], forward_seconds: float) -> list[Frame]:
+    """Header and payload; the payload is a copy, so the engine may reuse its own buffers at once.
+
+    Raises:
+        WireError: the outputs' logits differ in width or dtype, or have a dtype that does not travel.
+    """
+    rows = [output.logits for output in outputs if output.logits is not None and output.logits.numel()]
+    answers = [_answer(output) for output in outputs]
+    if not rows:
+        return [_encoder.encode(ReplyHeader(message_id, answers, "float32", 0, forward_seconds, None)), b""]
+    shape, dtype = rows[0].shape[1:], rows[0].dtype
+    if dtype not in _NAMES or any(r.dim() != 2 or r.shape[1:] != shape or r.dtype != dtype for r in rows):
+        raise WireError(f"logits: {[(str(r.dtype), tuple(r.shape)) for r in rows]}; want [n, vocab_size] of one dtype")
+    payload = torch.cat([r.detach() for r in rows]).cpu()
+    header = ReplyHeader(message_id, answers, _NAMES[dtype], payload.shape[1], forward_seconds, None)
+    return [_encoder.encode(header), payload.view(torch.uint8).numpy().data.cast("B")]
 
 
-def encode_reply(message_id: int, outputs: Sequence[StepOutput], forward_seconds: float) -> list[bytes | memoryview]:
-    """Frames of a reply; at most one copy of the logits."""
-    answers = [Answer(o.sequence_id, o.held, o.error, 0 if o.logits is None else o.logits.shape[0]) for o in outputs]
-    blocks = [o.logits for o in outputs if o.logits is not None and o.logits.shape[0]]
-    if not blocks:
-        return [_encoder.encode(StepReply(message_id, answers, "", 0, forward_seconds))]
-    logits = (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).detach().cpu().contiguous()
-    dtype = str(logits.dtype).removeprefix("torch.")
-    header = StepReply(message_id, answers, dtype, logits.shape[-1], forward_seconds)
-    return [_encoder.encode(header), logits.view(torch.uint8).numpy().data.cast("B")]
+def encode_failure(message_id: int, message: str) -> list[Frame]:
+    return [_encoder.encode(ReplyHeader(message_id, [], "float32", 0, 0.0, message)), b""]
 
 
-def decode_reply(frames: Sequence[Frame]) -> tuple[StepReply, list[StepOutput]]:
-    """The reply and its outputs; logits are views on the received frame. Raises `WireError`."""
+def decode_reply(frames: Sequence[Frame]) -> Reply:
+    """Raises `WireError` for a header that is malformed or does not fit its payload, to the byte."""
+    if len(frames) != 2:
+        raise WireError(f"reply: {len(frames)} frames; want header and payload")
     try:
-        reply = _reply_decoder.decode(frames[0].buffer)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise WireError(f"not a step reply: {error}") from error
-    rows = _rows(reply, frames[1].buffer if len(frames) > 1 else None)
+        header = _reply_decoder.decode(frames[0])
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise WireError(f"reply: {error}; run the same version on both sides") from error
+    logits = _payload(header, frames[1])
     outputs, start = [], 0
-    for answer in reply.answers:
-        logits = None
-        if answer.held is None and answer.error is None:
-            logits = rows[start : start + answer.num_rows]
-            start += answer.num_rows
-        outputs.append(StepOutput(answer.sequence_id, answer.held, answer.error, logits))
-    return reply, outputs
+    for answer in header.answers:
+        if answer.held is not None or answer.error is not None:
+            outputs.append(StepOutput(answer.sequence_id, held=answer.held, error=answer.error))
+            continue
+        outputs.append(StepOutput(answer.sequence_id, logits=logits[start : start + answer.num_rows]))
+        start += answer.num_rows
+    return Reply(header.message_id, outputs, header.forward_seconds, header.failure)
 
 
-def _rows(reply: StepReply, payload: memoryview | None) -> Tensor:
-    num_rows = sum(answer.num_rows for answer in reply.answers)
-    if payload is None:
-        if num_rows:
-            raise WireError(f"a reply announces {num_rows} rows of logits and brings none")
-        return torch.empty(0, 0)
-    dtype = DTYPES.get(reply.dtype)
-    if dtype is None or len(payload) != num_rows * reply.vocab_size * dtype.itemsize:
-        raise WireError(f"{len(payload)} bytes are not {num_rows} rows of {reply.vocab_size} × {reply.dtype}")
-    return torch.frombuffer(payload, dtype=dtype).view(num_rows, reply.vocab_size)
+def _answer(output: StepOutput) -> Answer:
+    set_fields = [name for name in ("held", "error", "logits") if getattr(output, name) is not None]
+    if len(set_fields) != 1:
+        raise WireError(f"output of {output.sequence_id!r} sets {set_fields}; exactly one of held, error, logits")
+    return Answer(output.sequence_id, output.held, output.error, 0 if output.logits is None else len(output.logits))
+
+
+def _payload(header: ReplyHeader, frame: Frame) -> Tensor:
+    """[num_rows, vocab_size], a view of the frame."""
+    dtype = _DTYPES.get(header.dtype)
+    counts = [answer.num_rows for answer in header.answers]
+    if dtype is None or header.vocab_size < 0 or any(count < 0 for count in counts):
+        raise WireError(f"reply: dtype {header.dtype!r}, vocab_size {header.vocab_size}, rows {counts}")
+    for answer in header.answers:
+        if (answer.held is not None) + (answer.error is not None) + (answer.num_rows > 0) > 1:
+            raise WireError(f"reply: sequence {answer.sequence_id!r} has more than one of held, error, logits")
+    shape = (sum(counts), header.vocab_size)
+    size = memoryview(frame).nbytes
+    if size != shape[0] * shape[1] * dtype.itemsize:
+        raise WireError(f"reply: payload of {size} bytes for {shape[0]} rows of {shape[1]} {header.dtype}")
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(frame, dtype=dtype).view(shape)

@@ -1,0 +1,157 @@
+"""One replica's connection: at most one message under way, and what became of it.
+
+ZeroMQ reconnects by itself, save after a refusal; this only watches. IMMEDIATE keeps messages out of connections that
+do not exist yet, so that nothing old is delivered after a reconnect.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence, Set
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from eft_serve.transport.sockets import HANDSHAKE_TIMEOUT_MS, harden
+from eft_serve.transport.wire import MAX_REPLY_BYTES, Reply, Request, WireError, decode_reply, encode_request
+from eft_serve.types import Endpoint, SequenceStep, StepBatch, StepOutput, StepResult
+
+_BROKEN = {
+    zmq.EVENT_DISCONNECTED: "connection lost",
+    zmq.EVENT_CLOSED: "nothing listens there",
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "our key was refused",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed: not an engine, or another version",
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed: the engine's key is not the one expected",
+}
+_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED
+for _event in _BROKEN:
+    _WATCHED |= _event
+
+
+class Link:
+    """A socket to one replica. All its methods belong to the thread that made it."""
+
+    def __init__(
+        self, context: zmq.Context[Any], poller: zmq.Poller, endpoint: Endpoint, public_key: bytes, secret_key: bytes
+    ) -> None:
+        self.endpoint = endpoint
+        self._poller = poller
+        self._socket = context.socket(zmq.DEALER)
+        harden(self._socket, MAX_REPLY_BYTES)
+        self._socket.set(zmq.IMMEDIATE, 1)
+        self._socket.set(zmq.CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT_MS)
+        self._socket.set(zmq.CURVE_SERVERKEY, endpoint.public_key)
+        self._socket.set(zmq.CURVE_PUBLICKEY, public_key)
+        self._socket.set(zmq.CURVE_SECRETKEY, secret_key)
+        self._monitor = self._socket.get_monitor_socket(_WATCHED)
+        self._socket.connect(endpoint.address)
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._broken: str | None = None  # why there is no connection, if one was tried and failed
+        self._message_id = 0
+        self._steps: Sequence[SequenceStep] = ()
+        self._unsent: bytes | None = None
+        self._started = 0.0
+        self._result: StepResult | None = StepResult(failure="nothing was asked")
+
+    @property
+    def waiting(self) -> bool:
+        """A message is under way and nothing is known of its end."""
+        return self._result is None
+
+    @property
+    def broken(self) -> bool:
+        """The connection, or the last attempt at one, failed."""
+        self._watch()
+        return self._broken is not None
+
+    def begin(self, message_id: int, batch: StepBatch, started: float) -> None:
+        """Send a batch, or have it wait for the connection that is being made."""
+        self._message_id, self._steps, self._started, self._result = message_id, batch.steps, started, None
+        self._receive()  # late answers to earlier messages
+        self._watch()
+        self._unsent = encode_request(Request(message_id, list(batch.steps), list(batch.freed)))
+        self._send()
+        if self._unsent is not None:
+            self._poller.register(self._socket, zmq.POLLIN | zmq.POLLOUT)
+
+    def advance(self, ready: Set[object]) -> None:
+        """Read whatever is there, answers before the news that the connection ended."""
+        if self._socket in ready:
+            self._send()
+            self._receive()
+        if self._monitor in ready:
+            self._watch()
+
+    def finish(self, timeout_s: float) -> StepResult:
+        """The answer, or the failure to get one in time."""
+        self._unsent = None
+        self._poller.register(self._socket, zmq.POLLIN)
+        result = self._result or self._failed(f"no answer within {timeout_s:g} s")
+        self._steps = ()
+        self._result = result
+        return result
+
+    def close(self) -> None:
+        self._poller.unregister(self._socket)
+        self._poller.unregister(self._monitor)
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0)
+
+    def _send(self) -> None:
+        if self._unsent is None:
+            return
+        try:
+            self._socket.send(self._unsent, zmq.NOBLOCK)
+        except zmq.Again:
+            if self._broken is not None:
+                self._result = self._failed(self._broken)
+            return
+        self._unsent = None
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            try:
+                reply = decode_reply([frame.buffer for frame in frames])
+            except WireError as error:
+                if self.waiting:
+                    self._result = self._failed(error.message)
+                continue
+            if self.waiting and reply.message_id == self._message_id:
+                self._result = self._accept(reply)
+
+    def _accept(self, reply: Reply) -> StepResult:
+        if reply.failure is not None:
+            return self._failed(reply.failure)
+        if len(reply.outputs) != len(self._steps) or not all(map(_answers, reply.outputs, self._steps)):
+            return self._failed("the reply does not answer the steps one by one")
+        return StepResult(
+            outputs=reply.outputs, seconds=time.monotonic() - self._started, forward_seconds=reply.forward_seconds
+        )
+
+    def _watch(self) -> None:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._broken = None
+                continue
+            self._broken = self._broken or _BROKEN[event]  # the first reason is the one that says most
+            if self.waiting:
+                self._receive()
+            if self.waiting:
+                self._result = self._failed(self._broken)
+
+    def _failed(self, reason: str) -> StepResult:
+        return StepResult(failure=f"{self.endpoint.address}: {reason}", seconds=time.monotonic() - self._started)
+
+
+def _answers(output: StepOutput, step: SequenceStep) -> bool:
+    rows = step.num_logits if output.logits is None else len(output.logits)
+    return output.sequence_id == step.sequence_id and rows == step.num_logits
