@@ -1,6 +1,7 @@
-"""The Serve application: `serve run deployments.eft:app config=deployments/zoo.yaml`."""
+"""The Serve application: `serve run deployments.eft:app config=deployments/zoo.yaml`.
 
-from __future__ import annotations
+Without postponed annotations: Serve reads the builder's to know that it takes `AppArgs`.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -15,6 +15,10 @@ class LogitsBackend(Protocol):
         """All replicas that there are now, by replica id: connect the new ones, drop the others."""
         ...
 
+    def close(self) -> None:
+        """Let go of all of them."""
+        ...
+
     def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
         """Send every replica its batch, wait for all of them or the deadline; keys are replica ids. Never raises."""
         ...

@@ -107,6 +107,7 @@ class DecodeLoop:
             self.error = error
         finally:
             self._fail_all(UnavailableError("the coordinator is stopping; send the request again"))
+            self.backend.close()
 
     def step(self) -> bool:
         """One decode step; false when there was nothing to compute."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import ROOT, free_port
+from harness import ROOT, free_port
 
 from eft_serve.config_check import load_any
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import Served
+from harness import Served
 from prometheus_client.parser import text_string_to_metric_families
 
 QUESTION = [{"role": "user", "content": "What is the capital of Peru?"}]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, Served
+from harness import ROOT, Served
 
 
 def test_a_submitted_job_answers_every_line_and_resumes(served: Served, tmp_path: Path) -> None:

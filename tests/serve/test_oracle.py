@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import Served
+from harness import Served
 from transformers import PreTrainedModel
 
 from eft_serve.coordinator.vocabulary import Vocabulary

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import yaml
-from conftest import ROOT, free_port
+from harness import ROOT, free_port
 
 SERVE = str(Path(sys.executable).parent / "serve")
 READY_TIMEOUT_S = 150.0

@@ -52,6 +52,9 @@ class ToyBackend:
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         self.connected = endpoints
 
+    def close(self) -> None:
+        self.connected = {}
+
     def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
         self.disturb(self)
         self.batches.append(batches)

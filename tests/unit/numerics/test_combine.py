@@ -7,15 +7,12 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from eft_serve.numerics.combine import coefficients, combine, mask_padding
 from eft_serve.numerics.logprobs import log_softmax
 from eft_serve.numerics.truncate import truncate_weights
-
-settings.register_profile("no-deadline", deadline=None)  # the machine may be busy
-settings.load_profile("no-deadline")
 
 NUM_ROWS, VOCAB = 3, 11
 knobs = st.floats(-3, 3)

@@ -11,14 +11,11 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_keys, to_int64
 from eft_serve.numerics.sampling import SamplingRows, filtered_logprobs, sample
-
-settings.register_profile("no-deadline", deadline=None)  # the machine may be busy
-settings.load_profile("no-deadline")
 
 NUM_DRAWS, VOCAB = 24_000, 16
 CRITICAL = 44.26  # chi-square, 15 degrees of freedom, upper 1e-4

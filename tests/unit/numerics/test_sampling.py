@@ -8,15 +8,12 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 from eft_serve.numerics import filters, sampling
 from eft_serve.numerics.keyed_noise import row_keys
 from eft_serve.numerics.sampling import SamplingRows, filtered_logprobs, sample
-
-settings.register_profile("no-deadline", deadline=None)  # the machine may be busy
-settings.load_profile("no-deadline")
 
 VOCAB = 40
 EPSILON = 1e-5

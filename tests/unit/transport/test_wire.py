@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import msgspec
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from eft_serve.errors import EngineError
 from eft_serve.transport.wire import (
@@ -19,9 +19,6 @@ from eft_serve.transport.wire import (
     encode_request,
 )
 from eft_serve.types import SequenceStep, StepOutput
-
-settings.register_profile("no-deadline", deadline=None)  # the machine may be busy
-settings.load_profile("no-deadline")
 
 names = st.text(max_size=20)
 counts = st.integers(0, 2**40)

@@ -1,0 +1,106 @@
+"""Starting and stopping the real commands, and what a test needs of a running application."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from eft_serve.config import AppConfig
+from eft_serve.config_check import load_any
+from eft_serve.tenancy.store import create_tenant
+
+ROOT = Path(__file__).parent.parent.parent
+READY_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """The running application, and keys of its tenants."""
+
+    url: str
+    dashboard_url: str
+    process: subprocess.Popen[bytes]
+    config: AppConfig
+    keys: dict[str, str]  # by tenant
+    environment: dict[str, str]  # with the token that Ray's own ports want
+
+    def client(self, tenant: str = "tests") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=0)
+
+    def async_client(self, tenant: str = "tests") -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=0, timeout=120.0)
+
+    def headers(self, tenant: str = "tests") -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.keys[tenant]}"}
+
+    def metrics(self) -> str:
+        response = httpx.get(f"{self.url}/metrics", headers=self.headers(), timeout=30.0)
+        assert response.status_code == 200, response.text
+        return response.text
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """Processes of one deployment's replicas, below this application's own process tree."""
+        return [
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if child.is_running() and f":{deployment}" in " ".join(child.cmdline()) + child.name()
+        ]
+
+
+def write_config(directory: Path, tenants_file: Path) -> Path:
+    """The embedded family as shipped, with tenants, and with one model twice so that one can be killed."""
+    config: dict[str, Any] = load_any(ROOT / "deployments" / "zoo.yaml").model_dump(mode="json")
+    config["models"]["tuned-small"]["num_replicas"] = 2
+    config["server"]["tenants_file"] = str(tenants_file)
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def write_tenants(path: Path) -> dict[str, str]:
+    return {
+        "tests": create_tenant(path, "tests", metrics=True),
+        "only-eft": create_tenant(path, "only-eft", ["eft"]),
+        "slow": create_tenant(path, "slow", requests_per_minute=2),
+        "narrow": create_tenant(path, "narrow", max_concurrent_requests=1),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_said(process: subprocess.Popen[bytes], log: Path, words: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while words not in log.read_text():
+        if process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail(f"exit code {process.poll()}:\n{log.read_text()}")
+        time.sleep(0.1)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C, and nothing harsher unless it does not help."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
+            raise
