@@ -174,6 +174,20 @@ def test_lost_caches_dead_replicas_and_migration_change_no_token(seed: int) -> N
         assert harness.tokens(req.request_id) == naive(req), req
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_an_engine_that_holds_less_is_sent_the_rest_at_once(kept: int) -> None:
+    harness = Harness(ToyBackend(three_models()))
+    req = request("r", prompts_for(random.Random(2)), max_tokens=12, ignore_eos=True)
+    harness.submit(req)
+    for _ in range(6):
+        harness.loop.receive()
+        harness.loop.step()
+    held = harness.backend.held["tuned-0"]
+    held["r/tuned"] = held["r/tuned"][:kept]
+    harness.drive(max_steps=12)
+    assert harness.tokens("r") == naive(req)
+
+
 def test_requests_join_while_others_run_and_a_long_prompt_does_not_stop_them() -> None:
     rng = random.Random(7)
     harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=8))
