@@ -3,7 +3,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
-export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
 
 .PHONY: demo serve test check bench install clean
 

@@ -110,7 +110,11 @@ def _show_examples(console: Console, questions: Sequence[Question], results: Seq
         for result in results:
             text = " ".join(result.texts[index].split())
             mark = "[green]✓[/green]" if is_correct(questions[index], text) else "[red]✗[/red]"
-            console.print(f"  {mark} {result.model:<12} {escape(shorten(text, SHOWN_CHARACTERS))}", highlight=False)
+            console.print(
+                f"  {mark} {result.model:<12} {escape(shorten(text, SHOWN_CHARACTERS))}",
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print()
 
 
@@ -152,7 +156,9 @@ def run(num_questions: int, num_examples: int) -> None:
     started = time.monotonic()
     with local_app(load_any(CONFIG), timeout_s=READY_TIMEOUT_S) as app:
         ready_s = time.monotonic() - started
-        console.print(f"Four models, a coordinator and an ingress are up after {ready_s:.0f} s at {app.url}")
+        console.print(
+            f"Four models, a coordinator and an ingress are up after {ready_s:.0f} s at {app.url}", soft_wrap=True
+        )
         questions = held_out_questions(num_questions, seed=0)
         emulated = asyncio.run(ask(app.url, "eft", questions))
         step = median_seconds(httpx.get(f"{app.url}/metrics", timeout=30.0).text)  # before other models blur it

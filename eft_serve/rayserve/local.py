@@ -50,11 +50,11 @@ def local_cluster(*, host: str, port: int, dashboard: bool) -> Iterator[str | No
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options={"host": host, "port": port})  # the proxy first: loading models would starve it
         yield f"http://{context.dashboard_url}" if dashboard else None
     finally:
-        serve.shutdown()
         ray.shutdown()
 
 
@@ -70,10 +70,13 @@ def local_app(
     """
     port = port or free_port()
     with local_cluster(host=host, port=port, dashboard=dashboard) as dashboard_url:
-        _run(config)
-        url = f"http://127.0.0.1:{port}"
-        wait_ready(url, timeout_s)
-        yield LocalApp(url, dashboard_url)
+        try:
+            _run(config)
+            url = f"http://127.0.0.1:{port}"
+            wait_ready(url, timeout_s)
+            yield LocalApp(url, dashboard_url)
+        finally:
+            serve.delete(APP_NAME)  # replicas close by themselves: sockets, ranks, shared memory
 
 
 def _run(config: AppConfig) -> None:

@@ -75,11 +75,10 @@ def test_serve_run_takes_a_deployment_file(tmp_path: Path) -> None:
         assert ask_when_ready(f"http://127.0.0.1:{port}", "base-small", tmp_path / "log")
 
 
-def test_serve_build_writes_a_config_that_deploys_the_same_deployments() -> None:
-    built = subprocess.run(
-        [SERVE, "build", "deployments.zoo:app"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
-    application = yaml.safe_load(built.stdout)["applications"][0]
+def test_serve_build_writes_a_config_that_deploys_the_same_deployments(tmp_path: Path) -> None:
+    built = tmp_path / "built.yaml"
+    subprocess.run([SERVE, "build", "deployments.zoo:app", "-o", str(built)], cwd=ROOT, timeout=120, check=True)
+    application = yaml.safe_load(built.read_text())["applications"][0]
     assert application["import_path"] == "deployments.zoo:app"
     zoo = yaml.safe_load((ROOT / "deployments" / "zoo.yaml").read_text())["applications"][0]["args"]["config"]
     names = {deployment["name"] for deployment in application["deployments"]}
