@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -53,15 +52,10 @@ def serve(
 
 
 def _prepare() -> None:
-    """For a command that starts a cluster. SIGTERM unwinds like Ctrl-C, so that nothing is left behind."""
+    """For a command that starts a cluster."""
     from eft_serve.rayserve.environment import prepare
 
     prepare()
-
-    def stop(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
 
 
 if __name__ == "__main__":

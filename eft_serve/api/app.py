@@ -23,7 +23,10 @@ from eft_serve.tenancy.usage import UsageCounters
 
 
 def create_app(
-    service: Service, renderer: PromptRenderer | None = None, registry: CollectorRegistry | None = None
+    service: Service,
+    renderer: PromptRenderer | None = None,
+    registry: CollectorRegistry | None = None,
+    show_request_id: bool = True,
 ) -> FastAPI:
     """The OpenAI-compatible application.
 
@@ -31,6 +34,7 @@ def create_app(
         service: runs the requests.
         renderer: the models' tokenizers; read from their directories when not given.
         registry: for this process's metrics; a new one when not given.
+        show_request_id: whether responses carry `x-request-id`; false behind a proxy that adds it itself.
 
     Raises:
         ConfigError: the tenants file is missing or wrong.
@@ -51,7 +55,7 @@ def create_app(
     # The documentation pages would load scripts from elsewhere; /openapi.json is the same without them.
     app = FastAPI(title="eft-serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
-    app.add_middleware(RequestMiddleware, metrics=context.metrics)
+    app.add_middleware(RequestMiddleware, metrics=context.metrics, show_id=show_request_id)
     errors.install(app)
     openapi.install(app, ChatBody, CompletionBody)
     for module in (models, chat, completions, ops):

@@ -25,11 +25,13 @@ class RequestMiddleware:
     Args:
         app: what it surrounds.
         metrics: where it counts.
+        show_id: whether responses carry the id; false behind a proxy that adds the same header itself.
     """
 
-    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics, show_id: bool = True) -> None:
         self._app = app
         self._metrics = metrics
+        self._show_id = show_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,7 +45,8 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                if self._show_id:
+                    MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         self._metrics.running.inc()

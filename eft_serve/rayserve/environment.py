@@ -18,6 +18,8 @@ def prepare() -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # A submitted job says `python` and means this one.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     if "RAY_AUTH_MODE" not in os.environ:
         # Ray's own ports listen on every interface: they open to this run's token only.
         os.environ["RAY_AUTH_MODE"] = "token"

@@ -26,7 +26,7 @@ class IngressReplica:
         self.watch = asyncio.create_task(self.service.watch())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service)
+        return create_app(self.service, show_request_id=False)  # Serve sends the same header
 
 
 def _require_tenants_behind_haproxy(config: AppConfig) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import httpx
 import ray
@@ -51,6 +53,7 @@ def local_cluster(*, host: str, port: int, dashboard: bool) -> Iterator[str | No
         logging_level=logging.WARNING,
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _unwind_on_signals()
     try:
         serve.start(http_options={"host": host, "port": port})  # the proxy first: loading models would starve it
         yield f"http://{context.dashboard_url}" if dashboard else None
@@ -77,6 +80,16 @@ def local_app(
             yield LocalApp(url, dashboard_url)
         finally:
             serve.delete(APP_NAME)  # replicas close by themselves: sockets, ranks, shared memory
+
+
+def _unwind_on_signals() -> None:
+    """SIGTERM unwinds like Ctrl-C, and Ctrl-C also where a shell had it ignored; after Ray, which takes the first."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 def _run(config: AppConfig) -> None:

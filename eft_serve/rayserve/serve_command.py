@@ -60,7 +60,9 @@ def _explain(console: Console, config: AppConfig, served: LocalApp) -> None:
     model = next(iter(config.recipes), next(iter(config.models)))
     body = {"model": model, "messages": [{"role": "user", "content": "What is the capital of Peru?"}]}
     key = ' -H "Authorization: Bearer $EFT_SERVE_API_KEY"' if config.server.tenants_file else ""
-    console.print(f"Serving {', '.join([*config.recipes, *config.models])} at {served.url}", highlight=False)
+    console.print(
+        f"Serving {', '.join([*config.recipes, *config.models])} at {served.url}", highlight=False, soft_wrap=True
+    )
     if served.dashboard_url:
         console.print(f"Ray's dashboard and jobs: {served.dashboard_url}", highlight=False)
         submit = f"{job_environment()}ray job submit --address {served.dashboard_url} --working-dir . -- python …"

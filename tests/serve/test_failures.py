@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
-from harness import ROOT, free_port
+from harness import ROOT, free_port, wait_until_said
 
 from eft_serve.config_check import load_any
 
@@ -18,16 +19,20 @@ from eft_serve.config_check import load_any
 def serve(config: dict[str, Any], directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
     return subprocess.run(
         [sys.executable, "-m", "eft_serve.cli", "serve", str(path), "--port", str(free_port()), *options],
         cwd=ROOT,
-        env=environment,
+        env=clean_environment(),
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
+
+
+def clean_environment() -> dict[str, str]:
+    """The command makes its own token."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
 
 
 def one_model(path: Path | str) -> dict[str, Any]:
@@ -65,3 +70,18 @@ def test_a_model_that_dies_while_loading_fails_with_its_own_message(tmp_path: Pa
     assert done.returncode != 0
     assert "CheckpointError" in done.stderr
     assert str(broken) in done.stderr
+
+
+def test_sigterm_stops_everything_like_ctrl_c(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(one_model("zoo:base-small")))
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "eft_serve.cli", "serve", str(path), "--port", str(free_port()), "--no-dashboard"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=output, stderr=output)
+        wait_until_said(process, log, "Ctrl-C stops everything.")
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive

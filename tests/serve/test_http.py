@@ -134,7 +134,9 @@ def test_malformed_json_is_400(served: Served, content: bytes) -> None:
 
 
 def test_health_and_readiness(served: Served) -> None:
-    assert httpx.get(f"{served.url}/health").status_code == 200
+    health = httpx.get(f"{served.url}/health", headers={"X-Request-ID": "mine-1"})
+    assert health.status_code == 200
+    assert health.headers.get_list("x-request-id") == ["mine-1"]
     assert httpx.get(f"{served.url}/ready").status_code == 200
 
 

@@ -48,7 +48,7 @@ def submit(served: Served, source: Path, target: Path) -> None:
     command = [
         *(str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", served.dashboard_url),
         *("--working-dir", str(ROOT), "--runtime-env-json", json.dumps(environment)),
-        *("--", sys.executable, "-m", "eft_serve.jobs.batch", "--input", str(source), "--output", str(target)),
+        *("--", "python", "-m", "eft_serve.jobs.batch", "--input", str(source), "--output", str(target)),
     ]
     done = subprocess.run(command, env=served.environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
