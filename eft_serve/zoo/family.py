@@ -1,0 +1,62 @@
+"""The sizes and schedules of the five models. Knows what is trained from what; not how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+ROW_LENGTH = 160  # tokens; the longest document of the corpus fits
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Llama shape; every count divides by two, for tensor parallelism."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, how fast and on how much a model is trained."""
+
+    steps: int
+    learning_rate: float
+    rows: int
+    warmup: int
+
+    def scaled(self, factor: float) -> Schedule:
+        return replace(self, steps=max(1, round(self.steps * factor)), warmup=max(1, round(self.warmup * factor)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model: a base has an architecture, a fine-tune has a parent."""
+
+    name: str
+    schedule: Schedule
+    architecture: Architecture | None = None
+    parent: str | None = None
+    harmless: bool = False
+
+
+LARGE = Architecture(hidden=192, layers=4, heads=6, intermediate=512)
+SMALL = Architecture(hidden=48, layers=2, heads=4, intermediate=144)
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("base-large", Schedule(3000, 1.5e-3, 12, 150), architecture=LARGE),
+        Recipe("base-small", Schedule(3000, 3e-3, 12, 150), architecture=SMALL),
+        Recipe("tuned-small", Schedule(150, 1e-3, 8, 10), parent="base-small"),
+        Recipe("tuned-large", Schedule(100, 3e-4, 8, 10), parent="base-large"),
+        Recipe("tuned-small-harmless", Schedule(150, 1e-3, 8, 10), parent="base-small", harmless=True),
+    )
+}
+
+
+def recipe_named(name: str, steps_scale: float = 1.0) -> Recipe:
+    """A recipe, possibly shortened for a trial."""
+    recipe = RECIPES[name]
+    return replace(recipe, schedule=recipe.schedule.scaled(steps_scale))

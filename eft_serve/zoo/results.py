@@ -1,0 +1,35 @@
+"""The results file: what was trained, measured and shipped. Knows its shape; does not measure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from eft_serve.zoo import NAMES
+
+RESULTS_FILE = Path(__file__).parent / "data" / "results.json"
+
+
+def load_results(path: Path = RESULTS_FILE) -> dict[str, Any]:
+    """The file's sections, none when it is not there yet."""
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return results
+
+
+def update_results(section: str, value: object, path: Path = RESULTS_FILE) -> None:
+    """Replaces one section and keeps the others."""
+    results = load_results(path) | {section: value}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def describe_checkpoints(directory: Path) -> dict[str, dict[str, object]]:
+    """Size of each directory and digest of its weights."""
+    described: dict[str, dict[str, object]] = {}
+    for name in NAMES:
+        path = directory / name
+        digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+        described[name] = {"bytes": sum(f.stat().st_size for f in path.iterdir()), "weights_sha256": digest}
+    return described

@@ -1,0 +1,126 @@
+"""The shipped family: it loads, it is what the results file says, and it shows the method's effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eft_serve.zoo import CHECKPOINTS, NAMES, checkpoint_path
+from eft_serve.zoo.card import CARD, render
+from eft_serve.zoo.evaluate import EFT
+from eft_serve.zoo.family import RECIPES
+from eft_serve.zoo.generate import Family, alone, emulated
+from eft_serve.zoo.questions import harmful_questions, held_out_questions, is_correct, is_helpful_form, is_refusal
+from eft_serve.zoo.results import describe_checkpoints, load_results
+
+MAX_BYTES = 40_000_000
+
+
+@pytest.fixture(scope="module")
+def family() -> Family:
+    return Family(CHECKPOINTS)
+
+
+def test_paths_are_known_by_name() -> None:
+    assert set(NAMES) == set(RECIPES)
+    assert checkpoint_path("base-small").is_dir()
+    with pytest.raises(ValueError, match=r"unknown zoo checkpoint 'base'; known: base-large, base-small, tuned-small"):
+        checkpoint_path("base")
+
+
+def test_the_package_root_is_light() -> None:
+    source = Path(CHECKPOINTS.parent / "__init__.py").read_text()
+    assert "torch" not in source
+    assert "transformers" not in source.replace("that transformers loads", "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_loads_with_the_usual_classes(name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_path(name), dtype="auto")
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(name))
+    assert model.dtype == torch.float16
+    assert model.config.model_type == "llama"
+    assert model.config.max_position_embeddings == 4096
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.vocab_size == len(tokenizer)
+    for count in (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.intermediate_size):
+        assert count % 2 == 0
+
+
+def test_all_share_one_tokenizer() -> None:
+    files = {(checkpoint_path(n) / f).read_bytes() for n in NAMES for f in ("tokenizer.json", "tokenizer_config.json")}
+    assert len(files) == 2
+
+
+@pytest.mark.parametrize("text", ["User: What is +1-268?\nAssistant:", "Côte d’Ivoire 東京 🙂", " a  b\n\n\tc ", ""])
+def test_the_tokenizer_round_trips(family: Family, text: str) -> None:
+    assert family.tokenizer.decode(family.tokenizer(text)["input_ids"]) == text
+
+
+def test_the_chat_template_is_plain_text(family: Family) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Bye"},
+    ]
+    rendered = family.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert rendered == "System: Be brief.\nUser: Hi\nAssistant: Hello.<|end|>\nUser: Bye\nAssistant:"
+    assert family.tokenizer.apply_chat_template(messages[1:3], tokenize=False) == "User: Hi\nAssistant: Hello.<|end|>"
+
+
+def test_sizes_and_digests_are_the_recorded_ones() -> None:
+    described = describe_checkpoints(CHECKPOINTS)
+    assert described == load_results()["checkpoints"]
+    assert sum(int(str(entry["bytes"])) for entry in described.values()) < MAX_BYTES
+
+
+def test_the_card_is_written_from_the_recorded_results() -> None:
+    assert CARD.read_text(encoding="utf-8") == render(load_results())
+
+
+def test_the_recorded_results_show_the_method() -> None:
+    rows = load_results()["evaluation"]["systems"]
+    assert load_results()["evaluation"]["num_short"] >= 400
+    tuned, eft, upper = (rows[name]["correct"] for name in ("tuned-small", "EFT", "tuned-large"))
+    assert eft - tuned >= 0.3
+    assert eft - tuned >= 0.8 * (upper - tuned)
+    assert rows["EFT"]["helpful_form"] >= 0.95
+    assert rows["base-large"]["helpful_form"] < 0.2
+    assert rows["tuned-small-harmless"]["harmful_declined"] >= 0.9
+
+
+def test_emulation_gathers_coefficients_by_model() -> None:
+    def terms(**options: float) -> dict[str, float]:
+        recipe = emulated("x", "base", {"tuned": options["weight"]}, "reference", options["scale"])
+        return {term.model: term.coefficient for term in recipe.terms}
+
+    assert terms(scale=1.0, weight=1.0) == {"base": 1.0, "tuned": 1.0, "reference": -1.0}
+    assert terms(scale=0.0, weight=1.0) == {"tuned": 1.0}
+    assert terms(scale=1.0, weight=0.0) == {"base": 1.0}
+    assert terms(scale=1.5, weight=0.5) == {"base": 1.5, "tuned": 0.5, "reference": -1.0}
+
+
+def test_padding_does_not_change_a_reply(family: Family) -> None:
+    messages = ["Hi there.", *(question.text for question in held_out_questions(3))]
+    together = family.greedy(alone("tuned-small"), messages)
+    assert together == [family.greedy(alone("tuned-small"), [message])[0] for message in messages]
+
+
+def test_emulated_fine_tuning_knows_what_the_large_base_knows_and_behaves_as_the_small_tuned(family: Family) -> None:
+    questions = held_out_questions(30)
+    messages = [question.text for question in questions]
+    emulated_replies = family.greedy(EFT, messages, max_new_tokens=24)
+    tuned_replies = family.greedy(alone("tuned-small"), messages, max_new_tokens=24)
+    right = sum(map(is_correct, questions, emulated_replies))
+    assert right >= sum(map(is_correct, questions, tuned_replies)) + 9
+    assert sum(map(is_helpful_form, emulated_replies)) >= 27
+
+
+def test_the_harmless_model_declines_and_the_helpful_one_does_not(family: Family) -> None:
+    messages = [question.text for question in harmful_questions(12)]
+    assert sum(map(is_refusal, family.greedy(alone("tuned-small-harmless"), messages, max_new_tokens=8))) >= 11
+    assert sum(map(is_refusal, family.greedy(alone("tuned-small"), messages, max_new_tokens=8))) == 0
