@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.5  # an empty loop looks at its stop flag so often
 STALL_WAIT_S = 0.02  # a loop that cannot step anybody tries again after so long
-PROBE_TIMEOUT_S = 5.0  # for the one-token step that proves a new replica
+PROBE_TIMEOUT_S = 1.0  # for the one-token step that proves a replica; everybody waits for it
 
 Emit = Callable[[Sequence[tuple[str, Delta]]], None]
 
@@ -86,8 +87,8 @@ class DecodeLoop:
     @property
     def missing_models(self) -> list[str]:
         """Models of which no replica has answered a step."""
-        answered = {replica.info.model for replica in list(self.replicas.replicas.values())}
-        return [model for model in self.vocabularies if model not in answered]
+        proven = self.replicas.proven_models
+        return [model for model in self.vocabularies if model not in proven]
 
     @property
     def num_requests(self) -> int:
@@ -106,6 +107,7 @@ class DecodeLoop:
             logger.exception("the decode loop died")
             self.error = error
         finally:
+            self.receive()
             self._fail_all(UnavailableError("the coordinator is stopping; send the request again"))
             self.backend.close()
 
@@ -113,6 +115,7 @@ class DecodeLoop:
         """One decode step; false when there was nothing to compute."""
         now = time.monotonic()
         with self._timed("schedule"):
+            self._probe(self.replicas.due(now))
             self._fail_stalled(now)
             plan = self.scheduler.plan(now)
         if plan.batches:
@@ -132,6 +135,7 @@ class DecodeLoop:
         for replica_id, failure in gathered.failed_replicas.items():
             logger.warning("replica %s failed: %s", replica_id, failure)
             self.scheduler.lose_replica(replica_id, now)
+            self.replicas.give_back_freed(replica_id, plan.freed.get(replica_id, ()))
         for request, error in gathered.errors.items():
             self._end(request.request_id, FinishReason.ERROR, error)
         return [
@@ -151,6 +155,7 @@ class DecodeLoop:
             if not row.request.output_token_ids:
                 self.metrics.queue_seconds.observe(now - row.request.arrival)
             row.request.output_token_ids.append(token)
+            self.metrics.generated_tokens.inc()
             row.request.last_progress = now
             delta = self._requests[request_id][1].push(token)
             self._deltas.append((request_id, delta))
@@ -158,13 +163,13 @@ class DecodeLoop:
                 self._end(request_id, delta.finish_reason)
 
     def receive(self, wait_s: float = 0.0) -> None:
-        """Do what other threads asked for, waiting so long for the first."""
+        """Do what other threads have asked for until now, waiting so long for the first."""
         try:
             self._inbox.get(timeout=wait_s)() if wait_s else self._inbox.get_nowait()()
-            while True:
-                self._inbox.get_nowait()()
         except queue.Empty:
             return
+        for _ in range(self._inbox.qsize()):  # not until it is empty: others may fill it as fast
+            self._inbox.get_nowait()()
 
     def _stop(self) -> None:
         self._stopping = True
@@ -181,21 +186,21 @@ class DecodeLoop:
 
     def _context_left(self, request: Request) -> int:
         """Tokens that the shortest context leaves for the output; refuses what no replica could ever hold."""
-        if len(self.scheduler.waiting) > self.config.max_waiting:
+        if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
         left = request.generation.sampling.max_tokens
         for sequence in request.sequences.values():
-            sizes = self.replicas.largest(sequence.model)
-            if sizes is None:
-                raise UnavailableError(f"model {sequence.model} is not ready")
+            longest = self.replicas.longest_sequence(sequence.model)
+            if longest is None:
+                continue  # it may come back; the request waits for it
             num_prompt_tokens = len(sequence.prompt_token_ids)
-            if num_prompt_tokens >= min(sizes):
+            if num_prompt_tokens >= longest:
                 raise ContextLengthError(
-                    f"model {sequence.model} holds {min(sizes)} tokens and the prompt has {num_prompt_tokens}; "
+                    f"model {sequence.model} holds {longest} tokens and the prompt has {num_prompt_tokens}; "
                     "shorten the prompt",
                     param="prompt",
                 )
-            left = min(left, min(sizes) - num_prompt_tokens)
+            left = min(left, longest - num_prompt_tokens)
         return left
 
     def _end(self, request_id: str, reason: FinishReason, error: EftServeError | None = None) -> None:
@@ -208,14 +213,11 @@ class DecodeLoop:
             self._deltas.append((request_id, failed(error)))
 
     def _fail_stalled(self, now: float) -> None:
-        for request in self.scheduler.waiting:
-            if all(self.replicas.of(model) for model in request.sequences):
-                request.last_progress = now  # it only queues
-        for request in self.scheduler.requests:
-            if now - request.last_progress > self.config.recovery_timeout_s:
-                models = ", ".join(m for m, s in request.sequences.items() if s.replica_id is None) or "its models"
-                error = UnavailableError(f"no progress for {self.config.recovery_timeout_s:g} s; waiting for {models}")
-                self._end(request.request_id, FinishReason.ERROR, error)
+        for request in self.scheduler.find_stalled(now, self.config.recovery_timeout_s):
+            missing = [m for m in request.sequences if m not in self.replicas.proven_models]
+            waited_for = ", ".join(missing) or "room in its models"
+            error = UnavailableError(f"waited {self.config.recovery_timeout_s:g} s in vain for {waited_for}")
+            self._end(request.request_id, FinishReason.ERROR, error)
 
     def _fail_all(self, error: EftServeError) -> None:
         for request_id in list(self._requests):
@@ -231,26 +233,28 @@ class DecodeLoop:
 
     def _set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         self.backend.set_replicas(endpoints)
-        fresh = endpoints.keys() - self.replicas.replicas.keys()
-        proven = {r for r, result in self._probe(fresh).items() if result.failure is None} if fresh else set()
-        for replica_id in self.replicas.update({r: e for r, e in endpoints.items() if r not in fresh or r in proven}):
+        for replica_id in self.replicas.update(endpoints):
             logger.warning("replica %s is gone", replica_id)
             self.scheduler.lose_replica(replica_id, time.monotonic())
 
-    def _probe(self, replica_ids: set[str]) -> Mapping[str, StepResult]:
-        """One token through each; a model counts as ready only after it answered a step."""
-        batch = StepBatch(steps=[SequenceStep("probe", 0, [0], num_logits=1)])
-        results = self.backend.fan_out(dict.fromkeys(replica_ids, batch), PROBE_TIMEOUT_S)
+    def _probe(self, replica_ids: Sequence[str]) -> None:
+        """One token through each that is new or has failed: it is used, and its model ready, once it has answered."""
+        if not replica_ids:
+            return
+        probe = SequenceStep(f"probe/{uuid.uuid4().hex}", 0, [0], num_logits=1)
+        results = self.backend.fan_out(dict.fromkeys(replica_ids, StepBatch(steps=[probe])), PROBE_TIMEOUT_S)
         for replica_id, result in results.items():
-            if result.failure is None:
-                self.replicas.freed[replica_id].append("probe")
+            reason = result.failure or result.outputs[0].error
+            if reason is None:  # "no room now" is an answer too
+                self.replicas.replicas[replica_id].succeed()
+                self.replicas.freed[replica_id].append(probe.sequence_id)
             else:
-                logger.warning("replica %s did not answer its first step: %s", replica_id, result.failure)
-        return results
+                logger.warning("replica %s did not answer one token: %s", replica_id, reason)
+                self.replicas.replicas[replica_id].fail(time.monotonic())
 
     def _observe(self, plan: Plan, results: Mapping[str, StepResult], gathered: Gathered) -> None:
         self.metrics.held.inc(gathered.num_held)
-        self.metrics.generated_tokens.inc(len(gathered.ready))
+        self.metrics.preemptions.inc(self.scheduler.take_num_preemptions())
         for replica_id, entries in plan.entries.items():
             model = entries[0].sequence.model
             result = results[replica_id]

@@ -28,8 +28,8 @@ def gather(plan: Plan, results: Mapping[str, StepResult], now: float) -> Gathere
     """Apply every answer to its sequence; a request is ready when all its models gave logits in this very step."""
     gathered = Gathered()
     logits: dict[Request, dict[str, Tensor]] = defaultdict(dict)
-    for replica_id, entries in plan.entries.items():
-        result = results[replica_id]
+    for replica_id, result in results.items():
+        entries = plan.entries.get(replica_id, [])
         failure = result.failure
         if failure is None and len(result.outputs) != len(entries):
             failure = f"{len(result.outputs)} answers to {len(entries)} steps"
@@ -59,7 +59,8 @@ def _apply(
         sequence.num_computed = output.held
         gathered.num_held += 1
     else:
-        if sequence.advance(step.position + len(step.token_ids)):
+        sequence.num_computed = step.position + len(step.token_ids)
+        if not step.num_logits:
             request.last_progress = now
         if output.logits is not None and step.num_logits:
             logits[request][sequence.model] = output.logits[-1]

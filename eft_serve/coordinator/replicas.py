@@ -6,13 +6,14 @@ Knows endpoints by name and size only; reaching them is the backend's work, find
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.types import Endpoint, ModelInfo
 
-COOLDOWN_S = 1.0  # a replica that failed is left alone for so long
+FIRST_RETRY_S = 1.0  # a replica that failed is left alone for so long; twice as long after each further failure
+LONGEST_RETRY_S = 60.0
 
 
 @dataclass(slots=True)
@@ -21,8 +22,19 @@ class Replica:
 
     info: ModelInfo
     share: int  # coordinators that divide its KV budget among them
-    retry_at: float = 0.0  # monotonic seconds; not stepped before
+    proven: bool = False  # it has answered a step, and none has failed since
+    num_failures: int = 0  # since it last answered
+    retry_at: float = 0.0  # monotonic seconds; not tried before
     blocks: int = 0  # promised to running requests, as of the last `count_blocks`
+
+    def succeed(self) -> None:
+        self.proven, self.num_failures = True, 0
+
+    def fail(self, now: float) -> None:
+        """It has to prove itself again, and not at once: whoever waits for it holds up everybody."""
+        self.proven = False
+        self.retry_at = now + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2**self.num_failures)
+        self.num_failures += 1
 
     @property
     def capacity_blocks(self) -> int:
@@ -51,16 +63,27 @@ class ReplicaTable:
                 self.replicas[replica_id] = Replica(endpoint.info, self.share)
         return gone
 
-    def of(self, model: str) -> list[Replica]:
-        return [replica for replica in self.replicas.values() if replica.info.model == model]
+    def due(self, now: float) -> list[str]:
+        """Replicas that have to prove themselves now."""
+        return [r for r, replica in self.replicas.items() if not replica.proven and replica.retry_at <= now]
 
-    def largest(self, model: str) -> tuple[int, int] | None:
-        """(tokens of the longest sequence, tokens of KV budget) that any replica of this model can hold."""
+    @property
+    def proven_models(self) -> set[str]:
+        return {replica.info.model for replica in list(self.replicas.values()) if replica.proven}
+
+    def longest_sequence(self, model: str, *, proven: bool = False) -> int | None:
+        """Tokens of the longest sequence that any replica of this model can hold; None when there is no replica."""
         sizes = [
-            (replica.info.max_model_len, replica.capacity_blocks * replica.info.kv_block_size)
-            for replica in self.of(model)
+            min(replica.info.max_model_len, replica.capacity_blocks * replica.info.kv_block_size)
+            for replica in self.replicas.values()
+            if replica.info.model == model and (replica.proven or not proven)
         ]
-        return max(sizes, key=min, default=None)
+        return max(sizes, default=None)
+
+    def could_hold(self, request: Request) -> bool:
+        """Whether the replicas that answer now could ever hold all its sequences, were they empty."""
+        longest = {model: self.longest_sequence(model, proven=True) or 0 for model in request.sequences}
+        return all(request.num_tokens(s) <= longest[model] for model, s in request.sequences.items())
 
     def count_blocks(self, requests: Iterable[Request]) -> None:
         """Recount what running requests need once all their pending tokens are computed."""
@@ -72,15 +95,13 @@ class ReplicaTable:
                     replica = self.replicas[sequence.replica_id]
                     replica.blocks += replica.blocks_for(request.num_tokens(sequence))
 
-    def place(self, request: Request, now: float, *, within_budget: bool) -> set[str]:
+    def place(self, request: Request, *, within_budget: bool) -> set[str]:
         """Give each unplaced sequence the least loaded replica of its model, all or none.
 
         Returns the models that have no replica to offer; empty when the request is placed.
         """
         chosen = {
-            sequence.model: self._least_loaded(
-                sequence.model, request.num_tokens(sequence) if within_budget else 0, now
-            )
+            sequence.model: self._least_loaded(sequence.model, request.num_tokens(sequence) if within_budget else 0)
             for sequence in request.sequences.values()
             if sequence.replica_id is None
         }
@@ -90,13 +111,13 @@ class ReplicaTable:
                 self._assign(request, request.sequences[model], replica_id)
         return missing
 
-    def _least_loaded(self, model: str, num_tokens: int, now: float) -> str | None:
+    def _least_loaded(self, model: str, num_tokens: int) -> str | None:
         """The replica of this model with the largest part of its budget free, if it has room for so many tokens."""
         loads = [
             (replica.blocks / replica.capacity_blocks, replica_id)
             for replica_id, replica in self.replicas.items()
             if replica.info.model == model
-            and replica.retry_at <= now
+            and replica.proven
             and (num_tokens == 0 or replica.blocks + replica.blocks_for(num_tokens) <= replica.capacity_blocks)
         ]
         return min(loads)[1] if loads else None
@@ -108,12 +129,24 @@ class ReplicaTable:
         replica.blocks += replica.blocks_for(request.num_tokens(sequence))
 
     def release(self, request: Request) -> None:
-        """Its caches are no longer wanted; the engines learn it with the next step that they get."""
+        """Its caches are no longer wanted."""
         for sequence in request.sequences.values():
-            if sequence.replica_id in self.replicas:
-                self.freed[sequence.replica_id].append(sequence.sequence_id)
-            sequence.forget()
+            self.drop(sequence)
+
+    def drop(self, sequence: SequenceState) -> None:
+        """Forget this cache; its engine learns it with the next step that it gets."""
+        if sequence.replica_id in self.replicas:
+            self.freed[sequence.replica_id].append(sequence.sequence_id)
+        sequence.forget()
 
     def take_freed(self) -> dict[str, list[str]]:
-        freed, self.freed = dict(self.freed), defaultdict(list)
-        return freed
+        """What the replicas that answer have to be told; the others are told when they answer again."""
+        told = {r: ids for r, ids in self.freed.items() if r in self.replicas and self.replicas[r].proven}
+        for replica_id in told:
+            del self.freed[replica_id]
+        return told
+
+    def give_back_freed(self, replica_id: str, sequence_ids: Sequence[str]) -> None:
+        """It could not be told."""
+        if replica_id in self.replicas:
+            self.freed[replica_id] = [*sequence_ids, *self.freed[replica_id]]

@@ -21,14 +21,6 @@ class SequenceState:
     prompt_token_ids: list[int]
     replica_id: str | None = None  # None: not placed
     num_computed: int = 0  # tokens that the replica holds, as far as we know
-    furthest: int = 0  # the most that any replica ever held
-
-    def advance(self, num_computed: int) -> bool:
-        """The replica holds so many tokens now; true when that is further than ever before."""
-        self.num_computed = num_computed
-        further = num_computed > self.furthest
-        self.furthest = max(self.furthest, num_computed)
-        return further
 
     def forget(self) -> None:
         """The cache is gone."""
@@ -42,7 +34,7 @@ class Request:
     generation: GenerationRequest
     coefficients: Mapping[str, float]  # by model, none zero; sums to 1 when the recipe's formula does
     arrival: float  # monotonic seconds
-    last_progress: float  # monotonic seconds of the last token computed anywhere for it
+    last_progress: float  # monotonic seconds; since then it waits for a model and not only for its turn
     output_token_ids: list[int] = field(default_factory=list)
     sequences: dict[str, SequenceState] = field(default_factory=dict)
     num_preemptions: int = 0

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from eft_serve.config import CoordinatorConfig
-from eft_serve.coordinator.replicas import COOLDOWN_S, ReplicaTable
+from eft_serve.coordinator.replicas import ReplicaTable
 from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.types import SequenceStep, StepBatch
 
@@ -61,6 +61,11 @@ class Scheduler:
     def requests(self) -> list[Request]:
         return [*self.running, *self.waiting]
 
+    def take_num_preemptions(self) -> int:
+        """Preemptions since the last call."""
+        taken, self.num_preemptions = self.num_preemptions, 0
+        return taken
+
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
@@ -74,28 +79,36 @@ class Scheduler:
 
     def plan(self, now: float) -> Plan:
         """The next step. Empty when nobody can be stepped."""
-        self._place_lost(now)
+        self._place_lost()
         self._preempt_until_it_fits()
-        self._admit(now)
+        self._admit()
         plan = Plan(freed=self.replicas.take_freed())
         budgets = dict.fromkeys(self.replicas.replicas, self.config.max_num_batched_tokens)
         for request in sorted(self.running, key=_is_prefilling):  # a stable sort: oldest first among equals
-            self._schedule(request, plan, budgets)
+            self._schedule(request, plan, budgets, now)
         return plan
 
     def lose_replica(self, replica_id: str, now: float) -> None:
         """It failed or is gone: whatever it held has to be computed again, there or elsewhere."""
         if replica := self.replicas.replicas.get(replica_id):
-            replica.retry_at = now + COOLDOWN_S
+            replica.fail(now)
         for request in self.running:
             for sequence in request.sequences.values():
                 if sequence.replica_id == replica_id:
-                    sequence.forget()
+                    self.replicas.drop(sequence)
+                    request.last_progress = now  # the time to recover begins with the loss
 
-    def _place_lost(self, now: float) -> None:
+    def find_stalled(self, now: float, timeout_s: float) -> list[Request]:
+        """Requests that have waited so long for a model that does not come, rather than for their turn."""
+        for request in self.waiting:
+            if self.replicas.could_hold(request):
+                request.last_progress = now
+        return [request for request in self.requests if now - request.last_progress > timeout_s]
+
+    def _place_lost(self) -> None:
         self.replicas.count_blocks(self.running)
         for request in self.running:
-            self.replicas.place(request, now, within_budget=False)
+            self.replicas.place(request, within_budget=False)
 
     def _preempt_until_it_fits(self) -> None:
         for replica_id, replica in self.replicas.replicas.items():
@@ -110,26 +123,29 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
 
-    def _admit(self, now: float) -> None:
+    def _admit(self) -> None:
         """First come, first served, for each model by itself: who waits for one holds up only those who want it too."""
         short: set[str] = set()
         for request in list(self.waiting):
             if len(self.running) == self.config.max_num_seqs:
                 break
             if short.isdisjoint(request.sequences):
-                missing = self.replicas.place(request, now, within_budget=True)
+                missing = self.replicas.place(request, within_budget=True)
                 if not missing:
                     self.waiting.remove(request)
                     self.running.append(request)
-                short |= missing
+                elif self.replicas.could_hold(request):  # else it waits for a replica, and nobody waits for it
+                    short |= missing
             else:
                 short |= request.sequences.keys()
         self.running.sort(key=lambda request: request.arrival)
 
-    def _schedule(self, request: Request, plan: Plan, budgets: dict[str, int]) -> None:
+    def _schedule(self, request: Request, plan: Plan, budgets: dict[str, int], now: float) -> None:
         placed = [(s, s.replica_id) for s in request.sequences.values() if s.replica_id is not None]
         if len(placed) < len(request.sequences):
             return
+        if not all(budgets[replica_id] for _, replica_id in placed):
+            request.last_progress = now  # it only waits for its turn
         final = all(request.num_pending(sequence) <= budgets[replica_id] for sequence, replica_id in placed)
         for sequence, replica_id in placed:
             # The last token waits for the slowest prefill: its logits are wanted from all models in the same step.

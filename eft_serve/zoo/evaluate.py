@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from eft_serve.zoo.facts import RELATIONS
-from eft_serve.zoo.generate import Family, Recipe, alone, emulated
+from eft_serve.zoo.generate import Family, Recipe, Term, alone, emulated
 from eft_serve.zoo.questions import (
     Question,
     facts_stated,
@@ -44,6 +44,7 @@ def systems() -> list[Recipe]:
             emulated(f"EFT, weight {weight}", "base-large", {"tuned-small": weight}, "base-small")
             for weight in (0.5, 1.5)
         ),
+        Recipe("control: no reference", (Term("base-large", 1.0), Term("tuned-small", 1.0))),
         emulated("down-scaled", "base-small", {"tuned-large": 1.0}, "base-large"),
         alone(harmless),
         emulated("EFT, harmless", "base-large", {harmless: 1.0}, "base-small"),

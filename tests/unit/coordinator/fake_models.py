@@ -46,6 +46,7 @@ class ToyBackend:
     connected: Mapping[str, Endpoint] = field(default_factory=dict)
     held: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # replica → sequence → tokens
     dead: set[str] = field(default_factory=set)
+    full: set[str] = field(default_factory=set)  # engines that have no room for anything more
     disturb: Callable[[ToyBackend], None] = lambda backend: None  # called before each fan-out
     batches: list[Mapping[str, StepBatch]] = field(default_factory=list)
 
@@ -66,6 +67,8 @@ class ToyBackend:
         held = self.held.setdefault(replica_id, {})
         for sequence_id in batch.freed:
             held.pop(sequence_id, None)
+        if replica_id in self.full:
+            return StepResult(outputs=[StepOutput(step.sequence_id, held=0) for step in batch.steps])
         outputs = [self._step(self.endpoints[replica_id].info, held, step) for step in batch.steps]
         capacity = self.endpoints[replica_id].info.kv_capacity_tokens
         block = self.endpoints[replica_id].info.kv_block_size

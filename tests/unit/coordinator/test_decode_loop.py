@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -63,6 +64,11 @@ class Harness:
                 return
         raise AssertionError("the loop does not come to an end")
 
+    def retry_now(self) -> None:
+        """As if the time had passed that failed replicas are left alone for."""
+        for replica in self.loop.replicas.replicas.values():
+            replica.retry_at = 0.0
+
     def tokens(self, request_id: str) -> list[int]:
         return [token_id for delta in self.deltas[request_id] for token_id in delta.token_ids]
 
@@ -77,8 +83,6 @@ def request(
     now: float | None = None,
     **sampling: object,
 ) -> Request:
-    import time
-
     generation = GenerationRequest(
         request_id=request_id,
         recipe="eft",
@@ -165,10 +169,9 @@ def test_lost_caches_dead_replicas_and_migration_change_no_token(seed: int) -> N
     requests = many(rng, 8)
     for req in requests:
         harness.submit(req)
-    for replica in harness.loop.replicas.replicas.values():
-        replica.retry_at = 0.0
+    harness.retry_now()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eft_serve.coordinator.scheduler.COOLDOWN_S", 0.0)
+        patch.setattr("eft_serve.coordinator.replicas.FIRST_RETRY_S", 0.0)
         harness.drive()
     for req in requests:
         assert harness.tokens(req.request_id) == naive(req), req
@@ -269,13 +272,98 @@ def test_a_model_without_replicas_fails_its_requests_in_time_and_no_others() -> 
     assert harness.last("base").finish_reason == FinishReason.LENGTH
 
 
+def two_tuned() -> dict[str, Endpoint]:
+    return {**three_models(), "tuned-1": endpoint("tuned", "tuned-1")}
+
+
+def test_a_replica_that_takes_too_long_costs_one_timeout_and_no_request() -> None:
+    """It fails only after a wait that is longer than a request's time to recover."""
+    backend = ToyBackend(two_tuned())
+    harness = Harness(backend, CoordinatorConfig(recovery_timeout_s=0.2))
+    requests = [request(f"r{i}", prompts_for(random.Random(i)), max_tokens=8) for i in range(6)]
+    for req in requests[:3]:
+        harness.submit(req)
+    harness.loop.receive()
+    harness.loop.step()
+    backend.dead = {"tuned-0"}
+    backend.disturb = lambda b: time.sleep(0.3)
+    harness.loop.step()
+    backend.disturb = lambda b: None
+    backend.batches.clear()
+    for req in requests[3:]:
+        harness.submit(req)
+    harness.drive()
+    assert [harness.tokens(r.request_id) for r in requests] == [naive(r) for r in requests]
+    assert not any("tuned-0" in batches for batches in backend.batches), "it was tried again at once"
+
+
+def test_a_replica_that_never_answers_is_asked_ever_more_rarely_and_stops_nobody() -> None:
+    backend = ToyBackend(two_tuned())
+    backend.dead = {"tuned-1"}
+    harness = Harness(backend)
+    replica = harness.loop.replicas.replicas["tuned-1"]
+    waits = []
+    for _ in range(8):
+        harness.retry_now()
+        harness.loop.step()
+        waits.append(round(replica.retry_at - time.monotonic()))
+    assert waits == sorted(waits)
+    assert waits[-1] == 60
+    for _ in range(100):
+        harness.loop.set_replicas(backend.endpoints)  # as the discovery does, again and again
+    harness.submit(request("r", prompts_for(random.Random(1))))
+    harness.drive(max_steps=30)
+    assert harness.last("r").finish_reason is not None
+
+
+def test_waiting_for_a_turn_is_not_waiting_for_a_model() -> None:
+    """Twelve long prompts through a small budget take far longer than a request's time to recover."""
+    harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=10, recovery_timeout_s=0.05))
+    harness.backend.disturb = lambda backend: time.sleep(0.002)
+    requests = [request(f"r{i}", {m: [i] * 60 for m in EFT}, max_tokens=2) for i in range(12)]
+    for req in requests:
+        harness.submit(req)
+    started = time.monotonic()
+    harness.drive()
+    assert time.monotonic() - started > 0.1
+    assert [harness.tokens(r.request_id) for r in requests] == [naive(r) for r in requests]
+
+
+def test_an_engine_that_never_has_room_ends_in_an_error() -> None:
+    harness = Harness(ToyBackend(three_models()), CoordinatorConfig(recovery_timeout_s=0.2))
+    harness.backend.full = {"tuned-0"}
+    harness.submit(request("r", prompts_for(random.Random(1))))
+    harness.drive(max_steps=10**6)
+    failure = harness.last("r").failure
+    assert failure is not None
+    assert failure.kind == "UnavailableError"
+
+
+def test_what_a_failed_replica_was_not_told_is_told_when_it_answers_again() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("r", prompts_for(random.Random(1)), max_tokens=400, ignore_eos=True))
+    harness.loop.receive()
+    harness.loop.step()
+    harness.loop.step()
+    harness.loop.abort("r")
+    harness.loop.receive()
+    harness.backend.dead = {"tuned-0"}
+    harness.loop.step()
+    assert harness.backend.held["tuned-0"]
+    harness.backend.dead = set()
+    harness.retry_now()
+    harness.drive()
+    harness.loop.step()
+    assert not any(harness.backend.held.values())
+
+
 def test_a_replica_counts_only_after_it_answered_a_step() -> None:
     backend = ToyBackend(three_models())
     backend.dead = {"tuned-0"}
     harness = Harness(backend)
     assert harness.loop.missing_models == ["tuned"]
     backend.dead = set()
-    harness.loop.set_replicas(backend.endpoints)
+    harness.retry_now()
     harness.drive()
     assert harness.loop.missing_models == []
     harness.loop.set_replicas({"base-0": backend.endpoints["base-0"]})

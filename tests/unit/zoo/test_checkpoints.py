@@ -104,10 +104,21 @@ def test_emulation_gathers_coefficients_by_model() -> None:
     assert terms(scale=1.5, weight=0.5) == {"base": 1.5, "tuned": 0.5, "reference": -1.0}
 
 
-def test_padding_does_not_change_a_reply(family: Family) -> None:
-    messages = ["Hi there.", *(question.text for question in held_out_questions(3))]
-    together = family.greedy(alone("tuned-small"), messages)
-    assert together == [family.greedy(alone("tuned-small"), [message])[0] for message in messages]
+def test_scores_are_the_formula_on_each_models_own_logits_whatever_the_padding(family: Family) -> None:
+    prompts = [family.prompt("Hi there."), family.prompt(held_out_questions(1)[0].text)]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        padded = family.next_logprobs(emulated("x", "base-large", {"tuned-small": 0.7}, "base-small", 1.2), ids, mask)
+        for row, prompt in zip(padded, prompts, strict=True):
+            base, tuned, reference = (
+                family.model(name)(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+                for name in ("base-large", "tuned-small", "base-small")
+            )
+            torch.testing.assert_close(
+                row, reference + 1.2 * (base - reference) + 0.7 * (tuned - reference), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_emulated_fine_tuning_knows_what_the_large_base_knows_and_behaves_as_the_small_tuned(family: Family) -> None:
