@@ -38,7 +38,7 @@ class Access:
         """
         if self._tenants is not None:
             return self._tenants.authenticate(request.headers.get("authorization"))
-        if request.client is not None and not is_loopback(request.client.host):
+        if request.client is None or not is_loopback(request.client.host):
             raise PermissionDeniedError(f"without tenants only loopback clients are answered; {REMEDY}")
         if any(header in request.headers for header in FORWARDING_HEADERS):
             raise PermissionDeniedError(f"without tenants nothing that a proxy forwarded is answered; {REMEDY}")

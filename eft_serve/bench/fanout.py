@@ -22,7 +22,7 @@ from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.transport.client import FanOut
-from eft_serve.types import GenerationRequest, SamplingParams
+from eft_serve.types import Delta, GenerationRequest, SamplingParams
 
 ROLES = ("base", "tuned", "reference")
 COEFFICIENTS = {"base": 1.0, "tuned": 1.0, "reference": -1.0}
@@ -52,9 +52,7 @@ class Ensemble:
         ]
         self.processes = [process for process, _ in started]
         vocabularies: dict[str, Any] = dict.fromkeys(ROLES, Letters(vocab_size))
-        self.loop = DecodeLoop(
-            CoordinatorConfig(), self.backend, vocabularies, lambda deltas: None, CoordinatorMetrics()
-        )
+        self.loop = DecodeLoop(CoordinatorConfig(), self.backend, vocabularies, _refuse_failures, CoordinatorMetrics())
         self.loop.set_replicas({endpoint.replica_id: endpoint for _, endpoint in started})
         self.loop.receive()
 
@@ -67,7 +65,8 @@ class Ensemble:
         seconds = []
         for _ in range(WARM_UP_STEPS + num_steps):
             started = time.perf_counter()
-            self.loop.step()
+            if not self.loop.step():
+                raise RuntimeError("a step had nothing to compute")
             seconds.append(time.perf_counter() - started)
         self.loop.step()  # tells the engines that all of it is over
         return seconds[WARM_UP_STEPS:]
@@ -87,6 +86,13 @@ class Ensemble:
             sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
         )
         return Request.create(generation, COEFFICIENTS, time.monotonic())
+
+
+def _refuse_failures(deltas: Sequence[tuple[str, Delta]]) -> None:
+    """A request that fails would make steps look cheap."""
+    for request_id, delta in deltas:
+        if delta.failure is not None:
+            raise RuntimeError(f"request {request_id}: {delta.failure.message}")
 
 
 def run(latencies_ms: Sequence[float], vocab_size: int, batches: Sequence[int], num_steps: int, rounds: int) -> None:

@@ -14,6 +14,7 @@ from eft_serve.transport.server import StepServer
 from eft_serve.types import Endpoint, ModelInfo, SequenceStep, StepOutput
 
 MAX_MODEL_LEN = 100_000
+START_TIMEOUT_S = 60.0
 
 
 class SleepingEngine:
@@ -62,6 +63,9 @@ def start(model: str, latency_s: float, vocab_size: int, client_public_key: byte
     ours, theirs = context.Pipe()
     process = context.Process(target=_run, args=(theirs, model, latency_s, vocab_size), daemon=True)
     process.start()
+    theirs.close()  # so that its death is an end of file here
+    if not ours.poll(START_TIMEOUT_S):
+        raise TimeoutError(f"engine {model} has not started within {START_TIMEOUT_S:g} s")
     endpoint: Endpoint = ours.recv()
     ours.send(client_public_key)
     ours.recv()

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from prometheus_client import generate_latest
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 DISCOVERY_PERIOD_S = 1.0
 DISCOVERY_TIMEOUT_S = 5.0
+MAX_MISSES = 3  # rounds that a replica may stay silent while Serve still lists one that is
+FIRST_PROOF_S = 3.0  # a coordinator that replaces another waits so long for the models that are there
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +52,7 @@ class CoordinatorReplica:
         self.coordinator_metrics = CoordinatorMetrics()
         self.backend = FanOut()
         self.endpoints: dict[str, dict[str, Endpoint]] = {model: {} for model in models}  # by model, by replica id
+        self.misses: dict[str, int] = {}  # by replica id
         self.mailboxes: dict[str, Mailbox] = {}
         vocabularies = load_vocabularies(config)
         self.decode_loop = DecodeLoop(
@@ -58,6 +62,7 @@ class CoordinatorReplica:
         self.process = f"{context.deployment}#{context.replica_id.unique_id}"
         self.event_loop = asyncio.get_running_loop()
         self.decode_loop.start()
+        await self._meet_models()
         self.discovery = asyncio.create_task(self._discover())
 
     async def generate(self, encoded: bytes) -> AsyncIterator[bytes]:
@@ -97,6 +102,16 @@ class CoordinatorReplica:
         self.discovery.cancel()
         self.decode_loop.close()
 
+    async def _meet_models(self) -> None:
+        """Know the models that are there before the first request comes; those that still load are found later."""
+        await self._discover_once()
+        deadline = time.monotonic() + FIRST_PROOF_S
+        while time.monotonic() < deadline:
+            there = {model for model, endpoints in self.endpoints.items() if endpoints}
+            if there.isdisjoint(self.decode_loop.missing_models):
+                return
+            await asyncio.sleep(0.02)
+
     def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
         """From the decode loop's thread: one hop to the event loop for all deltas of a step."""
         self.event_loop.call_soon_threadsafe(self._deliver, deltas)
@@ -109,14 +124,19 @@ class CoordinatorReplica:
     async def _discover(self) -> None:
         """Ask every model deployment for its replicas, again and again; the decode loop takes it from there."""
         while True:
-            for model, endpoints in zip(self.models, await asyncio.gather(*map(self._find, self.models)), strict=True):
-                if endpoints is not None:
-                    self.endpoints[model] = endpoints
-            self.decode_loop.set_replicas({r: e for found in self.endpoints.values() for r, e in found.items()})
+            await self._discover_once()
             await asyncio.sleep(DISCOVERY_PERIOD_S)
 
-    async def _find(self, model: str) -> dict[str, Endpoint] | None:
-        """Replicas of one model that answer now; None when Serve itself did not answer in time."""
+    async def _discover_once(self) -> None:
+        await asyncio.gather(*map(self._find, self.models))
+        self.decode_loop.set_replicas({r: e for found in self.endpoints.values() for r, e in found.items()})
+
+    async def _find(self, model: str) -> None:
+        """Note the replicas of one model that answer now.
+
+        One that did not answer, or could not be asked, is kept for a few rounds: a hiccup of the control plane costs no
+        cache, and whether the replica computes is the data plane's own to find out.
+        """
         try:
             answers = await (
                 self.models[model]
@@ -124,8 +144,15 @@ class CoordinatorReplica:
                 .results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
             )
         except DeploymentUnavailableError:
-            return {}
-        except TimeoutError:
-            logger.warning("model %s: no answer from its replicas within %g s", model, DISCOVERY_TIMEOUT_S)
-            return None
-        return {answer.replica_id: answer for answer in answers if isinstance(answer, Endpoint)}
+            answers = []  # Serve knows of no replica
+        except (TimeoutError, RayError) as error:
+            logger.warning("model %s: its replicas could not be asked: %r", model, error)
+            return
+        found = {answer.replica_id: answer for answer in answers if isinstance(answer, Endpoint)}
+        silent = len(answers) - len(found)
+        known = self.endpoints[model]
+        self.misses |= {r: self.misses.get(r, 0) + 1 for r in known.keys() - found.keys()}
+        kept = {r: e for r, e in known.items() if r not in found and silent and self.misses[r] < MAX_MISSES}
+        self.endpoints[model] = kept | found
+        for replica_id in found.keys() | (known.keys() - kept.keys()):
+            self.misses.pop(replica_id, None)

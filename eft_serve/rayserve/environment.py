@@ -17,6 +17,8 @@ def prepare() -> None:
         raise RuntimeError("Ray was imported before its environment was prepared")
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's own exporter listens on every interface and asks for no token; our metrics have a path of their own.
+    os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # A submitted job says `python` and means this one.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -25,6 +25,11 @@ class IngressReplica:
         self.service = ServeService(config, coordinator, models)
         self.watch = asyncio.create_task(self.service.watch())
 
+    def check_health(self) -> None:
+        """Raises when learning what the models are has failed, so that Serve replaces the replica."""
+        if self.watch.done() and (error := self.watch.exception()):
+            raise RuntimeError("the watch over the coordinators died") from error
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service, show_request_id=False)  # Serve sends the same header
 

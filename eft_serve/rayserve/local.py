@@ -14,6 +14,8 @@ from types import FrameType
 import httpx
 import ray
 from ray import serve
+from ray.serve import RunTarget
+from ray.serve.schema import ApplicationStatus
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import DeadlineError, DeploymentError
@@ -74,9 +76,10 @@ def local_app(
     port = port or free_port()
     with local_cluster(host=host, port=port, dashboard=dashboard) as dashboard_url:
         try:
-            _run(config)
-            url = f"http://127.0.0.1:{port}"
-            wait_ready(url, timeout_s)
+            deadline = time.monotonic() + timeout_s
+            _run(config, deadline)
+            url = f"http://{_reachable(host)}:{port}"
+            wait_ready(url, deadline)
             yield LocalApp(url, dashboard_url)
         finally:
             serve.delete(APP_NAME)  # replicas close by themselves: sockets, ranks, shared memory
@@ -92,22 +95,39 @@ def _unwind_on_signals() -> None:
         signal.signal(number, stop)
 
 
-def _run(config: AppConfig) -> None:
-    try:
-        serve.run(build(config), name=APP_NAME)
-    except RuntimeError as error:  # it names the deployments that failed, and says nothing of why
-        deployments = serve.status().applications[APP_NAME].deployments
-        why = [f"{name}: {d.message}" for name, d in deployments.items() if d.message and d.status != "HEALTHY"]
-        raise DeploymentError("\n".join([str(error), *why])) from error
-
-
-def wait_ready(url: str, timeout_s: float) -> None:
-    """Return when every model has answered a step; raises `DeadlineError` with what is missing."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        response = httpx.get(f"{url}/ready", timeout=30.0)
-        if response.status_code == 200:
-            return
+def _run(config: AppConfig, deadline: float) -> None:
+    """Deploy, and return when everything runs; a model that finds no node would otherwise be waited for without end."""
+    serve.run_many([RunTarget(build(config), name=APP_NAME)], wait_for_applications_running=False)
+    while (app := serve.status().applications[APP_NAME]).status != ApplicationStatus.RUNNING:
+        why = "\n".join(f"{name}: {d.message}" for name, d in app.deployments.items() if d.status != "HEALTHY")
+        if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+            raise DeploymentError(f"{app.message}\n{why}")
         if time.monotonic() > deadline:
-            raise DeadlineError(f"not ready after {timeout_s:g} s: {response.text}")
+            raise DeadlineError(f"not everything runs in time: {why}")
         time.sleep(READY_POLL_S)
+
+
+def wait_ready(url: str, deadline: float) -> None:
+    """Return when every model has answered a step.
+
+    Raises:
+        DeadlineError: not before `deadline`, in monotonic seconds; the message says what is missing.
+    """
+    while True:
+        try:
+            response = httpx.get(f"{url}/ready", timeout=30.0)
+            missing = response.text
+        except httpx.TransportError as error:
+            missing = f"{type(error).__name__}: {error}"
+        else:
+            if response.status_code == 200:
+                return
+        if time.monotonic() > deadline:
+            raise DeadlineError(f"not ready in time: {missing}")
+        time.sleep(READY_POLL_S)
+
+
+def _reachable(host: str) -> str:
+    """Where a server that listens on `host` can be asked from here."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"[{host}]" if ":" in host else host

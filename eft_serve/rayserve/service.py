@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -60,15 +60,19 @@ class ServeService:
     async def check_ready(self) -> None:
         """See `eft_serve.api.service.Service.check_ready`."""
         try:
-            statuses: list[Status] = await self.coordinator.broadcast("status").results_async(
-                timeout_s=STATUS_TIMEOUT_S
+            answers = await self.coordinator.broadcast("status").results_async(
+                timeout_s=STATUS_TIMEOUT_S, return_exceptions=True
             )
-        except (TimeoutError, RayActorError, DeploymentUnavailableError) as error:
+        except (TimeoutError, RayError, DeploymentUnavailableError) as error:
             raise UnavailableError("no coordinator answers yet") from error
+        statuses = [answer for answer in answers if isinstance(answer, Status)]
+        if not statuses:
+            raise UnavailableError("no coordinator answers yet")
         for status in statuses:
             self.infos |= status.models
-        if missing := sorted({model for status in statuses for model in status.missing}):
-            raise UnavailableError(f"no replica has answered a step yet of: {', '.join(missing)}")
+        fewest = min((status.missing for status in statuses), key=len)  # one that can serve is enough
+        if fewest:
+            raise UnavailableError(f"no replica has answered a step yet of: {', '.join(sorted(fewest))}")
 
     async def watch(self, period_s: float = 1.0) -> None:
         """Learn what the models are, until all are known; to be run as a task."""
@@ -106,6 +110,6 @@ async def _replica_metrics(handle: DeploymentHandle[Any]) -> list[tuple[str, str
     """(process, text) of every replica; an empty process for one that did not answer."""
     try:
         answers = await handle.broadcast("metrics").results_async(timeout_s=METRICS_TIMEOUT_S, return_exceptions=True)
-    except (TimeoutError, DeploymentUnavailableError):
+    except (TimeoutError, RayError, DeploymentUnavailableError):
         return [("", "")]
     return [answer if isinstance(answer, tuple) else ("", "") for answer in answers]

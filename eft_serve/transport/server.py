@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 POLL_INTERVAL_S = 0.2  # an idle server looks at its stop flag so often
 EXPIRE_INTERVAL_S = 1.0
 MAX_MERGED_MESSAGES = 256
+MAX_FORWARD_S = 300.0  # a call that computes for longer hangs, and the replica has to be replaced
 
 
 class StepHandler(Protocol):
@@ -84,6 +85,7 @@ class StepServer:
         self._handler = handler
         self._allowed = _AllowedKeys()
         self._failure: str | None = None
+        self._busy_since: float | None = None  # monotonic seconds, while the handler computes
         self._stopping = threading.Event()
         self._next_expiry = 0.0
         self.public_key, secret_key = zmq.curve_keypair()
@@ -109,7 +111,10 @@ class StepServer:
         self._allowed.add(client_public_key)
 
     def check(self) -> None:
-        """Raises `EngineError` while the last forward failed, or when the thread has ended."""
+        """Raises `EngineError` while the last forward failed, when one hangs, or when the thread has ended."""
+        busy_since = self._busy_since
+        if busy_since is not None and (seconds := time.monotonic() - busy_since) > MAX_FORWARD_S:
+            raise EngineError(f"a forward has run for {seconds:.0f} s")
         if self._failure is not None:
             raise EngineError(f"the engine failed: {self._failure}")
         if not self._thread.is_alive():
@@ -156,6 +161,7 @@ class StepServer:
 
     def _serve(self, merged: list[_Incoming]) -> None:
         """One forward for all of these clients; what it raises is every client's failure and nobody's end."""
+        self._busy_since = time.monotonic()
         try:
             replies = self._compute(merged)
             self._failure = None
@@ -163,6 +169,8 @@ class StepServer:
             logger.exception("a forward failed")
             self._failure = f"{type(error).__name__}: {error}"
             replies = [encode_failure(incoming.request.message_id, self._failure) for incoming in merged]
+        finally:
+            self._busy_since = None
         for incoming, frames in zip(merged, replies, strict=True):
             self._socket.send_multipart([incoming.client, *frames], copy=False)
 

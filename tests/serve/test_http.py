@@ -11,31 +11,15 @@ import httpx
 import openai
 import pytest
 from harness import Served
-from prometheus_client.parser import text_string_to_metric_families
 
+NEVER_ENDING = 3500  # tokens; nearly all that the context holds
 QUESTION = [{"role": "user", "content": "What is the capital of Peru?"}]
-LONG: dict[str, Any] = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {"max_tokens": NEVER_ENDING, "extra_body": {"ignore_eos": True}}
 
 
 def chat(served: Served, tenant: str = "tests", **options: Any) -> Any:
     body = {"model": "eft", "messages": QUESTION, "temperature": 0, "max_tokens": 24, **options}
     return served.client(tenant).chat.completions.create(**body)
-
-
-def samples(served: Served) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Every sample of a scrape, by name and labels; the same pair twice would be double counting."""
-    found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-    for family in text_string_to_metric_families(served.metrics()):
-        for sample in family.samples:
-            key = (sample.name, tuple(sorted(sample.labels.items())))
-            assert key not in found, f"{key} is in the scrape twice"
-            found[key] = sample.value
-    return found
-
-
-def total(served: Served, name: str, **labels: str) -> float:
-    wanted = set(labels.items())
-    return sum(value for (sample, pairs), value in samples(served).items() if sample == name and wanted <= set(pairs))
 
 
 def test_a_stream_says_what_the_whole_answer_says(served: Served) -> None:
@@ -141,29 +125,29 @@ def test_health_and_readiness(served: Served) -> None:
 
 
 def test_one_scrape_shows_every_process_and_counts_each_token_once(served: Served) -> None:
-    before = total(served, "eft_tenant_generation_tokens_total", tenant="tests")
-    drawn_before = total(served, "eft_generated_tokens_total")
+    before = served.total("eft_tenant_generation_tokens_total", tenant="tests")
+    drawn_before = served.total("eft_generated_tokens_total")
     used = sum(chat(served).usage.completion_tokens for _ in range(3))
-    assert total(served, "eft_tenant_generation_tokens_total", tenant="tests") - before == used
-    assert total(served, "eft_generated_tokens_total") - drawn_before == used
-    scraped = samples(served)
+    assert served.total("eft_tenant_generation_tokens_total", tenant="tests") - before == used
+    assert served.total("eft_generated_tokens_total") - drawn_before == used
+    scraped = served.samples()
     for phase in ("schedule", "fan_out", "combine", "sample", "emit"):
         assert any(name == "eft_step_seconds_count" and ("phase", phase) in pairs for name, pairs in scraped), phase
     for model in ("base-large", "base-small", "tuned-small"):
-        assert total(served, "eft_model_step_seconds_count", model=model) > 0
+        assert served.total("eft_model_step_seconds_count", model=model) > 0
     for name in (
         "eft_time_to_first_token_seconds",
         "eft_inter_token_latency_seconds",
         "eft_e2e_request_latency_seconds",
     ):
-        assert total(served, f"{name}_count") > 0
+        assert served.total(f"{name}_count") > 0
     replicas = sum(model.num_replicas for model in served.config.models.values())
-    assert total(served, "eft_process_up") == replicas + served.config.coordinator.num_replicas
+    assert served.total("eft_process_up") == replicas + served.config.coordinator.num_replicas
 
 
 def test_a_client_that_goes_away_frees_every_model(served: Served) -> None:
     async def leave() -> None:
-        body = {"model": "eft", "messages": QUESTION, "max_tokens": 400, "ignore_eos": True, "stream": True}
+        body = {"model": "eft", "messages": QUESTION, "max_tokens": NEVER_ENDING, "ignore_eos": True, "stream": True}
         async with (
             httpx.AsyncClient(base_url=served.url, headers=served.headers(), timeout=60) as client,
             client.stream("POST", "/v1/chat/completions", json=body) as response,
@@ -172,10 +156,14 @@ def test_a_client_that_goes_away_frees_every_model(served: Served) -> None:
                 if '"content"' in line:
                     return
 
+    eventually(lambda: served.total("eft_num_requests_running"), until=lambda running: running == 0)
+    aborted = served.total("eft_requests_finished_total", reason="abort")
+    drawn = served.total("eft_generated_tokens_total")
     asyncio.run(leave())
-    eventually(lambda: total(served, "eft_num_requests_running"), until=lambda running: running == 0)
-    eventually(lambda: total(served, "eft_engine_num_sequences"), until=lambda held: held == 0)
-    assert total(served, "eft_requests_finished_total", reason="abort") > 0
+    eventually(lambda: served.total("eft_num_requests_running"), until=lambda running: running == 0)
+    eventually(lambda: served.total("eft_engine_num_sequences"), until=lambda held: held == 0)
+    assert served.total("eft_requests_finished_total", reason="abort") == aborted + 1
+    assert served.total("eft_generated_tokens_total") - drawn < NEVER_ENDING / 2
 
 
 def test_a_stream_is_server_sent_events(served: Served) -> None:

@@ -142,4 +142,8 @@ def test_a_killed_replica_changes_no_token(
         victim.kill()
         return await generation
 
-    assert asyncio.run(kill_half_way()) == [expected_tokens(case, models, vocabulary) for case in wanted]
+    failures = "eft_replica_failures_total"
+    before = served.total(failures, model="tuned-small")
+    found = asyncio.run(kill_half_way())
+    assert served.total(failures, model="tuned-small") > before, "the victim was idle"
+    assert found == [expected_tokens(case, models, vocabulary) for case in wanted]
