@@ -29,17 +29,27 @@ def environment() -> dict[str, str]:
 def running(arguments: list[str], log: Path) -> Iterator[None]:
     """`serve …` until the block ends; then Ctrl-C, and nothing may be left."""
     with log.open("wb") as output:
-        process = subprocess.Popen([SERVE, *arguments], cwd=ROOT, env=environment(), stdout=output, stderr=output)
+        process = subprocess.Popen(
+            [SERVE, *arguments], cwd=ROOT, env=environment(), stdout=output, stderr=output, preexec_fn=heed_ctrl_c
+        )
+        children: list[psutil.Process] = []
         try:
             yield
-        finally:
             children = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGINT)
             process.wait(60)
             _, alive = psutil.wait_procs(children, timeout=20)
-            for child in alive:
+            assert not alive
+        finally:
+            for child in [p for p in children if p.is_running()]:
                 child.kill()
-    assert not alive
+            process.kill()
+            process.wait()
+
+
+def heed_ctrl_c() -> None:
+    """A shell has it ignored for what it starts in the background, tests among it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ask_when_ready(url: str, model: str, log: Path) -> str:
