@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
+
+from eft_serve.rayserve.options import REPLICA_ENVIRONMENT
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: a table, then one line of JSON.")
 
@@ -23,6 +27,14 @@ def fanout(
     rounds: Annotated[int, typer.Option(help="Times that the measurements are interleaved.")] = 3,
 ) -> None:
     """What a decode step costs beyond its slowest model."""
+    _become_like_a_replica()
     from eft_serve.bench.fanout import run
 
     run([float(ms) for ms in latency_ms.split(",")], vocab, [int(b) for b in batch.split(",")], steps, rounds)
+
+
+def _become_like_a_replica() -> None:
+    """Start again with the environment that a served coordinator has, one math thread included."""
+    environment = {**REPLICA_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+    if any(os.environ.get(name) != value for name, value in environment.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})  # noqa: S606

@@ -9,6 +9,14 @@ from eft_serve.config import ModelConfig, Resources
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 GRACEFUL_SHUTDOWN_S = 10.0
+REPLICA_ENVIRONMENT = {
+    # Idle math threads must sleep: spinning they take the cores that a busy model on the same node needs.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Logits are megabytes, and glibc would map and fault their pages anew in every step.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),  # the most that glibc takes
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 1024**2),
+}
 UNBOUNDED = 100_000  # Serve's own back-pressure is only the backstop: admission is the app's
 
 
@@ -18,8 +26,7 @@ def deployment_options(resources: Resources, *, num_replicas: int = 1) -> dict[s
         "num_cpus": resources.num_cpus,
         "num_gpus": resources.num_gpus,
         "resources": resources.custom,
-        # Idle math threads must sleep: spinning they take the cores that a busy model on the same node needs.
-        "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}},
+        "runtime_env": {"env_vars": REPLICA_ENVIRONMENT},
     }
     if resources.node_labels:
         actor["label_selector"] = resources.node_labels
