@@ -111,6 +111,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     scale: float | None = None  # None: the recipe's own
     weights: dict[str, float] | None = None  # by tuned model; None: the recipe's own
     tenant: str = "anonymous"
+    timeout_s: float = 600.0  # the coordinator ends it then, also when its reader has gone without a word
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):

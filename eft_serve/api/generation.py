@@ -141,6 +141,7 @@ class GenerationResponse(Response):
                 scale=knobs.scale,
                 weights=knobs.weights,
                 tenant=self._call.tenant.name,
+                timeout_s=max(0.0, self._deadline - self._now()),
             )
             for i, seed in enumerate(seeds)
         ]

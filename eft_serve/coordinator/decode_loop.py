@@ -24,7 +24,7 @@ from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import Row, draw
 from eft_serve.coordinator.scheduler import Plan, Scheduler
 from eft_serve.coordinator.vocabulary import Vocabulary
-from eft_serve.errors import ContextLengthError, EftServeError, UnavailableError
+from eft_serve.errors import ContextLengthError, DeadlineError, EftServeError, UnavailableError
 from eft_serve.types import Delta, Endpoint, FinishReason, SequenceStep, StepBatch, StepResult
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,7 @@ class DecodeLoop:
         now = time.monotonic()
         with self._timed("schedule"):
             self._probe(self.replicas.due(now))
+            self._fail_overdue(now)
             self._fail_stalled(now)
             plan = self.scheduler.plan(now)
         if plan.batches:
@@ -211,6 +212,12 @@ class DecodeLoop:
         self.metrics.finished.labels(reason).inc()
         if error is not None:
             self._deltas.append((request_id, failed(error)))
+
+    def _fail_overdue(self, now: float) -> None:
+        for request in self.scheduler.requests:
+            if now > request.deadline:
+                error = DeadlineError(f"the request took longer than {request.generation.timeout_s:g} s")
+                self._end(request.request_id, FinishReason.ERROR, error)
 
     def _fail_stalled(self, now: float) -> None:
         for request in self.scheduler.find_stalled(now, self.config.recovery_timeout_s):

@@ -40,6 +40,11 @@ class Request:
     num_preemptions: int = 0
 
     @property
+    def deadline(self) -> float:
+        """Monotonic seconds."""
+        return self.arrival + self.generation.timeout_s
+
+    @property
     def request_id(self) -> str:
         return self.generation.request_id
 

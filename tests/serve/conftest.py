@@ -40,7 +40,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         wait_until_said(process, directory / "serve.log", "Ctrl-C stops everything.")
         said = (directory / "serve.log").read_text()
         dashboard = next(line.split()[-1] for line in said.splitlines() if line.startswith("Ray's dashboard"))
-        yield Served(f"http://127.0.0.1:{port}", dashboard, process, load_any(config), keys, environment)
+        application = Served(f"http://127.0.0.1:{port}", dashboard, process, load_any(config), keys, environment)
+        yield application
+        for client in application.clients.values():
+            client.close()
     finally:
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         stop(process)

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,13 @@ class Served:
     keys: dict[str, str]  # by tenant
     environment: dict[str, str]  # with the token that Ray's own ports want
 
+    clients: dict[str, openai.OpenAI] = field(default_factory=dict)  # by tenant, closed with the application
+
     def client(self, tenant: str = "tests") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=0)
+        if tenant not in self.clients:
+            url = f"{self.url}/v1"
+            self.clients[tenant] = openai.OpenAI(base_url=url, api_key=self.keys[tenant], max_retries=0, timeout=120.0)
+        return self.clients[tenant]
 
     def async_client(self, tenant: str = "tests") -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=0, timeout=120.0)

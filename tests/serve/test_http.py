@@ -58,8 +58,10 @@ def test_models_are_those_that_the_tenant_may_use(served: Served) -> None:
 
 
 def test_a_wrong_key_and_no_key_are_refused(served: Served) -> None:
-    stranger = openai.OpenAI(base_url=f"{served.url}/v1", api_key="eft-" + "x" * 43, max_retries=0)
-    with pytest.raises(openai.AuthenticationError) as refusal:
+    with (
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="eft-" + "x" * 43, max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError) as refusal,
+    ):
         stranger.chat.completions.create(model="eft", messages=QUESTION)  # type: ignore[arg-type]
     assert "x" * 43 not in str(refusal.value)
     assert httpx.post(f"{served.url}/v1/chat/completions", json={}).status_code == 401

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 import torch
 from fake_models import EOS, VOCAB_SIZE, ToyBackend, endpoint, toy_logits
@@ -353,6 +354,21 @@ def test_what_a_failed_replica_was_not_told_is_told_when_it_answers_again() -> N
     harness.backend.dead = set()
     harness.retry_now()
     harness.drive()
+    harness.loop.step()
+    assert not any(harness.backend.held.values())
+
+
+def test_a_request_whose_reader_has_gone_without_a_word_ends_at_its_deadline() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.backend.disturb = lambda backend: time.sleep(0.01)
+    req = request("r", prompts_for(random.Random(1)), max_tokens=400, ignore_eos=True)
+    late = Request.create(msgspec.structs.replace(req.generation, timeout_s=0.2), EFT, time.monotonic())
+    harness.submit(late)
+    harness.drive()
+    failure = harness.last("r").failure
+    assert failure is not None
+    assert failure.kind == "DeadlineError"
+    assert 0 < len(harness.tokens("r")) < 100
     harness.loop.step()
     assert not any(harness.backend.held.values())
 
