@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,8 @@ def recipe_problems(config: AppConfig) -> Iterator[Problem]:
         ours = vocabularies[recipe.base]
         for other in recipe.models[1:]:
             theirs = vocabularies[other]
-            if ours and theirs and ours != theirs:
-                difference = _first_difference(recipe.base, ours, other, theirs)
-                message = f"{recipe.base} and {other} have different vocabularies, first at {difference}"
-                yield Problem(f"recipes.{name}", f"{message}; the models of a recipe must share one tokenizer")
+            if ours and theirs and (message := vocabulary_difference(recipe.base, ours, other, theirs)):
+                yield Problem(f"recipes.{name}", message)
             if ends[recipe.base] and ends[other] and ends[recipe.base].isdisjoint(ends[other]):
                 message = (
                     f"{recipe.base} ends a text with {sorted(ends[recipe.base])}, {other} with {sorted(ends[other])}"
@@ -35,14 +33,20 @@ def recipe_problems(config: AppConfig) -> Iterator[Problem]:
                 )
 
 
-def _first_difference(base: str, ours: dict[str, int], other: str, theirs: dict[str, int]) -> str:
+def vocabulary_difference(base: str, ours: Mapping[str, int], other: str, theirs: Mapping[str, int]) -> str | None:
+    """How two models' tokens differ, naming both and the first difference; None when they are the same."""
+    if ours == theirs:
+        return None
     token_id = min(token_id for _, token_id in ours.items() ^ theirs.items())
     said = {
         model: sorted(token for token, i in ids.items() if i == token_id)
         for model, ids in ((base, ours), (other, theirs))
     }
     spelt = (f"{model} has {', '.join(map(repr, tokens)) or 'none'}" for model, tokens in said.items())
-    return f"id {token_id}: {', '.join(spelt)}"
+    return (
+        f"{base} and {other} have different vocabularies, first at id {token_id}: {', '.join(spelt)}; "
+        "the models of a recipe must share one tokenizer"
+    )
 
 
 def _token_ids(checkpoint: Path) -> dict[str, int]:

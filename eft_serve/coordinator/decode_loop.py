@@ -119,15 +119,16 @@ class DecodeLoop:
             self._fail_overdue(now)
             self._fail_stalled(now)
             plan = self.scheduler.plan(now)
-        if plan.batches:
+            batches = plan.batches()
+        if batches:
             with self._timed("fan_out"):
-                results = self.backend.fan_out(plan.batches, self.config.step_timeout_s)
+                results = self.backend.fan_out(batches, self.config.step_timeout_s)
             rows = self._absorb(plan, results)
             drawn = draw(rows, self._timed)
             with self._timed("emit"):
                 self._advance(rows, drawn)
         self._flush()
-        return bool(plan.batches)
+        return bool(batches)
 
     def _absorb(self, plan: Plan, results: Mapping[str, StepResult]) -> list[Row]:
         now = time.monotonic()

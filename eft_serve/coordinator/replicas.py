@@ -40,6 +40,11 @@ class Replica:
     def capacity_blocks(self) -> int:
         return max(1, self.info.kv_capacity_tokens // self.info.kv_block_size // self.share)
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that one sequence may have here."""
+        return min(self.info.max_model_len, self.capacity_blocks * self.info.kv_block_size)
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.info.kv_block_size)
 
@@ -71,19 +76,19 @@ class ReplicaTable:
     def proven_models(self) -> set[str]:
         return {replica.info.model for replica in list(self.replicas.values()) if replica.proven}
 
-    def longest_sequence(self, model: str, *, proven: bool = False) -> int | None:
+    def longest_sequence(self, model: str) -> int | None:
         """Tokens of the longest sequence that any replica of this model can hold; None when there is no replica."""
-        sizes = [
-            min(replica.info.max_model_len, replica.capacity_blocks * replica.info.kv_block_size)
-            for replica in self.replicas.values()
-            if replica.info.model == model and (replica.proven or not proven)
-        ]
+        sizes = [replica.longest_sequence for replica in self.replicas.values() if replica.info.model == model]
         return max(sizes, default=None)
 
-    def could_hold(self, request: Request) -> bool:
-        """Whether the replicas that answer now could ever hold all its sequences, were they empty."""
-        longest = {model: self.longest_sequence(model, proven=True) or 0 for model in request.sequences}
-        return all(request.num_tokens(s) <= longest[model] for model, s in request.sequences.items())
+    def longest_proven(self) -> dict[str, int]:
+        """The same for every model of which a replica answers now."""
+        longest: dict[str, int] = {}
+        for replica in self.replicas.values():
+            if replica.proven:
+                model = replica.info.model
+                longest[model] = max(longest.get(model, 0), replica.longest_sequence)
+        return longest
 
     def count_blocks(self, requests: Iterable[Request]) -> None:
         """Recount what running requests need once all their pending tokens are computed."""
@@ -150,3 +155,8 @@ class ReplicaTable:
         """It could not be told."""
         if replica_id in self.replicas:
             self.freed[replica_id] = [*sequence_ids, *self.freed[replica_id]]
+
+
+def could_hold(longest: Mapping[str, int], request: Request) -> bool:
+    """Whether replicas of these sizes, by model, could ever hold all its sequences, were they empty."""
+    return all(request.num_tokens(s) <= longest.get(model, 0) for model, s in request.sequences.items())

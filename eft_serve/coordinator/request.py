@@ -72,9 +72,3 @@ class Request:
             return self.output_token_ids[start - num_prompt_tokens : end - num_prompt_tokens]
         head = sequence.prompt_token_ids[start:end]
         return head + self.output_token_ids[: max(0, end - num_prompt_tokens)]
-
-    @property
-    def max_total_tokens(self) -> int:
-        """Tokens of its longest sequence when it runs to `max_tokens`."""
-        longest = max(len(s.prompt_token_ids) for s in self.sequences.values())
-        return longest + self.generation.sampling.max_tokens

@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from eft_serve.config import CoordinatorConfig
-from eft_serve.coordinator.replicas import ReplicaTable
+from eft_serve.coordinator.replicas import ReplicaTable, could_hold
 from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.types import SequenceStep, StepBatch
 
@@ -33,8 +33,8 @@ class Plan:
     freed: dict[str, list[str]] = field(default_factory=dict)
     final: list[Request] = field(default_factory=list)
 
-    @property
     def batches(self) -> dict[str, StepBatch]:
+        """What every replica is sent."""
         return {
             replica_id: StepBatch(
                 steps=[entry.step for entry in self.entries.get(replica_id, ())],
@@ -100,8 +100,9 @@ class Scheduler:
 
     def find_stalled(self, now: float, timeout_s: float) -> list[Request]:
         """Requests that have waited so long for a model that does not come, rather than for their turn."""
+        longest = self.replicas.longest_proven()
         for request in self.waiting:
-            if self.replicas.could_hold(request):
+            if could_hold(longest, request):
                 request.last_progress = now
         return [request for request in self.requests if now - request.last_progress > timeout_s]
 
@@ -134,7 +135,9 @@ class Scheduler:
                 if not missing:
                     self.waiting.remove(request)
                     self.running.append(request)
-                elif self.replicas.could_hold(request):  # else it waits for a replica, and nobody waits for it
+                elif could_hold(
+                    self.replicas.longest_proven(), request
+                ):  # else it waits for a replica, and nobody waits for it
                     short |= missing
             else:
                 short |= request.sequences.keys()

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eft_serve.config import AppConfig
+from eft_serve.config_check.recipes import vocabulary_difference
 from eft_serve.errors import CheckpointError, ConfigError
 
 
@@ -55,20 +56,10 @@ def load_vocabularies(config: AppConfig) -> dict[str, Vocabulary]:
     vocabularies = {name: Vocabulary.load(model.checkpoint) for name, model in config.models.items()}
     for name, recipe in config.recipes.items():
         for other in recipe.models[1:]:
-            _require_equal(name, recipe.base, vocabularies[recipe.base], other, vocabularies[other])
+            ours, theirs = vocabularies[recipe.base].ids, vocabularies[other].ids
+            if message := vocabulary_difference(recipe.base, ours, other, theirs):
+                raise ConfigError(f"recipes.{name}: {message}", param=f"recipes.{name}")
     return vocabularies
-
-
-def _require_equal(recipe: str, base: str, ours: Vocabulary, other: str, theirs: Vocabulary) -> None:
-    if ours.ids == theirs.ids:
-        return
-    differing = set(ours.ids.items()) ^ set(theirs.ids.items())
-    token, token_id = min(differing, key=lambda item: item[1])
-    raise ConfigError(
-        f"recipes.{recipe}: {base} and {other} have different vocabularies, first at id {token_id} ({token!r}); "
-        "the models of a recipe must share one tokenizer",
-        param=f"recipes.{recipe}",
-    )
 
 
 def _eos_token_ids(checkpoint: Path, fallback: int | None) -> frozenset[int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from eft_serve.config import ZOO_CHECKPOINTS
+
 NAMES = ("base-large", "base-small", "tuned-small", "tuned-large", "tuned-small-harmless")
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
+CHECKPOINTS = ZOO_CHECKPOINTS
 
 
 def checkpoint_path(name: str) -> Path:
