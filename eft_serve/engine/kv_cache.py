@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 BLOCK_SIZE = 16  # tokens
 NULL_BLOCK = 0
@@ -46,6 +47,7 @@ class Sequence:
     """One model's KV-bearing state of one request."""
 
     sequence_id: str
+    number: int  # never given twice, also when a sequence of this id begins anew
     num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
     block_ids: list[int] = field(default_factory=list)  # may reach beyond the computed tokens while a step runs
     last_step_time: float = 0.0  # seconds on the engine's clock
@@ -57,6 +59,7 @@ class KVCache:
     def __init__(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
         self._sequences: OrderedDict[str, Sequence] = OrderedDict()
+        self._numbers = count(1)
 
     @property
     def capacity_tokens(self) -> int:
@@ -78,7 +81,9 @@ class KVCache:
 
     def touch(self, sequence_id: str, now: float) -> Sequence:
         """The sequence, created when new, as the most recently stepped one."""
-        sequence = self._sequences.setdefault(sequence_id, Sequence(sequence_id))
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None:
+            sequence = self._sequences[sequence_id] = Sequence(sequence_id, next(self._numbers))
         self._sequences.move_to_end(sequence_id)
         sequence.last_step_time = now
         return sequence

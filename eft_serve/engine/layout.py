@@ -1,9 +1,9 @@
 """One forward as index tensors, built once and used by every layer; knows nothing of the model.
 
 Rows with equally many new tokens form a *group* and are attended to together: all decoding rows are one group, a
-prefill is usually alone in its own. Within a group the cached tokens are aligned to the right: row b's newest token
-stands in the last column, shorter rows are padded on the left with the null block. So one causal or sliding pattern
-fits all rows, and a window is simply the last columns.
+prefill is usually alone in its own. A group is attended to in *parts*, as many rows at a time as keep the keys and
+values that they gather small. Row b's cached tokens stand in their natural order, one block after the other; what
+follows the last one is hidden by a mask, and is zero or the row's own, because 0 · NaN is NaN.
 """
 
 from __future__ import annotations
@@ -17,15 +17,30 @@ from torch import Tensor
 
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.kv_cache import BLOCK_SIZE, NULL_BLOCK
+from eft_serve.engine.lanes import Lanes, lane_rows
+from eft_serve.engine.paged_tensors import block_rows, head_rows
+
+_PART_ELEMENTS = 1 << 19  # gathered keys of one part on a CPU: what follows reads them from its caches
 
 
 @dataclass(frozen=True, slots=True)
-class GroupView:
-    """What one kind of attention sees of a group."""
+class Heads:
+    """Of one layer's attention on this rank."""
 
-    slots: Tensor  # [batch, kv_length] int64, cache slots of each row's tokens, padded on the left
-    mask: Tensor | None  # [batch, 1, repeats * q_length, kv_length] bool, True where attended; None: everywhere
-    is_causal: bool = False  # one row, nothing cached, no window: plain causal attention over the new tokens alone
+    kv_heads: int
+    repeats: int  # query heads for each key-value head
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a group, as one kind of attention sees them."""
+
+    rows: slice  # of the group
+    lanes: slice | None  # where they stand in one piece
+    blocks: Tensor  # [rows, kv_heads, num_blocks] int64, see `block_rows`; where they stand otherwise
+    kv_length: int  # columns attended to; gathered blocks may hold a few more
+    mask: Tensor | None  # [rows, 1, repeats * q_length, kv_length], 0 where attended and −inf elsewhere; None: all
 
 
 @dataclass(slots=True)
@@ -36,60 +51,83 @@ class Group:
     q_length: int  # new tokens of each row
     lengths: list[int]  # tokens of each row, cached and new
     num_logits: list[int]  # wanted of each row, its last new tokens
-    slots: Tensor  # [batch, kv_length] int64
+    tables: Tensor  # [batch, num_blocks] int64, each row's blocks in order; the null block where it has no more
     positions: Tensor  # [batch, q_length] int64
-    _views: dict[tuple[int | None, int], GroupView] = field(default_factory=dict)
+    lanes: list[int] | None  # each row's, rising; None: these rows are gathered
+    _lane_rows: dict[int, Tensor] = field(default_factory=dict)
+    _parts: dict[tuple[int | None, Heads], list[Part]] = field(default_factory=dict)
 
     @property
     def batch_size(self) -> int:
         return len(self.lengths)
 
     @property
-    def kv_length(self) -> int:
-        return self.slots.shape[1]
-
-    @property
     def stop(self) -> int:
         """One past the group's last token in the flat order."""
         return self.start + self.batch_size * self.q_length
 
-    def padding_mask(self) -> Tensor:
-        """[batch, kv_length] bool, True where a token stands."""
-        columns = torch.arange(self.kv_length, device=self.slots.device)
-        first = self.kv_length - torch.tensor(self.lengths, device=self.slots.device)
-        return columns >= first[:, None]
+    @property
+    def nothing_cached(self) -> bool:
+        """All tokens of all rows are new."""
+        return all(length == self.q_length for length in self.lengths)
 
-    def view(self, window: int | None, repeats: int) -> GroupView:
-        """The columns and the mask for full attention, or for a sliding window of so many tokens.
+    def slots(self) -> Tensor:
+        """[batch, q_length] int64, where each new token's key and value go: block * BLOCK_SIZE + offset."""
+        return _slots(self.tables, self.positions)
+
+    def lane_rows(self, kv_heads: int) -> Tensor:
+        """[batch * q_length * kv_heads] int64, where the new tokens go in their lanes."""
+        if kv_heads not in self._lane_rows:
+            self._lane_rows[kv_heads] = lane_rows(torch.tensor(self.lanes)[:, None], self.positions, kv_heads).flatten()
+        return self._lane_rows[kv_heads]
+
+    def parts(self, window: int | None, heads: Heads, dtype: torch.dtype) -> list[Part]:
+        """What to gather and to hide, part by part.
 
         Args:
-            window: tokens that a query sees, itself included; None for all.
-            repeats: queries of one kv head at each position, one block of rows after the other.
+            window: sliding window in tokens, the query's own included; None sees everything before.
+            heads: the layer's; queries of one key-value head are stacked, one block of rows after the other.
+            dtype: of the queries.
         """
         if window is not None and window >= max(self.lengths):
             window = None
-        key = (window, repeats)
-        if key not in self._views:
-            self._views[key] = self._build_view(window, repeats)
-        return self._views[key]
+        key = (window, heads)
+        if key not in self._parts:
+            if self.lanes is not None and window is None:
+                self._parts[key] = [self._part(rows, lanes, None, heads, dtype) for rows, lanes in _runs(self.lanes)]
+            else:
+                self._parts[key] = [self._part(rows, None, window, heads, dtype) for rows in self._slices(heads)]
+        return self._parts[key]
 
-    def _build_view(self, window: int | None, repeats: int) -> GroupView:
-        reach = self.kv_length if window is None else min(self.kv_length, window + self.q_length - 1)
-        hidden = self.kv_length - reach
-        if self.q_length == 1 and min(self.lengths) >= reach:
-            return GroupView(self.slots[:, hidden:], None)
-        device = self.slots.device
-        key = torch.arange(hidden, self.kv_length, device=device)
-        query = torch.arange(self.kv_length - self.q_length, self.kv_length, device=device)[:, None]
-        seen = key <= query
+    def _slices(self, heads: Heads) -> list[slice]:
+        size = self.batch_size
+        if self.tables.device.type == "cpu":
+            size = max(1, _PART_ELEMENTS // (self.tables.shape[1] * BLOCK_SIZE * heads.kv_heads * heads.head_dim))
+        return [slice(i, min(i + size, self.batch_size)) for i in range(0, self.batch_size, size)]
+
+    def _part(self, rows: slice, lanes: slice | None, window: int | None, heads: Heads, dtype: torch.dtype) -> Part:
+        tables, positions, lengths = self.tables[rows], self.positions[rows], self.lengths[rows]
+        device = tables.device
+        first = torch.zeros(len(tables), 1, dtype=torch.int64, device=device)  # column of the first key gathered
         if window is not None:
-            seen &= key > query - window
-        mask = seen[None] & self.padding_mask()[:, None, hidden:]
-        is_causal = window is None and self.batch_size == 1 and self.q_length == self.kv_length
-        return GroupView(self.slots[:, hidden:], mask[:, None].repeat(1, 1, repeats, 1), is_causal)
+            first_block = (positions[:, :1] - window + 1).clamp(min=0) // BLOCK_SIZE
+            reach = -(-(self.q_length + window - 1) // BLOCK_SIZE) + 1
+            columns = first_block + torch.arange(min(reach, tables.shape[1]), device=device)
+            tables = tables.gather(1, columns.clamp(max=tables.shape[1] - 1))
+            first = first_block * BLOCK_SIZE
+        kv_length = max(lengths) if window is None else tables.shape[1] * BLOCK_SIZE
+        blocks = block_rows(tables[:, : -(-kv_length // BLOCK_SIZE)], heads.kv_heads)
+        if window is None and self.q_length == 1 and min(lengths) == kv_length:
+            return Part(rows, lanes, blocks, kv_length, None)
+        key = first + torch.arange(kv_length, device=device)  # [rows, kv_length], position of each column
+        hidden = key[:, None] > positions[:, :, None]
+        if window is not None:
+            hidden |= key[:, None] <= positions[:, :, None] - window
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+        return Part(rows, lanes, blocks, kv_length, mask[:, None].repeat(1, 1, heads.repeats, 1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Layout:
     """All index tensors of one forward; tokens stand in the order of the groups."""
 
@@ -97,40 +135,77 @@ class Layout:
     positions: Tensor  # [num_tokens] int64, each within its own sequence
     slots: Tensor  # [num_tokens] int64, where each token's key and value go
     logit_index: Tensor  # [num_logits] int64, flat token of each wanted row, in the order of the batch's rows
+    begun: Tensor | None  # int64, blocks that this forward begins and does not fill; what they held must not be read
     groups: list[Group]
+    lanes: Lanes | None
+    _cache_rows: dict[int, Tensor] = field(default_factory=dict)
+
+    def cache_rows(self, kv_heads: int) -> Tensor:
+        """[num_tokens * kv_heads] int64, the new tokens' rows of a cache seen as [num_blocks * kv_heads * 16, ...]."""
+        if kv_heads not in self._cache_rows:
+            self._cache_rows[kv_heads] = head_rows(self.slots, kv_heads).flatten()
+        return self._cache_rows[kv_heads]
 
     @classmethod
-    def of(cls, batch: ForwardBatch, device: torch.device) -> Layout:
-        order = sorted(range(len(batch.rows)), key=lambda i: len(batch.rows[i].token_ids))
+    def of(cls, batch: ForwardBatch, device: torch.device, lanes: Lanes | None = None) -> Layout:
+        if lanes is not None:
+            lanes.begin_forward()
+        by_length = sorted(range(len(batch.rows)), key=lambda i: len(batch.rows[i].token_ids))
+        order: list[int] = []
         groups: list[Group] = []
         stops: dict[int, int] = {}  # one past each row's last token in the flat order
         start = 0
-        for q_length, members in groupby(order, key=lambda i: len(batch.rows[i].token_ids)):
+        for q_length, members in groupby(by_length, key=lambda i: len(batch.rows[i].token_ids)):
             indices = list(members)
-            groups.append(_group([batch.rows[i] for i in indices], start, q_length, device))
+            assigned = lanes.assign([batch.rows[i] for i in indices]) if lanes is not None else None
+            if assigned is not None:
+                indices = [i for _, i in sorted(zip(assigned, indices, strict=True))]
+                assigned.sort()
+            groups.append(_group([batch.rows[i] for i in indices], start, q_length, assigned, device))
             for i in indices:
                 start += q_length
                 stops[i] = start
+            order += indices
         wanted = [t for i, row in enumerate(batch.rows) for t in range(stops[i] - row.num_logits, stops[i])]
         ids = [token for i in order for token in batch.rows[i].token_ids]
+        begun = [row.block_ids[-1] for row in batch.rows if _begins_last_block(row)]
         return cls(
             input_ids=torch.tensor(ids, device=device),
             positions=torch.cat([group.positions.flatten() for group in groups]),
-            slots=torch.cat([group.slots[:, -group.q_length :].flatten() for group in groups]),
+            slots=torch.cat([group.slots().flatten() for group in groups]),
             logit_index=torch.tensor(wanted, dtype=torch.int64, device=device),
+            begun=torch.tensor(begun, device=device) if begun else None,
             groups=groups,
+            lanes=lanes,
         )
 
 
-def _group(rows: Sequence[BatchRow], start: int, q_length: int, device: torch.device) -> Group:
-    lengths = [row.position + q_length for row in rows]
-    width = max(lengths)
-    length = torch.tensor(lengths)[:, None]
-    token = torch.arange(width) - (width - length)  # [batch, kv_length], negative where padded
-    most_blocks = -(-width // BLOCK_SIZE)
-    tables = [row.block_ids[:most_blocks] + [NULL_BLOCK] * (most_blocks - len(row.block_ids)) for row in rows]
-    block = torch.tensor(tables).gather(1, token.clamp(min=0) // BLOCK_SIZE)
-    slots = torch.where(token >= 0, block * BLOCK_SIZE + token % BLOCK_SIZE, NULL_BLOCK * BLOCK_SIZE)
-    positions = length - q_length + torch.arange(q_length)
-    wanted = [row.num_logits for row in rows]
-    return Group(start, q_length, lengths, wanted, slots.to(device), positions.to(device))
+def _begins_last_block(row: BatchRow) -> bool:
+    end = row.position + len(row.token_ids)
+    return 0 < end % BLOCK_SIZE <= len(row.token_ids)
+
+
+def _slots(tables: Tensor, positions: Tensor) -> Tensor:
+    return tables.gather(1, positions // BLOCK_SIZE) * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+def _runs(lanes: list[int]) -> list[tuple[slice, slice]]:
+    """Rows in neighbouring lanes: (rows, their lanes)."""
+    breaks = [i for i in range(1, len(lanes)) if lanes[i] != lanes[i - 1] + 1]
+    bounds = zip([0, *breaks], [*breaks, len(lanes)], strict=True)
+    return [(slice(start, stop), slice(lanes[start], lanes[start] + stop - start)) for start, stop in bounds]
+
+
+def _group(rows: Sequence[BatchRow], start: int, q_length: int, lanes: list[int] | None, device: torch.device) -> Group:
+    most = max(len(row.block_ids) for row in rows)
+    tables = torch.tensor([row.block_ids + [NULL_BLOCK] * (most - len(row.block_ids)) for row in rows])
+    positions = torch.tensor([row.position for row in rows])[:, None] + torch.arange(q_length)
+    return Group(
+        start=start,
+        q_length=q_length,
+        lengths=[row.position + q_length for row in rows],
+        num_logits=[row.num_logits for row in rows],
+        tables=tables.to(device),
+        positions=positions.to(device),
+        lanes=lanes,
+    )

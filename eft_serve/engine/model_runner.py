@@ -20,17 +20,23 @@ from transformers import PreTrainedModel
 
 from eft_serve.config import ModelConfig
 from eft_serve.engine import checkpoint
-from eft_serve.engine.attention import PagedTensors
+from eft_serve.engine.attention import GroupedAttention
 from eft_serve.engine.batch import BatchRow, ForwardBatch
+from eft_serve.engine.compact_path import CompactPath
 from eft_serve.engine.kv_cache import BLOCK_SIZE
+from eft_serve.engine.lanes import Lanes
 from eft_serve.engine.layout import Layout
 from eft_serve.engine.padded_path import PaddedPath
+from eft_serve.engine.paged_tensors import PagedTensors
 from eft_serve.engine.ragged_path import RaggedPath
+from eft_serve.engine.weights import store_input_major
 from eft_serve.errors import CheckpointError, EftServeError, EngineError
 
 logger = logging.getLogger(__name__)
 
-PATHS: dict[str, type[RaggedPath] | type[PaddedPath]] = {"ragged": RaggedPath, "padded": PaddedPath}
+PATHS: dict[str, type[CompactPath] | type[RaggedPath] | type[PaddedPath]] = {
+    path.name: path for path in (CompactPath, RaggedPath, PaddedPath)
+}
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # of one all-reduce; a dead peer shows at once, a stopped one after this
 PROBE_TOKENS = 8
 PROBE_BLOCKS = 2
@@ -40,6 +46,7 @@ class ForwardPath(Protocol):
     """A way of running the model on a layout."""
 
     name: str
+    attends_through_us: bool
 
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor: ...
 
@@ -76,6 +83,7 @@ class ModelRunner:
         self.device = resolve_device(config, rank)
         self.dtype = resolve_dtype(config, self.device)
         self._cache = PagedTensors([], [])
+        self._lanes: Lanes | None = None
         self._path: ForwardPath | None = None
         self._joined = False
 
@@ -115,6 +123,7 @@ class ModelRunner:
                 self._join(store, world_size)
             try:
                 self.model = self._init_inference(world_size)
+                store_input_major(self.model)
                 self._read_cache_shapes()
             except (EftServeError, torch.OutOfMemoryError):
                 raise
@@ -176,22 +185,24 @@ class ModelRunner:
 
     def allocate(self, num_blocks: int) -> None:
         """Take the whole KV cache at once; block 0 is extra and stays zero."""
-        slots = (max(num_blocks, PROBE_BLOCKS) + 1) * BLOCK_SIZE
+        blocks = max(num_blocks, PROBE_BLOCKS) + 1
         options = {"dtype": self.dtype, "device": self.device}
         self._cache = PagedTensors(
-            [torch.zeros(slots, heads, key_dim, **options) for heads, key_dim, _ in self._shapes],  # type: ignore[call-overload]
-            [torch.zeros(slots, heads, value_dim, **options) for heads, _, value_dim in self._shapes],  # type: ignore[call-overload]
+            [torch.zeros(blocks, heads, BLOCK_SIZE, key_dim, **options) for heads, key_dim, _ in self._shapes],  # type: ignore[call-overload]
+            [torch.zeros(blocks, heads, BLOCK_SIZE, value_dim, **options) for heads, _, value_dim in self._shapes],  # type: ignore[call-overload]
         )
+
+        self._lanes = Lanes(self._cache) if self.device.type == "cpu" else None
 
     def try_path(self, name: str) -> Tensor | str:
         """Run the probe in pieces beside a second sequence; the logits of the last pieces, or why there are none."""
         ids, cut = self.probe_ids(), PROBE_TOKENS // 2
-        first = [BatchRow(ids[:cut], 0, [1], 0), BatchRow(ids[:1], 0, [2], 0)]
-        second = [BatchRow(ids[cut:], cut, [1], PROBE_TOKENS - cut), BatchRow(ids[1:2], 1, [2], 1)]
+        first = [BatchRow(ids[:cut], 0, [1], 0, owner=-1), BatchRow(ids[:1], 0, [2], 0, owner=-2)]
+        second = [BatchRow(ids[cut:], cut, [1], PROBE_TOKENS - cut, owner=-1), BatchRow(ids[1:2], 1, [2], 1, owner=-2)]
         try:
             if self.model.config._attn_implementation != self._stock_attention:
                 self.model.set_attn_implementation(self._stock_attention)
-            self._path = PATHS[name](self.model)
+            self._path = PATHS[name](self.model, GroupedAttention())
             self.forward(ForwardBatch(first))
             return self.forward(ForwardBatch(second))
         except Exception as error:  # models of any kind fail here in any way; the caller decides what that means
@@ -202,11 +213,15 @@ class ModelRunner:
         """Logits [batch.num_logits, vocab_size] on the CPU, rows in the order of the batch."""
         if self._path is None:
             raise EngineError("forward before try_path")
-        return self._path.forward(Layout.of(batch, self.device), self._cache).cpu()
+        lanes = self._lanes if self._path.attends_through_us else None
+        layout = Layout.of(batch, self.device, lanes)
+        self._cache.clear(layout.begun)
+        return self._path.forward(layout, self._cache).cpu()
 
     def close(self) -> None:
         """Leave the group and forget the class-level state that DeepSpeed keeps of it."""
         self._cache = PagedTensors([], [])
+        self._lanes = None
         self._path = None
         if self._joined:
             import deepspeed

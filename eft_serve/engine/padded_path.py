@@ -1,19 +1,41 @@
 """The forward of models that compute their own attention (Falcon, BLOOM); knows no sequences.
 
 Such a model takes a `transformers` cache object and a padding mask. It gets a view of our paged cache that returns
-every row's keys and values aligned to the right, which is what left-padded batches look like. Rows with equally many
-new tokens share a forward.
+every row's keys and values aligned to the right, padded with the null block, which is what left-padded batches look
+like. Rows with equally many new tokens share a forward.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from eft_serve.engine.attention import PagedTensors
+from eft_serve.engine.attention import Attention
+from eft_serve.engine.kv_cache import BLOCK_SIZE, NULL_BLOCK
 from eft_serve.engine.layout import Group, Layout
+from eft_serve.engine.paged_tensors import PagedTensors, head_rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Aligned:
+    """A group with every row's newest token in the last column."""
+
+    slots: Tensor  # [batch, kv_length] int64
+    mask: Tensor  # [batch, kv_length] bool, True where a token stands
+
+    @classmethod
+    def of(cls, group: Group) -> _Aligned:
+        device = group.tables.device
+        width = max(group.lengths)
+        length = torch.tensor(group.lengths, device=device)[:, None]
+        token = torch.arange(width, device=device) - (width - length)  # negative where padded
+        block = group.tables.gather(1, token.clamp(min=0) // BLOCK_SIZE)
+        slots = torch.where(token >= 0, block * BLOCK_SIZE + token % BLOCK_SIZE, NULL_BLOCK * BLOCK_SIZE)
+        return cls(slots, token >= 0)
 
 
 class _PagedLayer(CacheLayerMixin):
@@ -21,10 +43,10 @@ class _PagedLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, cache: PagedTensors, layer: int, group: Group) -> None:
+    def __init__(self, cache: PagedTensors, layer: int, group: Group, aligned: _Aligned) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_initialized = True
-        self._cache, self._layer, self._group = cache, layer, group
+        self._cache, self._layer, self._group, self._aligned = cache, layer, group, aligned
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing is lazy here."""
@@ -33,27 +55,29 @@ class _PagedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write [batch, kv_heads, q_length, head_dim], return [batch, kv_heads, kv_length, head_dim]."""
-        slots = self._group.slots[:, -self._group.q_length :].flatten()
-        key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
-        self._cache.write(self._layer, slots, key, value)
-        return self._cache.read(self._layer, self._group.slots)
+        new_key, new_value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
+        rows = head_rows(self._group.slots(), new_key.shape[1]).flatten()
+        self._cache.write(self._layer, rows, new_key, new_value)
+        key, value = self._cache.gather_slots(self._layer, self._aligned.slots)
+        return key.transpose(1, 2), value.transpose(1, 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._group.kv_length, 0
+        return self._aligned.slots.shape[1], 0
 
     def get_seq_length(self) -> int:
-        return self._group.kv_length - self._group.q_length
+        return self._aligned.slots.shape[1] - self._group.q_length
 
     def get_max_length(self) -> int:
         return -1
 
 
 class PaddedPath:
-    """One forward for each group of rows, on left-padded keys and values."""
+    """One forward for each group of rows, on left-padded keys and values; the model attends by itself."""
 
     name = "padded"
+    attends_through_us = False
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
         self._model = model
 
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor:
@@ -64,11 +88,12 @@ class PaddedPath:
 
     def _forward_group(self, layout: Layout, group: Group, cache: PagedTensors) -> Tensor:
         most = max(1, *group.num_logits)
+        aligned = _Aligned.of(group)
         output = self._model(
             input_ids=layout.input_ids[group.start : group.stop].view(group.positions.shape),
             position_ids=group.positions,
-            attention_mask=group.padding_mask().long(),
-            past_key_values=Cache(layers=[_PagedLayer(cache, i, group) for i in range(len(cache.keys))]),
+            attention_mask=aligned.mask.long(),
+            past_key_values=Cache(layers=[_PagedLayer(cache, i, group, aligned) for i in range(len(cache.keys))]),
             use_cache=True,
             logits_to_keep=most,
         )

@@ -54,6 +54,7 @@ class Chunk:
             position=step.position + self.start,
             block_ids=self.admitted.sequence.block_ids[: blocks_for(end)],
             num_logits=self.num_logits,
+            owner=self.admitted.sequence.number,
         )
 
     def commit(self) -> None:

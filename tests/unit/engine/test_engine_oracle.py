@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, PADDED, VOCAB_SIZE, greedy, stock_logits
+from tiny_models import ARCHITECTURES, COMPACT, PADDED, VOCAB_SIZE, greedy, stock_logits
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -45,7 +45,7 @@ def tokens_of(sequence: int) -> list[int]:
 
 
 def expected_path(architecture: str) -> str:
-    return "padded" if architecture in PADDED else "ragged"
+    return "padded" if architecture in PADDED else "compact" if architecture in COMPACT else "ragged"
 
 
 def to_step(draw: Draw, believed: dict[int, int]) -> SequenceStep:

@@ -53,6 +53,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bloom": ("bloom", {"n_head": 4, "n_layer": 2}),
 }
+COMPACT = {"llama", "mistral", "qwen2", "qwen2-sliding", "qwen3"}
 PADDED = {"falcon-new", "falcon-mqa", "falcon-alibi", "bloom"}
 
 

@@ -1,0 +1,184 @@
+"""The forward of the Llama line of models in as few operations as it takes; knows no sequences.
+
+Llama, Mistral, Qwen2 and Qwen3 share one decoder layer (arXiv 2302.13971). Written out over the loaded model's own
+modules it needs a third of the operations that `transformers` needs, and on a small batch the operations cost more than
+what they compute. Query, key and value are one matrix product, gate and up another; the model's weights become views of
+the joined matrices, so nothing is held twice. Ranks that DeepSpeed split are walked in the same way: what they reduce
+happens inside `o_proj`, `down_proj` and `lm_head`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+from eft_serve.engine.attention import Attention
+from eft_serve.engine.layout import Layout
+from eft_serve.engine.paged_tensors import PagedTensors
+from eft_serve.engine.ragged_path import UnsupportedModelError
+from eft_serve.engine.weights import input_major
+
+_SAME_LAYER: dict[type[PreTrainedModel], Callable[[Any], int | None]] = {
+    # Where each keeps a layer's sliding window: no probe is long enough to show one that was missed.
+    LlamaForCausalLM: lambda attention: None,
+    MistralForCausalLM: lambda attention: attention.config.sliding_window,
+    Qwen2ForCausalLM: lambda attention: attention.sliding_window,
+    Qwen3ForCausalLM: lambda attention: attention.sliding_window,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """Root mean square norm (arXiv 1910.07467)."""
+
+    weight: Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, module: Any) -> _Norm:
+        return cls(module.weight, module.variance_epsilon)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return rms_norm(states, self.weight.shape, self.weight, self.epsilon)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One decoder layer, its matrices joined."""
+
+    norm: _Norm
+    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]
+    qkv_bias: Tensor | None
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    window: int | None
+    output: nn.Module
+    mlp_norm: _Norm
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    gate_up_bias: Tensor | None
+    activation: nn.Module
+    down: nn.Module
+
+    @classmethod
+    def of(cls, module: Any, window: int | None) -> _Layer:
+        attention, mlp = module.self_attn, module.mlp
+        qkv, qkv_bias = _join([attention.q_proj, attention.k_proj, attention.v_proj])
+        gate_up, gate_up_bias = _join([mlp.gate_proj, mlp.up_proj])
+        has_norms = hasattr(attention, "q_norm")
+        return cls(
+            norm=_Norm.of(module.input_layernorm),
+            qkv=qkv,
+            qkv_bias=qkv_bias,
+            query_norm=_Norm.of(attention.q_norm) if has_norms else None,
+            key_norm=_Norm.of(attention.k_norm) if has_norms else None,
+            heads=attention.q_proj.weight.shape[0] // attention.head_dim,
+            kv_heads=attention.k_proj.weight.shape[0] // attention.head_dim,
+            head_dim=attention.head_dim,
+            scaling=attention.scaling,
+            window=window,
+            output=attention.o_proj,
+            mlp_norm=_Norm.of(module.post_attention_layernorm),
+            gate_up=gate_up,
+            gate_up_bias=gate_up_bias,
+            activation=mlp.act_fn,
+            down=mlp.down_proj,
+        )
+
+    def project(self, states: Tensor, rotary: _Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [num_tokens, heads, head_dim], key and value [num_tokens, kv_heads, head_dim], turned."""
+        qkv = linear(self.norm(states), self.qkv, self.qkv_bias).view(len(states), -1, self.head_dim)
+        turned = qkv[:, : self.heads + self.kv_heads]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = turned.split([self.heads, self.kv_heads], dim=1)
+            turned = torch.cat([self.query_norm(query), self.key_norm(key)], dim=1)
+        turned = rotary.turn(turned)
+        return turned[:, : self.heads], turned[:, self.heads :], qkv[:, self.heads + self.kv_heads :]
+
+    def feed_forward(self, states: Tensor) -> Tensor:
+        """[num_tokens, hidden]."""
+        gate, up = linear(self.mlp_norm(states), self.gate_up, self.gate_up_bias).chunk(2, dim=1)
+        out: Tensor = self.down(self.activation(gate).mul_(up))
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Rotary:
+    """Rotary embedding (arXiv 2104.09864) of one forward's positions."""
+
+    cos: Tensor  # [num_tokens, 1, head_dim]
+    sin: Tensor  # the same, its first half negated
+
+    @classmethod
+    def of(cls, model: Any, states: Tensor, positions: Tensor) -> _Rotary:
+        cos, sin = model.rotary_emb(states, positions[None])
+        half = sin.shape[-1] // 2
+        return cls(cos[0][:, None], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)[:, None])
+
+    def turn(self, states: Tensor) -> Tensor:
+        """[num_tokens, heads, head_dim]."""
+        return torch.addcmul(states * self.cos, states.roll(states.shape[-1] // 2, dims=-1), self.sin)
+
+
+class CompactPath:
+    """All rows in one forward, written out."""
+
+    name = "compact"
+    attends_through_us = True
+
+    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
+        window_of = _SAME_LAYER.get(type(model))
+        if window_of is None:
+            raise UnsupportedModelError(f"{type(model).__name__} has layers of another kind")
+        self._model: Any = model
+        self._attention = attention
+        self._layers = [_Layer.of(layer, window_of(layer.self_attn)) for layer in self._model.model.layers]
+        self._norm = _Norm.of(self._model.model.norm)
+
+    def forward(self, layout: Layout, cache: PagedTensors) -> Tensor:
+        """Logits [num_logits, vocab_size] in the order of `layout.logit_index`."""
+        states = self._model.model.embed_tokens(layout.input_ids)
+        rotary = _Rotary.of(self._model.model, states, layout.positions)
+        for index, layer in enumerate(self._layers):
+            query, key, value = layer.project(states, rotary)
+            attended = self._attention(
+                index, layout, cache, query, key, value, scaling=layer.scaling, window=layer.window
+            )
+            states = layer.output(attended.flatten(1)) + states
+            states = layer.feed_forward(states) + states
+        logits: Tensor = self._model.lm_head(self._norm(states[layout.logit_index])[None])[0]
+        return logits
+
+
+def _join(modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of modules with one input, stacked; the modules' own become views of them."""
+    weights = _stack([module.weight for module in modules])
+    biases = [module.bias for module in modules]
+    if all(bias is None for bias in biases):
+        return weights, None
+    if any(bias is None for bias in biases):
+        raise UnsupportedModelError("some of the joined projections have a bias and some have none")
+    return weights, _stack(biases)
+
+
+def _stack(parameters: Sequence[nn.Parameter]) -> Tensor:
+    with torch.no_grad():
+        joined = input_major(torch.cat([parameter.data for parameter in parameters]))
+        for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
+            parameter.data = part
+    return joined
