@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -21,9 +23,9 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.vocabulary import load_vocabularies
 from eft_serve.ensemble import Ensemble
-from eft_serve.errors import ModelNotFoundError
-from eft_serve.rayserve.mailbox import Mailbox
+from eft_serve.errors import ModelNotFoundError, UnavailableError
 from eft_serve.transport.client import FanOut
+from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
 from eft_serve.types import Delta, Endpoint, GenerationRequest, ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,15 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, ModelInfo]  # those that have
 
 
+@dataclass(slots=True, eq=False)
+class Reader:
+    """Who wants a request's deltas."""
+
+    reply_to: ReplyTo
+    done: asyncio.Future[int]  # number of tokens sent, once the last delta has left
+    num_sent: int = 0  # tokens; the decode loop's thread alone counts
+
+
 class CoordinatorReplica:
     """One coordinator; owns its requests and their tokens."""
 
@@ -53,7 +64,8 @@ class CoordinatorReplica:
         self.backend = FanOut()
         self.endpoints: dict[str, dict[str, Endpoint]] = {model: {} for model in models}  # by model, by replica id
         self.misses: dict[str, int] = {}  # by replica id
-        self.mailboxes: dict[str, Mailbox] = {}
+        self.readers: dict[str, Reader] = {}  # by request id
+        self.sender = DeltaSender()  # the decode loop's thread's
         vocabularies = load_vocabularies(config)
         self.decode_loop = DecodeLoop(
             config.coordinator, self.backend, vocabularies, self._emit, self.coordinator_metrics
@@ -65,21 +77,22 @@ class CoordinatorReplica:
         await self._meet_models()
         self.discovery = asyncio.create_task(self._discover())
 
-    async def generate(self, encoded: bytes) -> AsyncIterator[bytes]:
-        """Decode one request (a msgpack `GenerationRequest`); yields msgpack `Delta`s, several tokens in one when
-        several are ready. Closing the iterator aborts the request in every model."""
+    async def generate(self, encoded: bytes, reply_to: ReplyTo) -> int:
+        """Decode one request (a msgpack `GenerationRequest`); its deltas go straight to the ingress that asked.
+
+        Returns the number of tokens once the last delta has left. Cancelling aborts the request in every model.
+        """
         generation = msgspec.msgpack.decode(encoded, type=GenerationRequest)
         ensemble = Ensemble.find(self.config, generation.recipe)
         if ensemble is None:
             raise ModelNotFoundError(f"no recipe or model {generation.recipe!r}", param="model")
         coefficients = ensemble.coefficients(generation.scale, generation.weights)
-        mailbox = self.mailboxes[generation.request_id] = Mailbox()
+        reader = self.readers[generation.request_id] = Reader(reply_to, self.event_loop.create_future())
         self.decode_loop.submit(Request.create(generation, coefficients, now=time.monotonic()))
         try:
-            async for delta in mailbox.read():
-                yield msgspec.msgpack.encode(delta)
+            return await reader.done
         finally:
-            del self.mailboxes[generation.request_id]
+            del self.readers[generation.request_id]
             self.decode_loop.abort(generation.request_id)
 
     async def status(self) -> Status:
@@ -101,6 +114,7 @@ class CoordinatorReplica:
     async def __del__(self) -> None:
         self.discovery.cancel()
         self.decode_loop.close()
+        self.sender.close()
 
     async def _meet_models(self) -> None:
         """Know the models that are there before the first request comes; those that still load are found later."""
@@ -113,13 +127,23 @@ class CoordinatorReplica:
             await asyncio.sleep(0.02)
 
     def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
-        """From the decode loop's thread: one hop to the event loop for all deltas of a step."""
-        self.event_loop.call_soon_threadsafe(self._deliver, deltas)
-
-    def _deliver(self, deltas: Sequence[tuple[str, Delta]]) -> None:
+        """From the decode loop's thread: one message to each ingress for all deltas of a step."""
+        parts: dict[str, list[Part]] = defaultdict(list)  # by address
+        concerned: dict[str, list[Reader]] = defaultdict(list)
+        finished: list[Reader] = []
         for request_id, delta in deltas:
-            if mailbox := self.mailboxes.get(request_id):  # none: its reader has gone away
-                mailbox.put(delta)
+            if reader := self.readers.get(request_id):  # none: its reader has gone away
+                parts[reader.reply_to.address].append((request_id, reader.num_sent, delta))
+                concerned[reader.reply_to.address].append(reader)
+                reader.num_sent += len(delta.token_ids)
+                if delta.finish_reason is not None:
+                    finished.append(reader)
+        for address, readers in concerned.items():
+            if not self.sender.send(readers[0].reply_to, parts[address]):
+                logger.error("%s does not take its tokens", address)
+                self.event_loop.call_soon_threadsafe(_lose, readers)
+        if finished:
+            self.event_loop.call_soon_threadsafe(_finish, finished)
 
     async def _discover(self) -> None:
         """Ask every model deployment for its replicas, again and again; the decode loop takes it from there."""
@@ -156,3 +180,15 @@ class CoordinatorReplica:
         self.endpoints[model] = kept | found
         for replica_id in found.keys() | (known.keys() - kept.keys()):
             self.misses.pop(replica_id, None)
+
+
+def _finish(readers: Sequence[Reader]) -> None:
+    for reader in readers:
+        if not reader.done.done():
+            reader.done.set_result(reader.num_sent)
+
+
+def _lose(readers: Sequence[Reader]) -> None:
+    for reader in readers:
+        if not reader.done.done():
+            reader.done.set_exception(UnavailableError("the tokens could not be sent; send the request again"))

@@ -26,9 +26,14 @@ class IngressReplica:
         self.watch = asyncio.create_task(self.service.watch())
 
     def check_health(self) -> None:
-        """Raises when learning what the models are has failed, so that Serve replaces the replica."""
+        """Raises when tokens no longer arrive or nobody learns what models there are: Serve replaces the replica."""
+        self.service.receiver.check()
         if self.watch.done() and (error := self.watch.exception()):
             raise RuntimeError("the watch over the coordinators died") from error
+
+    def __del__(self) -> None:
+        if service := getattr(self, "service", None):
+            service.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.service, show_request_id=False)  # Serve sends the same header

@@ -1,10 +1,11 @@
-"""Between the decode loop's thread and a reader on the event loop: whatever became ready since the last read."""
+"""Between the thread that receives deltas and a reader on the event loop: whatever became ready since the last read."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+from eft_serve.errors import UnavailableError
 from eft_serve.types import Delta
 
 
@@ -21,23 +22,44 @@ def merge(deltas: Sequence[Delta]) -> Delta:
 
 
 class Mailbox:
-    """Deltas of one request; a slow reader gets fewer and larger ones."""
+    """Deltas of one request; a slow reader gets fewer and larger ones. Used on the event loop alone."""
 
     def __init__(self) -> None:
         self._deltas: list[Delta] = []
         self._ready = asyncio.Event()
+        self._num_tokens = 0
+        self._error: BaseException | None = None
+        self.complete = False  # the last delta is here
 
-    def put(self, delta: Delta) -> None:
+    def put(self, num_before: int, delta: Delta) -> None:
+        """The next delta, which says how many tokens went before it."""
+        if num_before != self._num_tokens:
+            self.fail(UnavailableError(f"tokens {self._num_tokens} to {num_before} were lost; send the request again"))
+            return
+        self._num_tokens += len(delta.token_ids)
         self._deltas.append(delta)
+        self.complete = delta.finish_reason is not None
+        self._ready.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing more will come; the reader gets what came before, then this error, unless all is there."""
+        self._error = self._error or error
         self._ready.set()
 
     async def read(self) -> AsyncIterator[Delta]:
-        """Until the delta that has a finish reason."""
+        """Until the delta that has a finish reason.
+
+        Raises:
+            Whatever `fail` was given, `UnavailableError` when tokens were lost.
+        """
         while True:
             await self._ready.wait()
             self._ready.clear()
-            deltas, self._deltas = self._deltas, []
-            delta = merge(deltas)
-            yield delta
-            if delta.finish_reason is not None:
-                return
+            if self._deltas:
+                deltas, self._deltas = self._deltas, []
+                delta = merge(deltas)
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+            if self._error is not None:
+                raise self._error

@@ -1,31 +1,35 @@
-"""The API's `Service` over Ray Serve handles: requests go to a coordinator and come back as a stream of deltas."""
+"""The API's `Service`: a request goes to a coordinator by Serve handle, its deltas come back by the data plane."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import msgspec
+import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import EftServeError, UnavailableError
 from eft_serve.rayserve.coordinator import Status
+from eft_serve.rayserve.mailbox import Mailbox
 from eft_serve.rayserve.metrics import merge
+from eft_serve.transport.deltas import DeltaReceiver, Part
 from eft_serve.types import Delta, GenerationRequest, ModelInfo
 
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 3.0
 METRICS_TIMEOUT_S = 3.0
+LATE_DELTAS_S = 5.0  # after the coordinator said that it has sent the last
 
 
 class ServeService:
-    """One ingress's view of the application."""
+    """One ingress's view of the application; made and used on one event loop."""
 
     def __init__(
         self, config: AppConfig, coordinator: DeploymentHandle[Any], models: dict[str, DeploymentHandle[Any]]
@@ -34,28 +38,37 @@ class ServeService:
         self.coordinator = coordinator
         self.models = models
         self.infos: dict[str, ModelInfo] = {}
+        self.mailboxes: dict[str, Mailbox] = {}  # by request id
+        self.event_loop = asyncio.get_running_loop()
+        self.receiver = DeltaReceiver(self._receive, host=ray.util.get_node_ip_address())
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self.receiver.close()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """See `eft_serve.api.service.Service.generate`."""
-        stream = self.coordinator.options(stream=True).generate.remote(msgspec.msgpack.encode(request))
-        assert isinstance(stream, DeploymentResponseGenerator)
-        finished = False
+        mailbox = self.mailboxes[request.request_id] = Mailbox()
+        response = self.coordinator.generate.remote(msgspec.msgpack.encode(request), self.receiver.reply_to)
+        assert isinstance(response, DeploymentResponse)
+        watch = asyncio.create_task(_watch(response, mailbox))
         try:
-            async for encoded in stream:
-                delta = msgspec.msgpack.decode(encoded, type=Delta)
-                finished = delta.finish_reason is not None
+            async for delta in mailbox.read():
                 yield delta
-        except RayTaskError as error:
-            finished = True
-            if isinstance(error.cause, EftServeError):
-                raise error.cause from None
-            raise
-        except (RayActorError, DeploymentUnavailableError) as error:
-            finished = True
-            raise UnavailableError("the coordinator is being replaced; send the request again") from error
         finally:
-            if not finished:
-                stream.cancel()
+            del self.mailboxes[request.request_id]
+            watch.cancel()
+            if not mailbox.complete:
+                response.cancel()
+
+    def _receive(self, parts: Sequence[Part]) -> None:
+        """From the receiver's thread: one hop to the event loop for all deltas of a step."""
+        self.event_loop.call_soon_threadsafe(self._deliver, parts)
+
+    def _deliver(self, parts: Sequence[Part]) -> None:
+        for request_id, num_before, delta in parts:
+            if mailbox := self.mailboxes.get(request_id):  # none: its reader has gone away
+                mailbox.put(num_before, delta)
 
     async def check_ready(self) -> None:
         """See `eft_serve.api.service.Service.check_ready`."""
@@ -104,6 +117,20 @@ class ServeService:
         if info is None:
             raise UnavailableError(f"model {model} is not ready")
         return info.max_model_len
+
+
+async def _watch(response: DeploymentResponse[int], mailbox: Mailbox) -> None:
+    """Tell the reader when the coordinator ends without having sent all."""
+    try:
+        await response
+        await asyncio.sleep(LATE_DELTAS_S)
+        mailbox.fail(UnavailableError("the last tokens were lost; send the request again"))
+    except RayTaskError as error:
+        mailbox.fail(error.cause if isinstance(error.cause, EftServeError) else error)
+    except (RayActorError, DeploymentUnavailableError):
+        mailbox.fail(UnavailableError("the coordinator is being replaced; send the request again"))
+    except Exception as error:  # the reader's to raise, whatever it is
+        mailbox.fail(error)
 
 
 async def _replica_metrics(handle: DeploymentHandle[Any]) -> list[tuple[str, str]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
+from eft_serve.errors import UnavailableError
 from eft_serve.rayserve.mailbox import Mailbox, merge
 from eft_serve.types import Delta, Failure, FinishReason
 
@@ -14,17 +17,42 @@ def delta(text: str, finish: FinishReason | None = None) -> Delta:
 
 async def test_what_is_ready_comes_together_and_the_last_ends_it() -> None:
     mailbox = Mailbox()
-    for text in "abc":
-        mailbox.put(delta(text))
+    for num_before, text in enumerate("abc"):
+        mailbox.put(num_before, delta(text))
     reader = mailbox.read()
     assert await anext(reader) == delta("abc")
     waiting = asyncio.ensure_future(anext(reader))
     await asyncio.sleep(0)
     assert not waiting.done()
-    mailbox.put(delta("d"))
-    mailbox.put(delta("e", FinishReason.STOP))
+    mailbox.put(3, delta("d"))
+    assert not mailbox.complete
+    mailbox.put(4, delta("e", FinishReason.STOP))
+    assert mailbox.complete
     assert await waiting == delta("de", FinishReason.STOP)
     assert [d async for d in reader] == []
+
+
+async def test_lost_tokens_are_an_error_after_what_came_before_them() -> None:
+    mailbox = Mailbox()
+    mailbox.put(0, delta("ab"))
+    mailbox.put(3, delta("d", FinishReason.STOP))
+    reader = mailbox.read()
+    assert await anext(reader) == delta("ab")
+    with pytest.raises(UnavailableError, match="tokens 2 to 3 were lost"):
+        await anext(reader)
+    assert not mailbox.complete
+
+
+async def test_the_end_of_the_coordinator_wakes_the_reader_and_comes_too_late_for_a_whole_answer() -> None:
+    broken, whole = Mailbox(), Mailbox()
+    waiting = asyncio.ensure_future(anext(broken.read()))
+    await asyncio.sleep(0)
+    broken.fail(UnavailableError("gone"))
+    with pytest.raises(UnavailableError, match="gone"):
+        await waiting
+    whole.put(0, delta("a", FinishReason.STOP))
+    whole.fail(UnavailableError("gone"))
+    assert [d async for d in whole.read()] == [delta("a", FinishReason.STOP)]
 
 
 def test_a_failure_survives_the_merge() -> None:
