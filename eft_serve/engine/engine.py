@@ -11,7 +11,8 @@ from torch import Tensor
 
 from eft_serve.config import ModelConfig
 from eft_serve.engine.batch import ForwardBatch
-from eft_serve.engine.kv_cache import BLOCK_SIZE, KVCache
+from eft_serve.engine.block_pool import BLOCK_SIZE
+from eft_serve.engine.kv_cache import KVCache
 from eft_serve.engine.metrics import EngineMetrics
 from eft_serve.engine.scheduler import Admitted, Chunk, Limits, Scheduler, waves
 from eft_serve.engine.startup import start, within
@@ -109,12 +110,25 @@ class Engine:
         try:
             for chunks in self._scheduler.pack(admitted):
                 for chunk, logits in zip(chunks, self._run(chunks), strict=True):
-                    chunk.commit()
+                    self._cache.commit(chunk.admitted.sequence, chunk.token_ids)
                     pieces[chunk.admitted.index].append(logits)
         finally:
             for item in admitted:  # after a failure there are blocks reserved for tokens that were not computed
                 self._cache.truncate(item.sequence, item.sequence.num_computed_tokens)
-        return {item.index: _output(item.step, pieces[item.index]) for item in admitted}
+        salted = [item for item in admitted if item.step.salt is not None]
+        self._metrics.prefix_queried_tokens.inc(sum(len(item.step.token_ids) for item in salted))
+        self._metrics.prefix_hit_tokens.inc(sum(item.start for item in salted))
+        return {item.index: self._output(item, pieces[item.index]) for item in admitted}
+
+    def _output(self, item: Admitted, pieces: list[Tensor]) -> StepOutput:
+        step = item.step
+        if item.stop < len(step.token_ids):
+            return StepOutput(step.sequence_id, held=item.sequence.num_computed_tokens)
+        logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if not logits.sum(dtype=torch.float32).isfinite():
+            self._cache.disown(item.sequence)
+            return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
+        return StepOutput(step.sequence_id, logits=logits)
 
     def _run(self, chunks: list[Chunk]) -> tuple[Tensor, ...]:
         """One forward; logits of each chunk."""
@@ -139,10 +153,3 @@ class Engine:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineError(f"{self.info.model}: the engine has failed: {self._failure}")
-
-
-def _output(step: SequenceStep, pieces: list[Tensor]) -> StepOutput:
-    logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if not logits.sum(dtype=torch.float32).isfinite():
-        return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
-    return StepOutput(step.sequence_id, logits=logits)
