@@ -2,9 +2,9 @@
 
 Two nouns: a *Request* is what a user asked for and lives in a coordinator; a *Sequence* is one model's KV-bearing state
 and lives in an engine. The step contract ties them together: a `SequenceStep` says how many tokens the engine must
-already hold, appends more, and asks for logits; an engine that holds fewer answers `held = k` and the coordinator sends
-again from k. Prefill, decode, verification, rollback, preemption and recovery are all this one message, and sending it
-twice does no harm.
+already hold, appends more, and asks for logits; an engine that does not get to the end of it answers `held = k` and the
+coordinator goes on from k. Prefill, decode, verification, rollback, preemption, recovery and the reuse of a prefix are
+all this one message, and sending it twice does no harm.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     position: int  # tokens the engine must already hold; it truncates to this many first
     token_ids: list[int]  # appended after that
     num_logits: int  # logits wanted, of the last so many of `token_ids`; 0 while prefilling
+    salt: str | None = None  # at position 0: sequences of equal salt share equal beginnings; None: nobody shares
+    max_computed: int | None = None  # compute at most so many; the other `token_ids` only say what follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class StepOutput:
     """An engine's answer to one `SequenceStep`: exactly one of `held`, `error`, `logits` is set."""
 
     sequence_id: str
-    held: int | None = None  # only so many tokens are here, or there is no room for more: nothing was computed
+    held: int | None = None  # so many tokens are here now, and the step's end is not: evicted, no room, `max_computed`
     error: str | None = None  # this step can never be served (out of vocabulary, beyond the context)
     logits: Tensor | None = None  # [num_logits, vocab_size], floating
 

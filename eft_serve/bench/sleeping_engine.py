@@ -27,7 +27,12 @@ class SleepingEngine:
     def forward(self, steps: Sequence[SequenceStep]) -> list[StepOutput]:
         if steps and self.latency_s:
             time.sleep(self.latency_s)
-        return [StepOutput(step.sequence_id, logits=self.row.expand(step.num_logits, -1)) for step in steps]
+        return [self._answer(step) for step in steps]
+
+    def _answer(self, step: SequenceStep) -> StepOutput:
+        if step.max_computed is not None and step.max_computed < len(step.token_ids):
+            return StepOutput(step.sequence_id, held=step.position + step.max_computed)
+        return StepOutput(step.sequence_id, logits=self.row.expand(step.num_logits, -1))
 
     def free(self, sequence_ids: Iterable[str]) -> None:
         """Nothing is held."""

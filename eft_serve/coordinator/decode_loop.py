@@ -271,7 +271,8 @@ class DecodeLoop:
             else:
                 self.metrics.model_step_seconds.labels(model).observe(result.seconds)
                 self.metrics.model_forward_seconds.labels(model).observe(result.forward_seconds)
-                self.metrics.computed_tokens.labels(model).inc(sum(len(entry.step.token_ids) for entry in entries))
+                num_tokens = sum(entry.step.max_computed or len(entry.step.token_ids) for entry in entries)
+                self.metrics.computed_tokens.labels(model).inc(num_tokens)
 
     def _timed(self, phase: str) -> AbstractContextManager[object]:
         return self.metrics.step_seconds.labels(phase).time()

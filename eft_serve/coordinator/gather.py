@@ -53,13 +53,20 @@ def _apply(
     entry: Entry, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, dict[str, Tensor]]
 ) -> None:
     request, sequence, step = entry.request, entry.sequence, entry.step
+    end = step.position + len(step.token_ids)
     if output.error is not None:
         gathered.errors[request] = EngineError(f"model {sequence.model}: {output.error}")
+    elif output.held is not None and output.held >= end:
+        message = f"it holds {output.held} tokens where {end} were sent"
+        gathered.errors[request] = EngineError(f"model {sequence.model}: {message}")
     elif output.held is not None:
         sequence.num_computed = output.held
-        gathered.num_held += 1
+        if output.held > step.position:
+            request.last_progress = now
+        else:
+            gathered.num_held += 1
     else:
-        sequence.num_computed = step.position + len(step.token_ids)
+        sequence.num_computed = end
         if not step.num_logits:
             request.last_progress = now
         if output.logits is not None and step.num_logits:

@@ -43,7 +43,10 @@ class CoordinatorMetrics:
         self.running = Gauge("eft_num_requests_running", "Requests being decoded", registry=self.registry)
         self.waiting = Gauge("eft_num_requests_waiting", "Requests waiting to be decoded", registry=self.registry)
         self.computed_tokens = Counter(
-            "eft_computed_tokens", "Tokens sent to models, by model", ["model"], registry=self.registry
+            "eft_computed_tokens",
+            "Tokens sent to be computed, if not found in a cache",
+            ["model"],
+            registry=self.registry,
         )
         self.generated_tokens = Counter("eft_generated_tokens", "Tokens drawn", registry=self.registry)
         self.finished = Counter(

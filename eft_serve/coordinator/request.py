@@ -48,6 +48,11 @@ class Request:
     def request_id(self) -> str:
         return self.generation.request_id
 
+    @property
+    def cache_salt(self) -> str:
+        """Requests of equal salt may reuse one another's caches, and could tell by the time whether they did."""
+        return self.generation.tenant
+
     @classmethod
     def create(cls, generation: GenerationRequest, coefficients: Mapping[str, float], now: float) -> Request:
         """A request that has not begun; needs a prompt for every model with a coefficient."""

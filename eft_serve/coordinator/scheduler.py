@@ -156,13 +156,29 @@ class Scheduler:
             count = min(pending, budgets[replica_id])
             if count <= 0:
                 continue
-            start = sequence.num_computed
-            token_ids = request.tokens_between(sequence, start, start + count)
-            step = SequenceStep(sequence.sequence_id, start, token_ids, num_logits=int(final))
+            step = _step(request, sequence, count, pending, num_logits=int(final))
             plan.entries.setdefault(replica_id, []).append(Entry(request, sequence, step))
             budgets[replica_id] -= count
         if final:
             plan.final.append(request)
+
+
+def _step(request: Request, sequence: SequenceState, count: int, pending: int, num_logits: int) -> SequenceStep:
+    """Compute `count` of the `pending` tokens."""
+    start = sequence.num_computed
+    if start > 0:
+        return SequenceStep(
+            sequence.sequence_id, start, request.tokens_between(sequence, start, start + count), num_logits
+        )
+    # All of them are shown, however few may be computed: the engine finds what it has of them in one step.
+    return SequenceStep(
+        sequence.sequence_id,
+        position=0,
+        token_ids=request.tokens_between(sequence, 0, pending),
+        num_logits=num_logits,
+        salt=request.cache_salt,
+        max_computed=count if count < pending else None,
+    )
 
 
 def _is_prefilling(request: Request) -> bool:

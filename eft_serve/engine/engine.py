@@ -11,7 +11,8 @@ from torch import Tensor
 
 from eft_serve.config import ModelConfig
 from eft_serve.engine.batch import ForwardBatch
-from eft_serve.engine.kv_cache import BLOCK_SIZE, KVCache
+from eft_serve.engine.block_pool import BLOCK_SIZE
+from eft_serve.engine.kv_cache import KVCache
 from eft_serve.engine.metrics import EngineMetrics
 from eft_serve.engine.scheduler import Admitted, Chunk, Limits, Scheduler, waves
 from eft_serve.engine.startup import start, within
@@ -106,18 +107,34 @@ class Engine:
 
     def _compute(self, admitted: list[Admitted]) -> dict[int, StepOutput]:
         pieces: dict[int, list[Tensor]] = {item.index: [] for item in admitted}
+        sick: set[int] = set()
         try:
             for chunks in self._scheduler.pack(admitted):
-                for chunk, logits in zip(chunks, self._run(chunks), strict=True):
-                    chunk.commit()
-                    pieces[chunk.admitted.index].append(logits)
+                logits = self._run(chunks)
+                for chunk, piece, bad in zip(chunks, _by_chunk(chunks, logits), _are_sick(chunks, logits), strict=True):
+                    self._cache.commit(chunk.admitted.sequence, chunk.token_ids)
+                    pieces[chunk.admitted.index].append(piece)
+                    if bad:
+                        sick.add(chunk.admitted.index)
         finally:
             for item in admitted:  # after a failure there are blocks reserved for tokens that were not computed
                 self._cache.truncate(item.sequence, item.sequence.num_computed_tokens)
-        return {item.index: _output(item.step, pieces[item.index]) for item in admitted}
+        salted = [item for item in admitted if item.step.salt is not None]
+        self._metrics.prefix_queried_tokens.inc(sum(len(item.step.token_ids) for item in salted))
+        self._metrics.prefix_hit_tokens.inc(sum(item.start for item in salted))
+        return {item.index: self._output(item, pieces[item.index], item.index in sick) for item in admitted}
 
-    def _run(self, chunks: list[Chunk]) -> tuple[Tensor, ...]:
-        """One forward; logits of each chunk."""
+    def _output(self, item: Admitted, pieces: list[Tensor], sick: bool) -> StepOutput:
+        step = item.step
+        if item.stop < len(step.token_ids):
+            return StepOutput(step.sequence_id, held=item.sequence.num_computed_tokens)
+        if sick:
+            self._cache.disown(item.sequence)
+            return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
+        return StepOutput(step.sequence_id, logits=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+
+    def _run(self, chunks: list[Chunk]) -> Tensor:
+        """One forward; logits [num_logits, vocab_size] of all chunks in their order."""
         batch = ForwardBatch([chunk.row() for chunk in chunks])
         started = time.perf_counter()
         try:
@@ -128,7 +145,7 @@ class Engine:
             raise EngineError(f"{self.info.model}: {error}") from error
         self._metrics.forward_seconds.observe(time.perf_counter() - started)
         self._metrics.tokens_computed.inc(batch.num_tokens)
-        return torch.split(logits, [chunk.num_logits for chunk in chunks])
+        return logits
 
     def _observe(self, outputs: Iterable[StepOutput]) -> None:
         self._metrics.held_answers.inc(sum(output.held is not None for output in outputs))
@@ -141,8 +158,11 @@ class Engine:
             raise EngineError(f"{self.info.model}: the engine has failed: {self._failure}")
 
 
-def _output(step: SequenceStep, pieces: list[Tensor]) -> StepOutput:
-    logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if not logits.sum(dtype=torch.float32).isfinite():
-        return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
-    return StepOutput(step.sequence_id, logits=logits)
+def _by_chunk(chunks: list[Chunk], logits: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(logits, [chunk.num_logits for chunk in chunks])
+
+
+def _are_sick(chunks: list[Chunk], logits: Tensor) -> list[bool]:
+    """Whether a chunk's logits have infinities or NaN, found for all of them at once."""
+    finite = iter(logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist())
+    return [not all([next(finite) for _ in range(chunk.num_logits)]) for chunk in chunks]

@@ -1,45 +1,26 @@
-"""Who holds which blocks of the KV cache: accounting only; knows no tensors, no model and no clock of its own.
+"""Which sequence holds which blocks, and what is in them: accounting only; knows no tensors, no model and no clock.
 
-The budget is cut into blocks of `BLOCK_SIZE` tokens. Block 0 belongs to nobody: it stays zero and pads ragged rows, so
-that no sequence's data is ever read for another. A sequence owns whole blocks in token order; a future prefix cache
-would share them by a reference count here, without changing what a sequence or a batch looks like.
+A sequence holds whole blocks in token order. A full block is named by a digest of its tokens, of all that stand before
+them and of the sequence's salt, so equal names mean equal keys and values, and a beginning that was computed once is
+found again. Shared blocks are full and only read: a sequence writes behind what it shares, or lets go of it.
 """
 
 from __future__ import annotations
 
+import secrets
+from array import array
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import count
 
-BLOCK_SIZE = 16  # tokens
-NULL_BLOCK = 0
+from eft_serve.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 
 
-def blocks_for(num_tokens: int) -> int:
-    """Blocks that so many tokens take."""
-    return -(-num_tokens // BLOCK_SIZE)
-
-
-class BlockPool:
-    """The free blocks. Ids run from 1; `NULL_BLOCK` is never handed out."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks, NULL_BLOCK, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks; the caller has checked `num_free`."""
-        if count > len(self._free):
-            raise ValueError(f"{count} blocks asked, {len(self._free)} free")
-        return [self._free.pop() for _ in range(count)]
-
-    def release(self, block_ids: list[int]) -> None:
-        self._free.extend(reversed(block_ids))
+def token_array(token_ids: Iterable[int] = ()) -> array[int]:
+    """Of int64, so that its bytes are what is hashed."""
+    return array("q", token_ids)
 
 
 @dataclass(slots=True)
@@ -47,18 +28,41 @@ class Sequence:
     """One model's KV-bearing state of one request."""
 
     sequence_id: str
-    number: int  # never given twice, also when a sequence of this id begins anew
-    num_computed_tokens: int = 0  # tokens whose keys and values are in the cache
+    number: int  # never given twice; another one each time that the sequence begins anew
+    token_ids: array[int] = field(default_factory=token_array)  # int64; those whose keys and values are in the cache
     block_ids: list[int] = field(default_factory=list)  # may reach beyond the computed tokens while a step runs
+    digests: list[bytes] = field(default_factory=list)  # of the salt, then of each full block; empty: nobody shares
     last_step_time: float = 0.0  # seconds on the engine's clock
+
+    @property
+    def num_computed_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class Digests:
+    """Names of blocks by content, which nobody can compute who does not know this process's key."""
+
+    def __init__(self) -> None:
+        self._key = secrets.token_bytes(32)
+
+    def of_salt(self, salt: str) -> bytes:
+        return blake2b(salt.encode(), digest_size=16, key=self._key, person=b"salt").digest()
+
+    def of_blocks(self, parent: bytes, token_ids: array[int]) -> Iterator[bytes]:
+        """The digest of each full block of `token_ids`, which follow the block (or the salt) called `parent`."""
+        for stop in range(BLOCK_SIZE, len(token_ids) + 1, BLOCK_SIZE):
+            block = parent + token_ids[stop - BLOCK_SIZE : stop].tobytes()
+            parent = blake2b(block, digest_size=16, key=self._key, person=b"block").digest()
+            yield parent
 
 
 class KVCache:
-    """All sequences and the blocks they own, least recently stepped first."""
+    """All sequences and the blocks they hold, least recently stepped first."""
 
     def __init__(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
         self._sequences: OrderedDict[str, Sequence] = OrderedDict()
+        self._digests = Digests()
         self._numbers = count(1)
 
     @property
@@ -67,7 +71,7 @@ class KVCache:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens' worth of blocks that are taken."""
+        """Tokens' worth of blocks that sequences hold."""
         return (self.pool.num_blocks - self.pool.num_free) * BLOCK_SIZE
 
     def __len__(self) -> int:
@@ -89,11 +93,54 @@ class KVCache:
         return sequence
 
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
-        """Forget every token from `num_tokens` on and give back the blocks that no longer hold any."""
-        sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_tokens)
-        keep = blocks_for(sequence.num_computed_tokens)
+        """Forget every token from `num_tokens` on and let go of the blocks that no longer hold any.
+
+        Rows will be written from there on, so a block in the middle of which that is must be the sequence's own: when
+        others hold it too, its tokens are forgotten as well.
+        """
+        num_tokens = min(num_tokens, sequence.num_computed_tokens)
+        num_full, num_left = divmod(num_tokens, BLOCK_SIZE)
+        if num_left:
+            last = sequence.block_ids[num_full]
+            if self.pool.num_references(last) > 1:
+                num_tokens -= num_left
+            else:
+                self.pool.unregister(last)
+        keep = blocks_for(num_tokens)
         self.pool.release(sequence.block_ids[keep:])
-        del sequence.block_ids[keep:]
+        del sequence.block_ids[keep:], sequence.token_ids[num_tokens:], sequence.digests[1 + num_full :]
+
+    def adopt(self, sequence: Sequence, salt: str | None, token_ids: list[int]) -> None:
+        """Give an empty sequence its salt, and the blocks that hold the longest known beginning of `token_ids`."""
+        sequence.number = next(self._numbers)  # whoever knew the old one knew other tokens
+        sequence.digests = [] if salt is None else [self._digests.of_salt(salt)]
+        if salt is None:
+            return
+        tokens = token_array(token_ids)
+        for digest in self._digests.of_blocks(sequence.digests[0], tokens):
+            block_id = self.pool.share(digest)
+            if block_id is None:
+                break
+            sequence.block_ids.append(block_id)
+            sequence.digests.append(digest)
+        sequence.token_ids = tokens[: len(sequence.block_ids) * BLOCK_SIZE]
+
+    def commit(self, sequence: Sequence, token_ids: list[int]) -> None:
+        """Count tokens as computed; from now on the blocks that they fill can be found by others of the salt."""
+        sequence.token_ids.extend(token_ids)
+        if not sequence.digests:
+            return
+        num_named = len(sequence.digests) - 1
+        unnamed = sequence.token_ids[num_named * BLOCK_SIZE :]
+        for index, digest in enumerate(self._digests.of_blocks(sequence.digests[-1], unnamed), num_named):
+            self.pool.register(sequence.block_ids[index], digest)
+            sequence.digests.append(digest)
+
+    def disown(self, sequence: Sequence) -> None:
+        """Let nobody find the sequence's blocks, now or later: what was computed into them is not to be trusted."""
+        for block_id in sequence.block_ids:
+            self.pool.unregister(block_id)
+        sequence.digests.clear()
 
     def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         """Blocks to find before the sequence can hold `num_tokens`, beyond its own and the free ones."""
@@ -104,15 +151,14 @@ class KVCache:
         sequence.block_ids += self.pool.allocate(max(0, blocks_for(num_tokens) - len(sequence.block_ids)))
 
     def free(self, sequence_id: str) -> None:
-        """Drop a sequence and its blocks; nothing happens when it is not here."""
+        """Drop a sequence and let go of its blocks; nothing happens when it is not here."""
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is not None:
             self.pool.release(sequence.block_ids)
 
-    def least_recently_stepped(self, excluding: Collection[str]) -> str | None:
-        """The sequence to evict first, or None when all that own blocks are excluded."""
-        candidates = (s.sequence_id for s in self if s.block_ids and s.sequence_id not in excluding)
-        return next(candidates, None)
+    def blocks_of(self, sequence_ids: Collection[str]) -> set[int]:
+        """Blocks that at least one of these sequences holds."""
+        return {block_id for s in self if s.sequence_id in sequence_ids for block_id in s.block_ids}
 
     def stepped_before(self, time: float) -> list[str]:
         """Sequences whose last step was earlier than `time`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eft_serve.engine.batch import BatchRow
-from eft_serve.engine.kv_cache import BLOCK_SIZE
+from eft_serve.engine.block_pool import BLOCK_SIZE
 from eft_serve.engine.paged_tensors import PagedTensors
 
 NUM_LANES = 64

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eft_serve.engine.batch import BatchRow, ForwardBatch
-from eft_serve.engine.kv_cache import BLOCK_SIZE, NULL_BLOCK
+from eft_serve.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
 from eft_serve.engine.lanes import Lanes, lane_rows
 from eft_serve.engine.paged_tensors import block_rows, head_rows
 

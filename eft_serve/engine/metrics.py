@@ -17,11 +17,15 @@ class EngineMetrics:
             "eft_engine_forward_seconds", "Time of one forward", ["model"], registry=self.registry, buckets=_SECONDS
         ).labels(model)
         self.tokens_computed = self._counter("tokens_computed", "Tokens put through the model")
+        self.prefix_queried_tokens = self._counter(
+            "prefix_queried_tokens", "Tokens of sequences that begin with a salt"
+        )
+        self.prefix_hit_tokens = self._counter("prefix_hit_tokens", "Of these, tokens found in the cache")
         self.held_answers = self._counter("held_answers", "Steps answered with the number of tokens held")
         self.evictions = self._counter("evictions", "Sequences evicted for room")
         self.expirations = self._counter("expirations", "Sequences whose lease ran out")
         self.num_sequences = self._gauge("num_sequences", "Sequences in the KV cache")
-        self.kv_used_tokens = self._gauge("kv_used_tokens", "KV cache taken, in tokens of whole blocks")
+        self.kv_used_tokens = self._gauge("kv_used_tokens", "KV cache that sequences hold, in tokens of whole blocks")
         self.kv_capacity_tokens = self._gauge("kv_capacity_tokens", "KV cache in all, in tokens")
 
     def _counter(self, name: str, text: str) -> Counter:

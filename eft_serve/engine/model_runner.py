@@ -22,8 +22,8 @@ from eft_serve.config import ModelConfig
 from eft_serve.engine import checkpoint
 from eft_serve.engine.attention import GroupedAttention
 from eft_serve.engine.batch import BatchRow, ForwardBatch
+from eft_serve.engine.block_pool import BLOCK_SIZE
 from eft_serve.engine.compact_path import CompactPath
-from eft_serve.engine.kv_cache import BLOCK_SIZE
 from eft_serve.engine.lanes import Lanes
 from eft_serve.engine.layout import Layout
 from eft_serve.engine.padded_path import PaddedPath

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from eft_serve.engine.attention import Attention
-from eft_serve.engine.kv_cache import BLOCK_SIZE, NULL_BLOCK
+from eft_serve.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
 from eft_serve.engine.layout import Group, Layout
 from eft_serve.engine.paged_tensors import PagedTensors, head_rows
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eft_serve.engine.kv_cache import BLOCK_SIZE
+from eft_serve.engine.block_pool import BLOCK_SIZE
 
 
 @dataclass(frozen=True, slots=True)

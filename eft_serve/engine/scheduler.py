@@ -2,7 +2,8 @@
 
 Steps are admitted in the order of the list, and that order is their priority: when blocks run out, sequences outside
 the list go first (least recently stepped), then later steps of the list, last first. So the first step always makes
-progress, and an evicted sequence finds out by `held = 0`.
+progress, and an evicted sequence finds out by `held = 0`. Blocks that a sequence shares with one that stays are not
+freed by its eviction.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from eft_serve.engine.batch import BatchRow
-from eft_serve.engine.kv_cache import KVCache, Sequence, blocks_for
+from eft_serve.engine.block_pool import blocks_for
+from eft_serve.engine.kv_cache import KVCache, Sequence
 from eft_serve.types import SequenceStep, StepOutput
 
 
@@ -26,11 +28,18 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A step whose sequence has blocks for all its tokens."""
+    """A step whose sequence has blocks for all that is computed of it."""
 
     index: int  # of the step in the caller's list
     step: SequenceStep
     sequence: Sequence
+    start: int  # into the step's token_ids; those before it were found in the cache
+    stop: int  # those from it on are left for another step
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of a step that is left half-way are not wanted."""
+        return self.step.num_logits if self.stop == len(self.step.token_ids) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +51,23 @@ class Chunk:
     stop: int
 
     @property
+    def token_ids(self) -> list[int]:
+        return self.admitted.step.token_ids[self.start : self.stop]
+
+    @property
     def num_logits(self) -> int:
-        step = self.admitted.step
-        first_wanted = len(step.token_ids) - step.num_logits
+        first_wanted = self.admitted.stop - self.admitted.num_logits
         return max(0, self.stop - max(self.start, first_wanted))
 
     def row(self) -> BatchRow:
         step, end = self.admitted.step, self.admitted.step.position + self.stop
         return BatchRow(
-            token_ids=step.token_ids[self.start : self.stop],
+            token_ids=self.token_ids,
             position=step.position + self.start,
             block_ids=self.admitted.sequence.block_ids[: blocks_for(end)],
             num_logits=self.num_logits,
             owner=self.admitted.sequence.number,
         )
-
-    def commit(self) -> None:
-        """Count the tokens as computed."""
-        self.admitted.sequence.num_computed_tokens = self.admitted.step.position + self.stop
 
 
 def waves(steps: SequenceOf[SequenceStep]) -> list[list[tuple[int, SequenceStep]]]:
@@ -84,6 +92,10 @@ def find_mistake(step: SequenceStep, limits: Limits, capacity_tokens: int) -> st
         return "token_ids: empty; a step computes at least one token"
     if not 0 <= step.num_logits <= len(step.token_ids):
         return f"num_logits: {step.num_logits} is not between 0 and the {len(step.token_ids)} token_ids"
+    if step.max_computed is not None and step.max_computed < 1:
+        return f"max_computed: {step.max_computed}; a step computes at least one token"
+    if step.salt is not None and step.position > 0:
+        return f"salt: given at position {step.position}; a sequence gets it at position 0 and keeps it"
     if min(step.token_ids) < 0 or max(step.token_ids) >= limits.vocab_size:
         bad = next(t for t in step.token_ids if not 0 <= t < limits.vocab_size)
         return f"token_ids: {bad} is outside the vocabulary of {limits.vocab_size}"
@@ -115,57 +127,65 @@ class Scheduler:
         answered: list[tuple[int, StepOutput]] = []
         for place, (index, step) in enumerate(wave):
             later = [s.sequence_id for _, s in wave[place + 1 :]]
-            outcome = self._admit_one(step, later, {s.sequence_id for _, s in wave[:place]}, now)
-            if isinstance(outcome, StepOutput):
-                answered.append((index, outcome))
+            outcome = self._admit_one(index, step, later, {s.sequence_id for _, s in wave[:place]}, now)
+            if isinstance(outcome, Admitted):
+                admitted.append(outcome)
             else:
-                admitted.append(Admitted(index, step, outcome))
+                answered.append((index, outcome))
         return admitted, answered
 
-    def _admit_one(self, step: SequenceStep, later: list[str], earlier: set[str], now: float) -> Sequence | StepOutput:
+    def _admit_one(
+        self, index: int, step: SequenceStep, later: list[str], earlier: set[str], now: float
+    ) -> Admitted | StepOutput:
         mistake = find_mistake(step, self._limits, self._cache.capacity_tokens)
         if mistake is not None:
             return StepOutput(step.sequence_id, error=mistake)
         sequence = self._cache.touch(step.sequence_id, now)
         self._cache.truncate(sequence, step.position)
-        total = step.position + len(step.token_ids)
+        if step.position == 0:  # the last token is always computed: its logits are in no cache
+            self._cache.adopt(sequence, step.salt, step.token_ids[: -max(1, step.num_logits)])
         held = sequence.num_computed_tokens
-        if held == step.position and self._make_room(sequence, total, later, earlier):
-            self._cache.reserve(sequence, total)
-            return sequence
+        start = held - step.position
+        stop = min(len(step.token_ids), start + (step.max_computed or len(step.token_ids)))
+        if start >= 0 and self._make_room(sequence, step.position + stop, later, earlier):
+            self._cache.reserve(sequence, step.position + stop)
+            return Admitted(index, step, sequence, start, stop)
         if not held:
             self._cache.free(step.sequence_id)
         return StepOutput(step.sequence_id, held=held)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, later: list[str], earlier: set[str]) -> bool:
         """Evict until the sequence can hold `num_tokens`; evicts nobody when that would not be enough."""
-        missing = self._cache.num_missing_blocks(sequence, num_tokens)
-        if missing <= 0:
+        if self._cache.num_missing_blocks(sequence, num_tokens) <= 0:
             return True
-        keep = earlier | {sequence.sequence_id}
-        if missing > sum(len(s.block_ids) for s in self._cache if s.sequence_id not in keep):
+        kept = earlier | {sequence.sequence_id}
+        kept_blocks = self._cache.blocks_of(kept)
+        if blocks_for(num_tokens) - len(sequence.block_ids) > self._cache.pool.num_blocks - len(kept_blocks):
             return False
+        victims = iter(self._victims(kept, kept_blocks, later))
         while self._cache.num_missing_blocks(sequence, num_tokens) > 0:
-            victim = self._cache.least_recently_stepped(keep.union(later)) or self._last_with_blocks(later)
-            self._cache.free(victim)
+            self._cache.free(next(victims))
             self._num_evictions += 1
         return True
 
-    def _last_with_blocks(self, sequence_ids: list[str]) -> str:
-        holders = (self._cache.get(sequence_id) for sequence_id in reversed(sequence_ids))
-        return next(s.sequence_id for s in holders if s is not None and s.block_ids)
+    def _victims(self, kept: set[str], kept_blocks: set[int], later: list[str]) -> list[str]:
+        """Whom to evict, in this order; not those whose every block would stay taken."""
+        last = set(later)
+        outsiders = [s for s in self._cache if s.sequence_id not in kept | last]
+        insiders = [s for s in map(self._cache.get, reversed(later)) if s is not None]
+        return [s.sequence_id for s in outsiders + insiders if not kept_blocks.issuperset(s.block_ids)]
 
     def pack(self, admitted: SequenceOf[Admitted]) -> list[list[Chunk]]:
         """Fill forwards of at most `max_num_batched_tokens`, in order; a step that does not fit whole is split."""
         forwards: list[list[Chunk]] = []
         room = 0
         for item in admitted:
-            start, stop = 0, len(item.step.token_ids)
-            while start < stop:
+            start = item.start
+            while start < item.stop:
                 if room == 0:
                     forwards.append([])
                     room = self._limits.max_num_batched_tokens
-                taken = min(room, stop - start)
+                taken = min(room, item.stop - start)
                 forwards[-1].append(Chunk(item, start, start + taken))
                 start, room = start + taken, room - taken
         return forwards

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eft_serve.config import ModelConfig
-from eft_serve.engine.kv_cache import BLOCK_SIZE, blocks_for
+from eft_serve.engine.block_pool import BLOCK_SIZE, blocks_for
 from eft_serve.engine.worker_group import WorkerGroup
 from eft_serve.errors import CheckpointError, EftServeError, EngineError
 from eft_serve.types import ModelInfo

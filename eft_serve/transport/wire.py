@@ -89,6 +89,8 @@ def decode_request(frames: Sequence[Frame]) -> Request:
     for step in request.steps:
         if step.position < 0 or not 0 <= step.num_logits <= len(step.token_ids):
             raise WireError(f"request: sequence {step.sequence_id!r}: position or num_logits out of range")
+        if step.max_computed is not None and step.max_computed < 1:
+            raise WireError(f"request: sequence {step.sequence_id!r}: max_computed {step.max_computed} is out of range")
     return request
 
 

@@ -45,6 +45,10 @@ class ToyBackend:
     endpoints: Mapping[str, Endpoint]
     connected: Mapping[str, Endpoint] = field(default_factory=dict)
     held: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # replica → sequence → tokens
+    cached: dict[tuple[str, str], set[tuple[int, ...]]] = field(default_factory=dict)  # (replica, salt) → beginnings
+    salts: dict[str, str | None] = field(default_factory=dict)  # by sequence
+    num_computed: int = 0  # tokens, all models together
+    max_computed: int = 0  # the most that one replica computed in one step
     dead: set[str] = field(default_factory=set)
     full: set[str] = field(default_factory=set)  # engines that have no room for anything more
     disturb: Callable[[ToyBackend], None] = lambda backend: None  # called before each fan-out
@@ -69,19 +73,39 @@ class ToyBackend:
             held.pop(sequence_id, None)
         if replica_id in self.full:
             return StepResult(outputs=[StepOutput(step.sequence_id, held=0) for step in batch.steps])
-        outputs = [self._step(self.endpoints[replica_id].info, held, step) for step in batch.steps]
+        before = self.num_computed
+        outputs = [self._step(replica_id, held, step) for step in batch.steps]
+        self.max_computed = max(self.max_computed, self.num_computed - before)
         capacity = self.endpoints[replica_id].info.kv_capacity_tokens
         block = self.endpoints[replica_id].info.kv_block_size
         used = sum(-(-len(tokens) // block) * block for tokens in held.values())
         assert used <= capacity, f"{replica_id} holds {used} of {capacity} tokens"
         return StepResult(outputs=outputs)
 
-    def _step(self, info: ModelInfo, held: dict[str, list[int]], step: SequenceStep) -> StepOutput:
-        tokens = held.get(step.sequence_id, [])
+    def _step(self, replica_id: str, held: dict[str, list[int]], step: SequenceStep) -> StepOutput:
+        info = self.endpoints[replica_id].info
+        tokens, new = held.get(step.sequence_id, []), step.token_ids
         if len(tokens) < step.position:
             return StepOutput(step.sequence_id, held=len(tokens))
-        tokens = tokens[: step.position] + list(step.token_ids)
-        assert len(tokens) <= info.max_model_len
-        held[step.sequence_id] = tokens
+        assert step.position + len(new) <= info.max_model_len
+        assert step.salt is None or step.position == 0
+        if step.position == 0:
+            self.salts[step.sequence_id] = step.salt
+        found = self._find(replica_id, step, info.kv_block_size)
+        computed = new[found:] if step.max_computed is None else new[found : found + step.max_computed]
+        self.num_computed += len(computed)
+        tokens = held[step.sequence_id] = tokens[: step.position] + new[: found + len(computed)]
+        if salt := self.salts[step.sequence_id]:
+            ends = range(info.kv_block_size, len(tokens) + 1, info.kv_block_size)
+            self.cached.setdefault((replica_id, salt), set()).update(tuple(tokens[:end]) for end in ends)
+        if found + len(computed) < len(new):
+            return StepOutput(step.sequence_id, held=len(tokens))
         rows = [toy_logits(info.model, tokens[: len(tokens) - back]) for back in reversed(range(step.num_logits))]
         return StepOutput(step.sequence_id, logits=torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE))
+
+    def _find(self, replica_id: str, step: SequenceStep, block_size: int) -> int:
+        """Tokens of a first step that this replica has cached; what logits are wanted of is computed."""
+        most = len(step.token_ids) - max(1, step.num_logits)
+        beginnings = self.cached.get((replica_id, step.salt), ()) if step.salt is not None else ()
+        ends = range(0, most + 1, block_size)
+        return max((end for end in ends if tuple(step.token_ids[:end]) in beginnings), default=0)

@@ -82,6 +82,7 @@ def request(
     prompts: Mapping[str, list[int]],
     coefficients: Mapping[str, float] = EFT,
     now: float | None = None,
+    tenant: str = "anonymous",
     **sampling: object,
 ) -> Request:
     generation = GenerationRequest(
@@ -89,6 +90,7 @@ def request(
         recipe="eft",
         prompts=dict(prompts),
         sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
+        tenant=tenant,
     )
     return Request.create(generation, coefficients, time.monotonic() if now is None else now)
 
@@ -111,14 +113,17 @@ def three_models(**kwargs: int) -> dict[str, Endpoint]:
 
 
 def prompts_for(rng: random.Random, longest: int = 40) -> dict[str, list[int]]:
-    """Each model its own prompt, of its own length."""
-    return {model: [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))] for model in EFT}
+    """Each model its own prompt, of its own length; half of them begin like others."""
+    prompts = {model: [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))] for model in EFT}
+    common = rng.choice([0, longest // 2])
+    return {model: [*range(min(common, len(tokens))), *tokens[common:]] for model, tokens in prompts.items()}
 
 
 def many(rng: random.Random, count: int) -> list[Request]:
     recipes = [EFT, {"base": 1.0}, {"tuned": 1.0}, {"base": 0.5, "reference": -0.25, "tuned": 0.75}]
     return [
-        request(f"r{i}", prompts_for(rng), rng.choice(recipes), max_tokens=rng.randint(1, 20)) for i in range(count)
+        request(f"r{i}", prompts_for(rng), rng.choice(recipes), tenant=rng.choice("xy"), max_tokens=rng.randint(1, 20))
+        for i in range(count)
     ]
 
 
@@ -142,6 +147,7 @@ def test_tokens_are_as_if_alone(seed: int, count: int, budget: int, kv_tokens: i
         assert harness.tokens(req.request_id) == naive(req)
         assert harness.last(req.request_id).finish_reason in {FinishReason.STOP, FinishReason.LENGTH}
     assert not any(harness.backend.held.values()), "every sequence was freed"
+    assert harness.backend.max_computed <= budget
 
 
 @settings(deadline=None, max_examples=40)
@@ -208,8 +214,51 @@ def test_requests_join_while_others_run_and_a_long_prompt_does_not_stop_them() -
     assert "long" not in harness.deltas
     harness.drive()
     assert len(harness.tokens("long")) == 2
-    sizes = [sum(len(s.token_ids) for s in b.steps) for batches in harness.backend.batches for b in batches.values()]
-    assert max(sizes) <= 8
+    assert harness.backend.max_computed <= 8
+
+
+LONG = {model: [i * step % 59 for i in range(60)] for step, model in enumerate(EFT, 1)}
+
+
+def run_counted(harness: Harness, req: Request) -> tuple[int, int]:
+    """Steps until its end, and the tokens that they computed."""
+    steps, computed = len(harness.backend.batches), harness.backend.num_computed
+    harness.submit(req)
+    harness.drive()
+    assert harness.tokens(req.request_id) == naive(req)
+    return len(harness.backend.batches) - steps, harness.backend.num_computed - computed
+
+
+def test_a_long_prompt_that_is_cached_takes_two_steps() -> None:
+    harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=8))
+    first = run_counted(harness, request("first", LONG, max_tokens=1))
+    assert first == (8 + 1, 3 * 60), "the first goes in chunks; the last step tells the engines of its end"
+    again = run_counted(harness, request("again", LONG, max_tokens=1))
+    assert again == (2 + 1, 3 * (3 + 1)), "14 of 15 blocks of 4 tokens are found"
+    other = run_counted(harness, request("other", LONG, max_tokens=1, tenant="other"))
+    assert other == first, "another tenant finds nothing"
+
+
+def test_a_prompt_within_the_budget_takes_one_step_cached_or_not() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    assert run_counted(harness, request("first", LONG, max_tokens=1)) == (1 + 1, 3 * 60)
+    assert run_counted(harness, request("again", LONG, max_tokens=1)) == (1 + 1, 3 * 4)
+
+
+def test_an_evicted_sequence_finds_its_blocks_again_with_what_it_generated() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    req = request("r", LONG, max_tokens=20, ignore_eos=True)
+    harness.submit(req)
+    for _ in range(13):
+        harness.loop.receive()
+        harness.loop.step()
+    computed = harness.backend.num_computed
+    assert len(harness.tokens("r")) == 13
+    del harness.backend.held["tuned-0"]["r/tuned"]
+    harness.drive()
+    assert harness.tokens("r") == naive(req)
+    # Seven tokens are left. One round is lost: two models compute their token again, the third its last block of four.
+    assert harness.backend.num_computed - computed <= 3 * 7 + 2 + 3
 
 
 def test_only_models_with_a_coefficient_run() -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, Clock, build_config, save_model
 
 from eft_serve.config import ModelConfig
+from eft_serve.engine.block_pool import BLOCK_SIZE
 from eft_serve.engine.engine import Engine
-from eft_serve.engine.kv_cache import BLOCK_SIZE
 from eft_serve.errors import EngineError
 from eft_serve.types import SequenceStep
 
@@ -143,6 +143,18 @@ def test_infinities_are_an_error_and_reach_no_other_sequence(tmp_path: Path) -> 
     assert sick.error is not None
     assert well.logits is not None
     engine.close()
+
+
+def test_what_held_infinities_is_not_found_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load("opt", kv_cache_tokens=160)
+    forward = engine._group.forward
+    with monkeypatch.context() as patch:  # a fault that passes, as of a memory cell
+        patch.setattr(engine._group, "forward", lambda batch: forward(batch) * torch.nan)
+        assert engine.forward([SequenceStep("sick", 0, PROMPT, 1, "salt")])[0].error is not None
+    engine.forward([SequenceStep("again", 0, PROMPT, 1, "salt"), SequenceStep("sick", 20, PROMPT, 1)])
+    assert engine.registry.get_sample_value("eft_engine_prefix_hit_tokens_total", {"model": "opt"}) == 0
+    assert engine.forward([SequenceStep("healed", 0, PROMPT * 2, 1, "salt")])[0].logits is not None
+    assert engine.registry.get_sample_value("eft_engine_prefix_hit_tokens_total", {"model": "opt"}) == 16
 
 
 def test_closing_twice_is_fine_and_a_closed_engine_says_so(checkpoints: Callable[[str], Path]) -> None:

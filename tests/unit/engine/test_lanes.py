@@ -88,6 +88,20 @@ def test_another_future_after_a_rollback_around_the_lane(narrow: tuple[Engine, P
     engine.free(["r"])
 
 
+def test_an_adopted_beginning_replaces_what_a_lane_had(narrow: tuple[Engine, PreTrainedModel]) -> None:
+    """One sequence, begun again with other tokens that are all found in the cache."""
+    engine, model = narrow
+    first, second = tokens_of(11), tokens_of(12)
+    engine.forward([SequenceStep("other", 0, second[:33], 0, salt="s")])
+    engine.forward([SequenceStep("r", 0, first[:33], 0, salt="s")])
+    for position in range(33, 36):
+        engine.forward([SequenceStep("r", position, first[position : position + 1], 1)])
+    (output,) = engine.forward([SequenceStep("r", 0, second[:33], 1, salt="s")])
+    assert output.logits is not None
+    torch.testing.assert_close(output.logits[0], stock_logits(model, second[:33])[-1], atol=1e-4, rtol=0)
+    engine.free(["r", "other"])
+
+
 def paged(value: float) -> PagedTensors:
     tensors = [torch.full((9, 2, 16, 4), value)]
     return PagedTensors(tensors, [tensor.clone() for tensor in tensors])

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eft_serve.engine.kv_cache import BLOCK_SIZE, KVCache
+from eft_serve.engine.block_pool import BLOCK_SIZE
+from eft_serve.engine.kv_cache import KVCache
 from eft_serve.engine.scheduler import Admitted, Limits, Scheduler, find_mistake, waves
 from eft_serve.types import SequenceStep, StepOutput
 
@@ -17,6 +18,11 @@ def step(name: str, position: int, count: int, num_logits: int = 0) -> SequenceS
     return SequenceStep(name, position, [1] * count, num_logits)
 
 
+def shared(name: str, count: int, max_computed: int | None = None) -> SequenceStep:
+    """A first step; all of these begin alike."""
+    return SequenceStep(name, 0, [1] * count, 0, "salt", max_computed)
+
+
 def admit(
     scheduler: Scheduler, *steps: SequenceStep, now: float = 0.0
 ) -> tuple[list[Admitted], list[tuple[int, StepOutput]]]:
@@ -24,7 +30,7 @@ def admit(
     admitted, answered = scheduler.admit(list(enumerate(steps)), now)
     for chunks in scheduler.pack(admitted):
         for chunk in chunks:
-            chunk.commit()
+            scheduler._cache.commit(chunk.admitted.sequence, chunk.token_ids)
     return admitted, answered
 
 
@@ -112,6 +118,44 @@ def test_rollback_gives_blocks_back(scheduler: Scheduler, cache: KVCache) -> Non
     assert cache.pool.num_free == 0
 
 
+def test_blocks_shared_with_a_sequence_that_stays_are_not_freed_by_eviction(
+    scheduler: Scheduler, cache: KVCache
+) -> None:
+    admit(scheduler, shared("outsider", 2 * BLOCK_SIZE))
+    admitted, answered = admit(scheduler, shared("first", 2 * BLOCK_SIZE + 1), step("second", 0, 2 * BLOCK_SIZE))
+    assert served(admitted) == ["first"]
+    assert answered == [(1, StepOutput("second", held=0))]
+    assert cache.get("outsider") is not None, "evicting it would have freed nothing"
+
+
+def test_an_outsider_whose_eviction_frees_nothing_is_passed_over(scheduler: Scheduler, cache: KVCache) -> None:
+    admit(scheduler, shared("sharer", BLOCK_SIZE))
+    admit(scheduler, step("owner", 0, BLOCK_SIZE))
+    admitted, _ = admit(scheduler, shared("first", BLOCK_SIZE + 1), step("second", 0, 2 * BLOCK_SIZE))
+    assert served(admitted) == ["first", "second"]
+    assert cache.get("sharer") is not None
+    assert cache.get("owner") is None
+
+
+def test_a_step_is_admitted_from_what_is_found_to_its_limit(scheduler: Scheduler) -> None:
+    admit(scheduler, shared("old", 2 * BLOCK_SIZE))
+    (item,), _ = admit(scheduler, shared("new", 3 * BLOCK_SIZE, max_computed=3))
+    assert (item.start, item.stop) == (2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 3)
+    assert len(item.sequence.block_ids) == 3
+
+
+def test_a_step_that_is_left_half_way_computes_no_logits(scheduler: Scheduler) -> None:
+    (item,), _ = scheduler.admit([(0, SequenceStep("s", 0, [1] * 9, 9, max_computed=4))], 0.0)
+    assert [(c.token_ids, c.row().num_logits) for (c,) in scheduler.pack([item])] == [([1] * 4, 0)]
+
+
+def test_found_blocks_are_kept_while_there_is_no_room_for_the_rest(scheduler: Scheduler, cache: KVCache) -> None:
+    admit(scheduler, shared("old", BLOCK_SIZE))
+    cache.free("old")
+    _, answered = admit(scheduler, step("first", 0, 3 * BLOCK_SIZE), shared("second", 2 * BLOCK_SIZE))
+    assert answered == [(1, StepOutput("second", held=BLOCK_SIZE))]
+
+
 @pytest.mark.parametrize(
     ("bad", "field"),
     [
@@ -123,6 +167,8 @@ def test_rollback_gives_blocks_back(scheduler: Scheduler, cache: KVCache) -> Non
         (SequenceStep("s", 0, [-1], 1), "token_ids: -1"),
         (step("s", 0, 4 * BLOCK_SIZE + 1), "kv_cache_tokens"),
         (step("s", 1000, 1), "max_model_len"),
+        (shared("s", 2, max_computed=0), "max_computed"),
+        (SequenceStep("s", 1, [1], 1, "salt"), "salt"),
     ],
 )
 def test_a_step_that_can_never_be_served_names_the_field(bad: SequenceStep, field: str) -> None:

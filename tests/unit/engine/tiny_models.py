@@ -88,11 +88,11 @@ def stock_logits(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def greedy(engine: Engine, sequence_id: str, prompt: list[int], count: int) -> list[int]:
+def greedy(engine: Engine, sequence_id: str, prompt: list[int], count: int, salt: str | None = None) -> list[int]:
     """Greedy continuation through the step contract, one token a step."""
     tokens, start = list(prompt), 0
     for _ in range(count):
-        (output,) = engine.forward([SequenceStep(sequence_id, start, tokens[start:], 1)])
+        (output,) = engine.forward([SequenceStep(sequence_id, start, tokens[start:], 1, None if start else salt)])
         assert output.logits is not None, output
         start = len(tokens)
         tokens.append(int(output.logits[-1].argmax()))

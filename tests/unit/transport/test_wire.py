@@ -28,7 +28,9 @@ tokens = st.lists(st.integers(0, 2**31), max_size=8)
 @st.composite
 def steps(draw: st.DrawFn) -> SequenceStep:
     token_ids = draw(tokens)
-    return SequenceStep(draw(names), draw(counts), token_ids, draw(st.integers(0, len(token_ids))))
+    num_logits = draw(st.integers(0, len(token_ids)))
+    salt, max_computed = draw(st.none() | names), draw(st.none() | st.integers(1, 2**40))
+    return SequenceStep(draw(names), draw(counts), token_ids, num_logits, salt, max_computed)
 
 
 @given(counts, st.lists(steps(), max_size=4), st.lists(names, max_size=4))
@@ -120,9 +122,19 @@ def test_a_payload_of_another_size_is_refused(change: int) -> None:
 
 
 def test_steps_out_of_range_are_refused() -> None:
-    for step in (SequenceStep("a", -1, [1], 1), SequenceStep("a", 0, [1], 2), SequenceStep("a", 0, [1], -1)):
+    for step in (
+        SequenceStep("a", -1, [1], 1),
+        SequenceStep("a", 0, [1], 2),
+        SequenceStep("a", 0, [1], -1),
+        SequenceStep("a", 0, [1], 1, max_computed=0),
+    ):
         with pytest.raises(WireError, match="out of range"):
             decode_request([encode_request(Request(1, [step], []))])
+
+
+def test_a_step_without_salt_and_limit_may_leave_both_out() -> None:
+    frame = msgspec.msgpack.encode([1, [["a", 0, [5], 1]], []])
+    assert decode_request([frame]).steps == [SequenceStep("a", 0, [5], 1, salt=None, max_computed=None)]
 
 
 def test_the_number_of_frames_is_checked() -> None:
