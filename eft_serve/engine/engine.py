@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -165,4 +166,4 @@ def _by_chunk(chunks: list[Chunk], logits: Tensor) -> tuple[Tensor, ...]:
 def _are_sick(chunks: list[Chunk], logits: Tensor) -> list[bool]:
     """Whether a chunk's logits have infinities or NaN, found for all of them at once."""
     finite = iter(logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist())
-    return [not all([next(finite) for _ in range(chunk.num_logits)]) for chunk in chunks]
+    return [not all(list(islice(finite, chunk.num_logits))) for chunk in chunks]
