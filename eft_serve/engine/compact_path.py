@@ -28,7 +28,7 @@ from eft_serve.engine.attention import Attention
 from eft_serve.engine.layout import Layout
 from eft_serve.engine.paged_tensors import PagedTensors
 from eft_serve.engine.ragged_path import UnsupportedModelError
-from eft_serve.engine.weights import input_major
+from eft_serve.engine.weights import PackedHead, input_major
 
 _SAME_LAYER: dict[type[PreTrainedModel], Callable[[Any], int | None]] = {
     # Where each keeps a layer's sliding window: no probe is long enough to show one that was missed.
@@ -149,6 +149,7 @@ class CompactPath:
         self._attention = attention
         self._layers = [_Layer.of(layer, window_of(layer.self_attn)) for layer in self._model.model.layers]
         self._norm = _Norm.of(self._model.model.norm)
+        self._packed = PackedHead(model.lm_head.weight) if PackedHead.suits(model.lm_head) else None
 
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor:
         """Logits [num_logits, vocab_size] in the order of `layout.logit_index`."""
@@ -161,7 +162,12 @@ class CompactPath:
             )
             states = layer.output(attended.flatten(1)) + states
             states = layer.feed_forward(states) + states
-        logits: Tensor = self._model.lm_head(self._norm(states[layout.logit_index])[None])[0]
+        return self._head(self._norm(states[layout.logit_index]))
+
+    def _head(self, states: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed(states)
+        logits: Tensor = self._model.lm_head(states[None])[0]  # a split head takes three dimensions
         return logits
 
 
