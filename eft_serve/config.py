@@ -129,6 +129,8 @@ class CoordinatorConfig(_Frozen):
     """Requests that may wait; beyond it the answer is 503."""
     max_num_batched_tokens: int = Field(default=1024, ge=1)
     """Tokens per model and step; longer prompts are prefilled in chunks."""
+    max_prefill_slowdown: float = Field(default=2.0, gt=1, allow_inf_nan=False)
+    """A step may take so many times as long for the prompts that are prefilled beside decoding requests."""
     step_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline of one call to one model."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)

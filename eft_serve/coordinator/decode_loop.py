@@ -121,8 +121,11 @@ class DecodeLoop:
             plan = self.scheduler.plan(now)
             batches = plan.batches()
         if batches:
+            sent = time.monotonic()
             with self._timed("fan_out"):
                 results = self.backend.fan_out(batches, self.config.step_timeout_s)
+            if plan.entries:
+                self.scheduler.pacer.observe(time.monotonic() - sent, plan.num_prefill_tokens)
             rows = self._absorb(plan, results)
             drawn = draw(rows, self._timed)
             with self._timed("emit"):

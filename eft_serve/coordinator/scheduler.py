@@ -1,8 +1,9 @@
 """What each replica computes in the next step.
 
 There are no prefill and decode modes: every sequence's computed count catches up with its token count, under one token
-budget per replica and step. Requests that need one token each go first, so a long prompt is prefilled in chunks beside
-them; when a KV budget runs out, the youngest request there is preempted and computed again later.
+budget per replica and step. Requests that need one token each go first; a long prompt is prefilled beside them, in
+chunks that do not hold them up for long. When a KV budget runs out, the youngest request there is preempted and
+computed again later.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from eft_serve.config import CoordinatorConfig
+from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.replicas import ReplicaTable, could_hold
 from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.types import SequenceStep, StepBatch
@@ -32,6 +34,7 @@ class Plan:
     entries: dict[str, list[Entry]] = field(default_factory=dict)
     freed: dict[str, list[str]] = field(default_factory=dict)
     final: list[Request] = field(default_factory=list)
+    num_prefill_tokens: int = 0  # on the replica that has most
 
     def batches(self) -> dict[str, StepBatch]:
         """What every replica is sent."""
@@ -53,6 +56,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
+        self.pacer = Pacer(config.max_prefill_slowdown, config.max_num_batched_tokens)
 
     def __len__(self) -> int:
         return len(self.waiting) + len(self.running)
@@ -84,8 +88,18 @@ class Scheduler:
         self._admit()
         plan = Plan(freed=self.replicas.take_freed())
         budgets = dict.fromkeys(self.replicas.replicas, self.config.max_num_batched_tokens)
-        for request in sorted(self.running, key=_is_prefilling):  # a stable sort: oldest first among equals
-            self._schedule(request, plan, budgets, now)
+        prefills: list[Request] = []
+        for request in self.running:
+            if _is_prefilling(request):
+                prefills.append(request)
+            else:
+                self._schedule(request, plan, budgets, now)
+        if plan.entries:  # somebody's next token waits for this step
+            budgets = {replica_id: min(budget, self.pacer.chunk) for replica_id, budget in budgets.items()}
+        left = dict(budgets)
+        for request in prefills:
+            self._schedule(request, plan, left, now)
+        plan.num_prefill_tokens = max((budgets[r] - left[r] for r in budgets), default=0)
         return plan
 
     def lose_replica(self, replica_id: str, now: float) -> None:

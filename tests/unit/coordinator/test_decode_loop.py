@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.request import Request
 from eft_serve.types import Delta, Endpoint, FinishReason, GenerationRequest, SamplingParams
 
@@ -75,6 +76,16 @@ class Harness:
 
     def last(self, request_id: str) -> Delta:
         return self.deltas[request_id][-1]
+
+
+class Paced(Pacer):
+    """One that has learnt."""
+
+    CHUNK = 20
+
+    @property
+    def chunk(self) -> int:
+        return self.CHUNK
 
 
 def request(
@@ -227,6 +238,24 @@ def run_counted(harness: Harness, req: Request) -> tuple[int, int]:
     harness.drive()
     assert harness.tokens(req.request_id) == naive(req)
     return len(harness.backend.batches) - steps, harness.backend.num_computed - computed
+
+
+def test_a_prefill_takes_small_chunks_beside_decodes_and_large_ones_alone() -> None:
+    harness = Harness(ToyBackend({"t": endpoint("tuned", "t")}))
+    harness.loop.scheduler.pacer = Paced(slowdown=2.0, most=1024)
+    prompt = {"tuned": [i % VOCAB_SIZE for i in range(200)]}
+    harness.submit(request("alone", prompt, {"tuned": 1.0}, max_tokens=1))
+    harness.drive()
+    alone = [len(step.token_ids) for batch in harness.backend.batches for b in batch.values() for step in b.steps]
+    assert max(alone) == 200
+    harness.submit(request("decoding", {"tuned": [1]}, {"tuned": 1.0}, max_tokens=100, ignore_eos=True))
+    harness.loop.receive()
+    harness.loop.step()
+    harness.backend.batches.clear()
+    harness.backend.max_computed = 0
+    harness.submit(request("late", {"tuned": [9, *prompt["tuned"]]}, {"tuned": 1.0}, max_tokens=1))
+    harness.drive()
+    assert harness.backend.max_computed == Paced.CHUNK + 1, "the chunk, and the token of the one that decodes"
 
 
 def test_a_long_prompt_that_is_cached_takes_two_steps() -> None:
