@@ -24,6 +24,7 @@ from eft_serve.tenancy.store import create_tenant
 ROOT = Path(__file__).parent.parent.parent
 READY_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
+NARROW_TOKENS = 1120
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class Served:
             value for (sample, pairs), value in self.samples().items() if sample == name and wanted <= set(pairs)
         )
 
+    def by_process(self, name: str, **labels: str) -> dict[str, float]:
+        """The same, by process."""
+        wanted = set(labels.items())
+        samples = [(dict(pairs), value) for (sample, pairs), value in self.samples().items() if sample == name]
+        return {labels["process"]: value for labels, value in samples if wanted <= set(labels.items())}
+
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """Processes of one deployment's replicas, below this application's own process tree."""
         return [
@@ -82,9 +89,16 @@ class Served:
 
 
 def write_config(directory: Path, tenants_file: Path) -> Path:
-    """The embedded family as shipped, with tenants, and with one model twice so that one can be killed."""
+    """The embedded family with all that may multiply: one model twice, so that one can be killed, one split over two
+    ranks, two coordinators that share them all, and a recipe whose base has little room, so that requests of it are
+    preempted."""
     config: dict[str, Any] = load_any(ROOT / "deployments" / "zoo.yaml").model_dump(mode="json")
     config["models"]["tuned-small"]["num_replicas"] = 2
+    config["models"]["base-small"]["tensor_parallel"] = 2
+    config["models"]["base-narrow"] = {**config["models"].pop("tuned-large"), "path": "zoo:base-large"}
+    config["models"]["base-narrow"]["kv_cache_tokens"] = NARROW_TOKENS
+    config["recipes"]["narrow"] = {**config["recipes"]["eft"], "base": "base-narrow"}
+    config["coordinator"]["num_replicas"] = 2
     config["server"]["tenants_file"] = str(tenants_file)
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config))

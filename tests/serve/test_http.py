@@ -51,7 +51,7 @@ def test_knobs_per_request(served: Served) -> None:
 
 
 def test_models_are_those_that_the_tenant_may_use(served: Served) -> None:
-    assert {m.id for m in served.client().models.list()} == {"eft", *served.config.models}
+    assert {m.id for m in served.client().models.list()} == {*served.config.recipes, *served.config.models}
     assert {m.id for m in served.client("only-eft").models.list()} == {"eft"}
     with pytest.raises(openai.NotFoundError):
         chat(served, "only-eft", model="base-large")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from harness import Served
+from harness import NARROW_TOKENS, Served
 from transformers import PreTrainedModel
 
 from eft_serve.coordinator.vocabulary import Vocabulary
@@ -27,11 +27,12 @@ class Case:
     max_tokens: int
     scale: float = 1.0
     weight: float = 1.0
+    recipe: str = "eft"
 
     @property
     def body(self) -> dict[str, Any]:
         return {
-            "model": "eft",
+            "model": self.recipe,
             "prompt": self.prompt_token_ids,
             "max_tokens": self.max_tokens,
             "temperature": 0,
@@ -99,9 +100,26 @@ def test_tokens_equal_the_naive_loop(
 ) -> None:
     wanted = cases(vocabulary, NUM_PROMPTS)
     found = asyncio.run(served_tokens(served, wanted))
+    drawn = served.by_process("eft_generated_tokens_total")
+    assert len(drawn) == 2
+    assert min(drawn.values()) > 0, "a coordinator was idle"
+    computed = served.by_process("eft_engine_tokens_computed_total", model="tuned-small")
+    assert len(computed) == 2
+    assert min(computed.values()) > 0, "a replica was idle"
     expected = [expected_tokens(case, models, vocabulary) for case in wanted]
     assert found == expected
     assert len({tuple(tokens) for tokens in expected}) > NUM_PROMPTS // 3, "the prompts must not all say the same"
+
+
+def test_with_three_times_as_many_tokens_as_there_is_room_for(
+    served: Served, models: dict[str, PreTrainedModel], vocabulary: Vocabulary
+) -> None:
+    wanted = [replace(case, recipe="narrow") for case in cases(vocabulary, NUM_PROMPTS, seed=4)]
+    assert sum(len(case.prompt_token_ids) + case.max_tokens for case in wanted) > 3 * NARROW_TOKENS
+    before = served.total("eft_preemptions_total")
+    found = asyncio.run(served_tokens(served, wanted))
+    assert served.total("eft_preemptions_total") > before, "nobody was preempted"
+    assert found == [expected_tokens(case, models, vocabulary) for case in wanted]
 
 
 def test_plain_models_equal_themselves(
