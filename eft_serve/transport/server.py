@@ -17,6 +17,8 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from eft_serve.errors import EngineError
+from eft_serve.transport.metrics import ServerMetrics
+from eft_serve.transport.segment import OpenSegments
 from eft_serve.transport.sockets import harden
 from eft_serve.transport.wire import (
     MAX_REQUEST_BYTES,
@@ -88,6 +90,8 @@ class StepServer:
         self._busy_since: float | None = None  # monotonic seconds, while the handler computes
         self._stopping = threading.Event()
         self._next_expiry = 0.0
+        self._segments = OpenSegments()
+        self.metrics = ServerMetrics()
         self.public_key, secret_key = zmq.curve_keypair()
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context, log=logger)
@@ -172,6 +176,7 @@ class StepServer:
         finally:
             self._busy_since = None
         for incoming, frames in zip(merged, replies, strict=True):
+            self.metrics.socket_bytes.inc(memoryview(frames[1]).nbytes)
             self._socket.send_multipart([incoming.client, *frames], copy=False)
 
     def _compute(self, merged: list[_Incoming]) -> list[list[Frame]]:
@@ -185,12 +190,21 @@ class StepServer:
         if [output.sequence_id for output in outputs] != [step.sequence_id for step in steps]:
             raise EngineError(f"{len(outputs)} outputs do not answer {len(steps)} steps one by one")
         remaining = iter(outputs)
-        return [encode_reply(r.message_id, [next(remaining) for _ in r.steps], seconds) for r in requests]
+        return [
+            encode_reply(
+                one.request.message_id,
+                [next(remaining) for _ in one.request.steps],
+                seconds,
+                self._segments.find(one.client, one.request.segment),
+            )
+            for one in merged
+        ]
 
     def _expire(self) -> None:
         if (now := time.monotonic()) >= self._next_expiry:
             self._next_expiry = now + EXPIRE_INTERVAL_S
             self._handler.expire()
+            self._segments.forget_idle()
 
 
 def _without_duplicates(incoming: Iterable[_Incoming]) -> Iterator[list[_Incoming]]:
