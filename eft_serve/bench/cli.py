@@ -37,4 +37,4 @@ def _become_like_a_replica() -> None:
     """Start again with the environment that a served coordinator has, one math thread included."""
     environment = {**REPLICA_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     if any(os.environ.get(name) != value for name, value in environment.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})  # noqa: S606
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})  # noqa: S606

@@ -16,7 +16,7 @@ from torch import Tensor
 from eft_serve.coordinator.request import Request
 from eft_serve.errors import EftServeError, EngineError
 from eft_serve.numerics.combine import combine
-from eft_serve.numerics.sampling import SamplingRows, sample
+from eft_serve.numerics.sampling import SamplingRows, greedy, sample
 
 Timed = Callable[[str], AbstractContextManager[object]]
 
@@ -58,12 +58,30 @@ def _draw_group(rows: Sequence[Row], timed: Timed) -> Sequence[int | EftServeErr
 def _combine_and_sample(rows: Sequence[Row], timed: Timed) -> list[int]:
     num_tokens = rows[0].num_tokens
     with timed("combine"):
-        logits = [torch.stack([row.terms[term][:num_tokens] for row in rows]) for term in range(len(rows[0].terms))]
+        logits = [_stacked([row.terms[term] for row in rows], num_tokens) for term in range(len(rows[0].terms))]
         coefficients = torch.tensor([list(row.request.coefficients.values()) for row in rows]).T
         combined = combine(logits, coefficients)
     with timed("sample"):
-        token_ids: list[int] = sample(combined, _sampling_rows(rows)).tolist()
+        is_random = any(row.request.generation.sampling.temperature for row in rows)
+        token_ids: list[int] = (sample(combined, _sampling_rows(rows)) if is_random else greedy(combined)).tolist()
     return token_ids
+
+
+def _stacked(rows: Sequence[Tensor], num_tokens: int) -> Tensor:
+    """[len(rows), num_tokens]; a view where the rows stand evenly in one buffer, as in a replica's answer."""
+    first = rows[0]
+    starts = [row.storage_offset() for row in rows]
+    distance = starts[1] - starts[0] if len(rows) > 1 else first.numel()
+    evenly = starts == [starts[0] + index * distance for index in range(len(rows))]
+    if evenly and distance > 0 and all(_are_alike(first, row) for row in rows):
+        return first.as_strided((len(rows), num_tokens), (distance, 1))
+    return torch.stack([row[:num_tokens] for row in rows])
+
+
+def _are_alike(first: Tensor, other: Tensor) -> bool:
+    """Parts of one buffer, each of them without gaps."""
+    one, two = first.untyped_storage(), other.untyped_storage()
+    return one.data_ptr() == two.data_ptr() and first.dtype == other.dtype and other.stride() == (1,)
 
 
 def _sampling_rows(rows: Sequence[Row]) -> SamplingRows:

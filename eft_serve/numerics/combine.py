@@ -5,6 +5,7 @@ Raw logits are enough: what a model's log-softmax would subtract is one constant
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -34,18 +35,12 @@ def combine(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """
     _check_shapes(logits, coefficients)
     factors = coefficients.to(device=logits[0].device, dtype=torch.float32)
-    total = torch.zeros(logits[0].shape, dtype=torch.float32, device=logits[0].device)
-    scratch = torch.empty_like(total)
-    impossible: Tensor | None = None
-    for term, factor in zip(range(len(logits)), factors, strict=True):
-        rows = _running_rows(logits[term].float(), factor)
-        if _has_impossible(rows, term):
-            absent = rows.isneginf()
-            impossible = absent if impossible is None else impossible | absent
-            rows = rows.masked_fill(absent, 0.0)  # a negative coefficient, or a second −inf, would make NaN of it
-        # Two exact steps, not a fused multiply-add: a row's bits must not depend on where in the batch it stands.
-        total.add_(torch.mul(rows, factor[:, None], out=scratch))
-    return _finish(total, impossible)
+    total = _accumulate(logits, factors)
+    # NaN and infinities stay in a sum whatever is added to them, so a row whose total is finite had none anywhere.
+    doubtful = [row for row, value in enumerate(total.sum(dim=-1).tolist()) if not math.isfinite(value)]
+    if doubtful:
+        total[doubtful] = _with_care([logits[t][doubtful] for t in range(len(logits))], factors[:, doubtful], doubtful)
+    return total
 
 
 def mask_padding(logits: Tensor, num_tokens: int) -> Tensor:
@@ -82,26 +77,40 @@ def _check_shapes(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> No
         raise ValueError("coefficients: NaN or infinite; give finite numbers")
 
 
-def _running_rows(rows: Tensor, factor: Tensor) -> Tensor:
-    stopped = factor == 0
-    return rows.masked_fill(stopped[:, None], 0.0) if stopped.any() else rows  # 0 · inf is NaN
+def _accumulate(logits: Tensor | Sequence[Tensor], factors: Tensor) -> Tensor:
+    """Σ_t factors[t, row] · logits[t][row], whatever comes of it.
+
+    Multiplied and added in two exact steps, not by a fused multiply-add: a row's bits must not depend on where in the
+    batch it stands. Where all factors are ±1 there is nothing to multiply, and the bits are the same.
+    """
+    total = out = torch.empty(logits[0].shape, dtype=torch.float32, device=logits[0].device)
+    for term, signs in enumerate(map(set, factors.tolist())):
+        rows, sign = logits[term].float() if term == 0 else logits[term], 1
+        if signs == {-1.0} and term > 0:
+            sign = -1
+        elif signs != {1.0}:
+            rows = rows * factors[term, :, None]
+        total = rows if term == 0 else torch.add(total, rows, alpha=sign, out=out)
+    return total if total is out else out.copy_(total)
 
 
-def _has_impossible(rows: Tensor, term: int) -> bool:
-    lowest, highest = rows.amin(dim=-1), rows.amax(dim=-1)  # both NaN where one is
-    bad = highest.isnan() | highest.isposinf()
-    if bad.any():
-        raise ValueError(f"logits: term {term} has NaN or +inf in rows {bad.nonzero().flatten().tolist()}")
-    return bool(lowest.isneginf().any())
-
-
-def _finish(total: Tensor, impossible: Tensor | None) -> Tensor:
-    if not (total.amin(dim=-1).isfinite() & total.amax(dim=-1).isfinite()).all():
+def _with_care(logits: Sequence[Tensor], factors: Tensor, row_ids: Sequence[int]) -> Tensor:
+    """The combination of rows that may hold anything; bit for bit what `_accumulate` gives where all is finite."""
+    impossible = torch.zeros(logits[0].shape, dtype=torch.bool, device=logits[0].device)
+    possible = []
+    for term, (rows, factor) in enumerate(zip(logits, factors, strict=True)):
+        running = rows.float().where((factor != 0)[:, None] | rows.isfinite(), 0.0)  # 0 · inf is NaN
+        if (bad := (running.isnan() | running.isposinf()).any(dim=-1)).any():
+            raise ValueError(f"logits: term {term} has NaN or +inf in rows {_chosen(row_ids, bad)}")
+        impossible |= running.isneginf()
+        possible.append(running.masked_fill(running.isneginf(), 0.0))  # a second −inf would make NaN of it
+    total = _accumulate(possible, factors)
+    if not total.isfinite().all():
         raise ValueError("coefficients: the combination overflows float32; use smaller ones")
-    if impossible is None:
-        return total
-    total.masked_fill_(impossible, -torch.inf)
-    empty = total.amax(dim=-1).isneginf()
-    if empty.any():
-        raise ValueError(f"logits: no token is possible in rows {empty.nonzero().flatten().tolist()}")
-    return total
+    if (empty := impossible.all(dim=-1)).any():
+        raise ValueError(f"logits: no token is possible in rows {_chosen(row_ids, empty)}")
+    return total.masked_fill_(impossible, -torch.inf)
+
+
+def _chosen(row_ids: Sequence[int], mask: Tensor) -> list[int]:
+    return [row for row, chosen in zip(row_ids, mask.tolist(), strict=True) if chosen]

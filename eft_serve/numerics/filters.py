@@ -7,6 +7,7 @@ mass that top-p asks for.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +40,10 @@ def _within_window(logits: Tensor, rows: Tensor, width: int, top_p: Tensor, top_
     """Thresholds of these rows, and whether the `width` largest logits were enough to know them."""
     chosen = logits if len(rows) == len(logits) else logits[rows]
     top_p, top_k = top_p[rows].double()[:, None], top_k[rows].clamp(max=width)[:, None]
-    # [len(rows), width], falling
-    values, token_ids = chosen.topk(width) if width < logits.shape[1] else chosen.sort(descending=True)
+    values = _largest(chosen, width)
     kth = values.gather(1, (top_k - 1).clamp(min=0)).where(top_k > 0, -torch.inf)
     # Not logsumexp: softmax sums each row by itself, so that neighbours cannot change a row's last bit.
-    probs = chosen.softmax(dim=-1).gather(1, token_ids).double().where(values >= kth, 0.0)
+    probs = _largest(chosen.softmax(dim=-1), width).double().where(values >= kth, 0.0)
     cumulative = probs.cumsum(dim=-1)
     mass = cumulative[:, -1:].where(top_k > 0, 1.0)
     last = ((cumulative - probs) < top_p * mass).sum(dim=-1, keepdim=True).clamp(min=1, max=width) - 1
@@ -53,6 +53,15 @@ def _within_window(logits: Tensor, rows: Tensor, width: int, top_p: Tensor, top_
     knows_p = (top_p == 1) | (cumulative[:, -1:] >= top_p * mass)
     settled = (knows_k & knows_p).flatten() if not all_seen else torch.ones_like(rows, dtype=torch.bool)
     return torch.maximum(kth, nucleus).flatten(), settled
+
+
+def _largest(rows: Tensor, width: int) -> Tensor:
+    """The `width` largest of each row, falling; [num_rows, width]."""
+    if rows.device.type != "cpu" or rows.dtype != torch.float32:
+        return rows.topk(width).values
+    start = rows.shape[1] - width  # numpy's vectorised sort takes a tenth of torch's time
+    window = np.partition(rows.numpy(), start, axis=-1)[:, start:] if start else rows.numpy()
+    return torch.from_numpy(np.sort(window, axis=-1)[:, ::-1].copy())
 
 
 def min_p_threshold(peak: Tensor, min_p: Tensor) -> Tensor:

@@ -32,8 +32,17 @@ def row_keys(seeds: Tensor, positions: Tensor) -> Tensor:
 
 def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, between MIN_NOISE and MAX_NOISE; int64 arguments are broadcast together."""
-    bits = _shift_right(_mix(keys + (token_ids + 1) * _GOLDEN), 64 - _UNIFORM_BITS)
-    return bits.double().add_(0.5).mul_(2.0**-_UNIFORM_BITS).log_().neg_().log_().neg_()
+    return _uniform_bits(keys, token_ids).double().add_(0.5).mul_(2.0**-_UNIFORM_BITS).log_().neg_().log_().neg_()
+
+
+def upper_tail(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """How likely Gumbel noise is to exceed that of `gumbel`, float32; costs no logarithm."""
+    complement = _uniform_bits(keys, token_ids).bitwise_xor_((1 << _UNIFORM_BITS) - 1)
+    return complement.float().add_(0.5).mul_(2.0**-_UNIFORM_BITS)
+
+
+def _uniform_bits(keys: Tensor, token_ids: Tensor) -> Tensor:
+    return _shift_right(_mix(keys + (token_ids + 1) * _GOLDEN), 64 - _UNIFORM_BITS)
 
 
 def _mix(state: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class ModelReplica:
 
     async def metrics(self) -> tuple[str, str]:
         """(process, its metrics as Prometheus text)."""
-        return self.process, generate_latest(self.engine.registry).decode()
+        registries = (self.engine.registry, self.server.metrics.registry)
+        return self.process, "".join(generate_latest(registry).decode() for registry in registries)
 
     def check_health(self) -> None:
         """Raises when the engine's thread has failed, so that Serve replaces the replica."""

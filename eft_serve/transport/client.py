@@ -43,7 +43,7 @@ class FanOut:
         """
         started = time.monotonic()
         links = {replica_id: self._links[replica_id] for replica_id in batches if replica_id in self._links}
-        for replica_id, link in links.items():
+        for replica_id, link in sorted(links.items(), key=_slowest_first):
             self._last_message_id += 1
             link.begin(self._last_message_id, batches[replica_id], started)
         while (left_s := started + timeout_s - time.monotonic()) > 0 and any(link.waiting for link in links.values()):
@@ -58,3 +58,7 @@ class FanOut:
         """Close every connection; idempotent."""
         self.set_replicas({})
         self._context.destroy(linger=0)
+
+
+def _slowest_first(item: tuple[str, Link]) -> float:
+    return -item[1].last_seconds

@@ -6,6 +6,7 @@ do not exist yet, so that nothing old is delivered after a reconnect.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence, Set
 from typing import Any
@@ -13,10 +14,23 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from eft_serve.transport import segment
+from eft_serve.transport.segment import Segment
 from eft_serve.transport.sockets import HANDSHAKE_TIMEOUT_MS, harden
-from eft_serve.transport.wire import MAX_REPLY_BYTES, Reply, Request, WireError, decode_reply, encode_request
+from eft_serve.transport.wire import (
+    LEAST_SHARED_BYTES,
+    MAX_REPLY_BYTES,
+    Reply,
+    Request,
+    WireError,
+    decode_reply,
+    encode_request,
+)
 from eft_serve.types import Endpoint, SequenceStep, StepBatch, StepOutput, StepResult
 
+logger = logging.getLogger(__name__)
+
+_WIDEST_ITEM_BYTES = 4  # of the logits' dtypes
 _BROKEN = {
     zmq.EVENT_DISCONNECTED: "connection lost",
     zmq.EVENT_CLOSED: "nothing listens there",
@@ -51,6 +65,7 @@ class Link:
         self._broken: str | None = None  # why there is no connection, if one was tried and failed
         self._message_id = 0
         self._steps: Sequence[SequenceStep] = ()
+        self._segment: Segment | None = None
         self._unsent: bytes | None = None
         self._started = 0.0
         self._result: StepResult | None = StepResult(failure="nothing was asked")
@@ -61,6 +76,11 @@ class Link:
         return self._result is None
 
     @property
+    def last_seconds(self) -> float:
+        """How long the last message took; 0 before there was one."""
+        return self._result.seconds if self._result is not None else 0.0
+
+    @property
     def broken(self) -> bool:
         """The connection, or the last attempt at one, failed."""
         self._watch()
@@ -69,9 +89,11 @@ class Link:
     def begin(self, message_id: int, batch: StepBatch, started: float) -> None:
         """Send a batch, or have it wait for the connection that is being made."""
         self._message_id, self._steps, self._started, self._result = message_id, batch.steps, started, None
-        self._receive()  # late answers to earlier messages
-        self._watch()
-        self._unsent = encode_request(Request(message_id, list(batch.steps), list(batch.freed)))
+        self._grow(sum(step.num_logits for step in batch.steps) * self.endpoint.info.vocab_size * _WIDEST_ITEM_BYTES)
+        name = None
+        if self._segment is not None:
+            self._segment.message_id, name = message_id, self._segment.name
+        self._unsent = encode_request(Request(message_id, list(batch.steps), list(batch.freed), name))
         self._send()
         if self._unsent is not None:
             self._poller.register(self._socket, zmq.POLLIN | zmq.POLLOUT)
@@ -99,6 +121,23 @@ class Link:
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
+        self._drop_segment()
+
+    def _grow(self, num_bytes: int) -> None:
+        """Have a segment for a reply of so many bytes, where there can be one and it is worth while."""
+        room = 0 if self._segment is None else len(self._segment.data)
+        if not segment.SUPPORTED or not max(room + 1, LEAST_SHARED_BYTES) <= num_bytes <= segment.MAX_BYTES:
+            return
+        self._drop_segment()
+        try:
+            self._segment = Segment.create(num_bytes)
+        except OSError as error:
+            logger.debug("no shared memory for %s: %s", self.endpoint.address, error)
+
+    def _drop_segment(self) -> None:
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
 
     def _send(self) -> None:
         if self._unsent is None:
@@ -119,7 +158,7 @@ class Link:
             except zmq.Again:
                 return
             try:
-                reply = decode_reply([frame.buffer for frame in frames])
+                reply = decode_reply([frame.buffer for frame in frames], self._segment)
             except WireError as error:
                 if self.waiting:
                     self._result = self._failed(error.message)

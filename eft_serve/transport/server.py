@@ -7,9 +7,10 @@ handshake; the server proves itself to them by its own key.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,9 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from eft_serve.errors import EngineError
+from eft_serve.transport.attendance import Attendance
+from eft_serve.transport.metrics import ServerMetrics
+from eft_serve.transport.segment import OpenSegments
 from eft_serve.transport.sockets import harden
 from eft_serve.transport.wire import (
     MAX_REQUEST_BYTES,
@@ -88,6 +92,9 @@ class StepServer:
         self._busy_since: float | None = None  # monotonic seconds, while the handler computes
         self._stopping = threading.Event()
         self._next_expiry = 0.0
+        self._attendance = Attendance()
+        self._segments = OpenSegments()
+        self.metrics = ServerMetrics()
         self.public_key, secret_key = zmq.curve_keypair()
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context, log=logger)
@@ -139,17 +146,40 @@ class StepServer:
         """Receive, merge, compute, answer, until closed."""
         try:
             while not self._stopping.is_set():
-                for merged in _without_duplicates(self._receive()):
+                incoming = self._receive()
+                started = time.monotonic()
+                for merged in _without_duplicates(incoming):
                     self._serve(merged)
+                if stepped := {one.client for one in incoming if one.request.steps}:
+                    self._attendance.attended(stepped, time.monotonic() - started)
                 self._expire()
         except BaseException as error:
             logger.exception("the engine's thread died")
             self._failure = f"{type(error).__name__}: {error}"
 
     def _receive(self) -> list[_Incoming]:
-        """Everything that is ready, waiting a little for the first."""
+        """Everything that is ready, waiting for the first, and then a moment for those who step along with it."""
+        incoming = self._drain(POLL_INTERVAL_S)
+        if any(one.request.steps for one in incoming):
+            incoming += self._await_others({one.client for one in incoming})
+        return incoming
+
+    def _await_others(self, present: Set[bytes]) -> list[_Incoming]:
+        joined: list[_Incoming] = []
+        wait_s, started = self._attendance.wait_s, time.monotonic()
+        while wait_s and (absent := self._attendance.absent(present | {one.client for one in joined})):
+            waited_s = time.monotonic() - started
+            if waited_s >= wait_s:
+                self._attendance.missed(absent)
+                break
+            joined += self._drain(wait_s - waited_s)
+            self.metrics.wait_seconds.inc(time.monotonic() - started - waited_s)
+        return joined
+
+    def _drain(self, wait_s: float) -> list[_Incoming]:
+        """What is ready, waiting so long for the first."""
         incoming: list[_Incoming] = []
-        wait_ms = int(POLL_INTERVAL_S * 1000)
+        wait_ms = math.ceil(wait_s * 1000)
         while len(incoming) < MAX_MERGED_MESSAGES and self._socket.poll(wait_ms):
             wait_ms = 0
             client, *frames = self._socket.recv_multipart()
@@ -172,6 +202,7 @@ class StepServer:
         finally:
             self._busy_since = None
         for incoming, frames in zip(merged, replies, strict=True):
+            self.metrics.socket_bytes.inc(memoryview(frames[1]).nbytes)
             self._socket.send_multipart([incoming.client, *frames], copy=False)
 
     def _compute(self, merged: list[_Incoming]) -> list[list[Frame]]:
@@ -184,13 +215,24 @@ class StepServer:
         seconds = time.perf_counter() - started
         if [output.sequence_id for output in outputs] != [step.sequence_id for step in steps]:
             raise EngineError(f"{len(outputs)} outputs do not answer {len(steps)} steps one by one")
+        if steps:
+            self.metrics.messages_per_forward.observe(sum(bool(request.steps) for request in requests))
         remaining = iter(outputs)
-        return [encode_reply(r.message_id, [next(remaining) for _ in r.steps], seconds) for r in requests]
+        return [
+            encode_reply(
+                one.request.message_id,
+                [next(remaining) for _ in one.request.steps],
+                seconds,
+                self._segments.find(one.client, one.request.segment),
+            )
+            for one in merged
+        ]
 
     def _expire(self) -> None:
         if (now := time.monotonic()) >= self._next_expiry:
             self._next_expiry = now + EXPIRE_INTERVAL_S
             self._handler.expire()
+            self._segments.forget_idle()
 
 
 def _without_duplicates(incoming: Iterable[_Incoming]) -> Iterator[list[_Incoming]]:

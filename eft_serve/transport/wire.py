@@ -1,7 +1,8 @@
-"""The step contract as ZeroMQ frames: a msgpack header, and logits as one raw frame that nobody copies on arrival.
+"""The step contract as ZeroMQ frames: a msgpack header, and logits as raw bytes that nobody copies on arrival.
 
-It knows bytes and not sockets. Nothing here can run code that the other side sent: no pickle, every field typed, every
-size checked before it is believed.
+They are the second frame, or stand in the segment that the request names. This module knows bytes and not sockets.
+Nothing here can run code that the other side sent: no pickle, every field typed, every size checked before it is
+believed.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from eft_serve.errors import EngineError
+from eft_serve.transport.segment import Segment, SegmentName
 from eft_serve.types import SequenceStep, StepOutput
 
 MAX_REQUEST_BYTES = 64 << 20  # token ids and names only
 MAX_REPLY_BYTES = 4 << 30
+LEAST_SHARED_BYTES = 8 << 10  # fewer are as quick in a frame
 
 Frame = bytes | bytearray | memoryview
 
@@ -37,6 +40,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     message_id: int
     steps: list[SequenceStep]
     freed: list[str]
+    segment: SegmentName | None = None  # where the logits may be written instead of sending them
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True):
@@ -57,11 +61,12 @@ class ReplyHeader(msgspec.Struct, frozen=True, array_like=True):
     vocab_size: int
     forward_seconds: float
     failure: str | None
+    in_segment: bool = False  # the logits stand at the start of the request's segment; the frame is empty
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A decoded reply: outputs in the order of the steps, logits being views of the received frame."""
+    """A decoded reply: outputs in the order of the steps, logits being views of the frame or the segment."""
 
     message_id: int
     outputs: list[StepOutput]
@@ -94,37 +99,53 @@ def decode_request(frames: Sequence[Frame]) -> Request:
     return request
 
 
-def encode_reply(message_id: int, outputs: Sequence[StepOutput], forward_seconds: float) -> list[Frame]:
+def encode_reply(
+    message_id: int, outputs: Sequence[StepOutput], forward_seconds: float, segment: Segment | None = None
+) -> list[Frame]:
     """Header and payload; the payload is a copy, so the engine may reuse its own buffers at once.
+
+    Args:
+        segment: takes the payload if it has room for it and the client still waits for this message.
 
     Raises:
         WireError: the outputs' logits differ in width or dtype, or have a dtype that does not travel.
     """
-    rows = [output.logits for output in outputs if output.logits is not None and output.logits.numel()]
+    rows = [output.logits.detach() for output in outputs if output.logits is not None and output.logits.numel()]
     answers = [_answer(output) for output in outputs]
     if not rows:
         return [_encoder.encode(ReplyHeader(message_id, answers, "float32", 0, forward_seconds, None)), b""]
-    shape, dtype = rows[0].shape[1:], rows[0].dtype
-    if dtype not in _NAMES or any(r.dim() != 2 or r.shape[1:] != shape or r.dtype != dtype for r in rows):
+    width, dtype = rows[0].shape[1:], rows[0].dtype
+    if dtype not in _NAMES or any(r.dim() != 2 or r.shape[1:] != width or r.dtype != dtype for r in rows):
         raise WireError(f"logits: {[(str(r.dtype), tuple(r.shape)) for r in rows]}; want [n, vocab_size] of one dtype")
-    payload = torch.cat([r.detach() for r in rows]).cpu()
-    header = ReplyHeader(message_id, answers, _NAMES[dtype], payload.shape[1], forward_seconds, None)
-    return [_encoder.encode(header), payload.view(torch.uint8).numpy().data.cast("B")]
+    shape = (sum(answer.num_rows for answer in answers), *width)
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    header = ReplyHeader(message_id, answers, _NAMES[dtype], shape[1], forward_seconds, None)
+    if segment is None or not LEAST_SHARED_BYTES <= num_bytes <= len(segment.data):
+        payload = _gather(rows, torch.empty(shape, dtype=dtype))
+        return [_encoder.encode(header), payload.view(torch.uint8).numpy().data.cast("B")]
+    if segment.message_id != message_id:
+        return encode_failure(message_id, "the client has given this message up")
+    _gather(rows, torch.frombuffer(segment.data[:num_bytes], dtype=dtype).view(shape))
+    return [_encoder.encode(msgspec.structs.replace(header, in_segment=True)), b""]
 
 
 def encode_failure(message_id: int, message: str) -> list[Frame]:
     return [_encoder.encode(ReplyHeader(message_id, [], "float32", 0, 0.0, message)), b""]
 
 
-def decode_reply(frames: Sequence[Frame]) -> Reply:
-    """Raises `WireError` for a header that is malformed or does not fit its payload, to the byte."""
+def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Reply:
+    """Raises `WireError` for a header that is malformed or does not fit its payload, to the byte.
+
+    Args:
+        segment: the one that the request named.
+    """
     if len(frames) != 2:
         raise WireError(f"reply: {len(frames)} frames; want header and payload")
     try:
         header = _reply_decoder.decode(frames[0])
     except (msgspec.MsgspecError, ValueError) as error:
         raise WireError(f"reply: {error}; run the same version on both sides") from error
-    logits = _payload(header, frames[1])
+    logits = _payload(header, frames[1], segment)
     outputs, start = [], 0
     for answer in header.answers:
         if answer.held is not None or answer.error is not None:
@@ -142,8 +163,12 @@ def _answer(output: StepOutput) -> Answer:
     return Answer(output.sequence_id, output.held, output.error, 0 if output.logits is None else len(output.logits))
 
 
-def _payload(header: ReplyHeader, frame: Frame) -> Tensor:
-    """[num_rows, vocab_size], a view of the frame."""
+def _gather(rows: Sequence[Tensor], out: Tensor) -> Tensor:
+    return torch.cat(rows, out=out) if rows[0].device == out.device else out.copy_(torch.cat(rows))  # type: ignore[arg-type]
+
+
+def _payload(header: ReplyHeader, frame: Frame, segment: Segment | None) -> Tensor:
+    """[num_rows, vocab_size], a view of the frame or the segment."""
     dtype = _DTYPES.get(header.dtype)
     counts = [answer.num_rows for answer in header.answers]
     if dtype is None or header.vocab_size < 0 or any(count < 0 for count in counts):
@@ -152,9 +177,14 @@ def _payload(header: ReplyHeader, frame: Frame) -> Tensor:
         if (answer.held is not None) + (answer.error is not None) + (answer.num_rows > 0) > 1:
             raise WireError(f"reply: sequence {answer.sequence_id!r} has more than one of held, error, logits")
     shape = (sum(counts), header.vocab_size)
-    size = memoryview(frame).nbytes
-    if size != shape[0] * shape[1] * dtype.itemsize:
-        raise WireError(f"reply: payload of {size} bytes for {shape[0]} rows of {shape[1]} {header.dtype}")
-    if size == 0:
+    wanted = shape[0] * shape[1] * dtype.itemsize
+    payload = memoryview(frame).cast("B")
+    if header.in_segment:
+        if segment is None or len(payload):
+            raise WireError("reply: it points to a segment that was not named, or has a payload besides")
+        payload = segment.data[:wanted]
+    if len(payload) != wanted:
+        raise WireError(f"reply: payload of {len(payload)} bytes for {shape[0]} rows of {shape[1]} {header.dtype}")
+    if wanted == 0:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(frame, dtype=dtype).view(shape)
+    return torch.frombuffer(payload, dtype=dtype).view(shape)

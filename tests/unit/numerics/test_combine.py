@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from eft_serve.numerics.combine import coefficients, combine, mask_padding
+from eft_serve.numerics.combine import _with_care, coefficients, combine, mask_padding
 from eft_serve.numerics.logprobs import log_softmax
 from eft_serve.numerics.truncate import truncate_weights
 
@@ -116,6 +117,49 @@ def test_rows_do_not_know_their_neighbours(seed: int, order: list[int]) -> None:
     together = combine(terms, factors)
     assert torch.equal(combine(terms[:, order], factors[:, order]), together[order])
     assert torch.equal(combine(terms[:, :1], factors[:, :1]), together[:1])
+
+
+poisons = st.lists(
+    st.tuples(
+        st.integers(0, 2),
+        st.integers(0, NUM_ROWS - 1),
+        st.integers(0, VOCAB - 1),
+        st.sampled_from([torch.nan, torch.inf, -torch.inf, 3e38, 0.0, -0.0]),
+    ),
+    max_size=6,
+)
+factor_lists = st.lists(st.sampled_from([1.0, -1.0, 0.0, -0.0, 0.3, 2.0]), min_size=9, max_size=9)
+
+
+def outcome(compute: Callable[[], Tensor]) -> list[int] | str:
+    """The bits, or what is wrong."""
+    try:
+        return compute().view(torch.int32).flatten().tolist()
+    except ValueError as error:
+        return str(error)
+
+
+@given(seeds, poisons, factor_lists, st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_quick_way_and_the_careful_one_agree_on_every_row(
+    seed: int, poison: list[tuple[int, int, int, float]], values: list[float], dtype: torch.dtype
+) -> None:
+    terms, factors = some_terms(seed, 3), torch.tensor(values).view(3, NUM_ROWS)
+    for term, row, token, value in poison:
+        terms[term, row, token] = value
+    terms = terms.to(dtype)
+    careful = outcome(lambda: _with_care(list(terms), factors, range(NUM_ROWS)))
+    assert outcome(lambda: combine(terms, factors)) == careful
+    alone = [outcome(lambda row=row: combine(terms[:, [row]], factors[:, [row]])) for row in range(NUM_ROWS)]  # type: ignore[misc]
+    if isinstance(careful, str):
+        assert any(isinstance(one, str) for one in alone)
+    else:
+        assert [bit for one in alone for bit in one] == careful
+
+
+def test_what_is_combined_is_nobodys_input() -> None:
+    terms = some_terms(2, 1)
+    combine(terms, spread([1.0])).zero_()
+    assert terms.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_keys, to_int64
+from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_keys, to_int64, upper_tail
 from eft_serve.numerics.sampling import SamplingRows, filtered_logprobs, sample
 
 NUM_DRAWS, VOCAB = 24_000, 16
@@ -85,6 +85,13 @@ def test_noise_is_bounded_and_belongs_to_its_token(seed: int, position: int, tok
     assert ((together >= MIN_NOISE) & (together <= MAX_NOISE)).all()
     for token, noise in zip(tokens, together, strict=True):
         assert gumbel(key, torch.tensor([token])).item() == noise.item()
+
+
+@given(int64s, st.integers(0, 300_000))
+def test_the_upper_tail_is_that_of_the_noise(seed: int, token: int) -> None:
+    key, tokens = row_keys(torch.tensor([seed]), torch.tensor([0])), torch.tensor([token])
+    wanted = -(-(-gumbel(key, tokens)).exp()).expm1()
+    torch.testing.assert_close(upper_tail(key, tokens), wanted.float(), rtol=1e-6, atol=0.0)
 
 
 def test_noise_is_pinned() -> None:

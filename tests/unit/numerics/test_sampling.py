@@ -12,8 +12,8 @@ from hypothesis import given
 from torch import Tensor
 
 from eft_serve.numerics import filters, sampling
-from eft_serve.numerics.keyed_noise import row_keys
-from eft_serve.numerics.sampling import SamplingRows, filtered_logprobs, sample
+from eft_serve.numerics.keyed_noise import gumbel, row_keys
+from eft_serve.numerics.sampling import SamplingRows, draw, filtered_logprobs, sample
 
 VOCAB = 40
 EPSILON = 1e-5
@@ -90,12 +90,21 @@ def test_what_is_drawn_survived(logits: list[float], row: dict[str, Any]) -> Non
     assert filtered_logprobs(torch.tensor([logits]), rows_of(row))[0, token].isfinite()
 
 
-@given(st.integers(0, 2**40), st.floats(0.1, 30.0), st.sampled_from([100, 3000]))
-def test_sparse_and_dense_draws_agree(seed: int, spread: float, vocab: int) -> None:
-    logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(seed)) * spread
-    keys = row_keys(torch.full((4,), seed), torch.arange(4))
-    alive = logits >= logits.amax(dim=-1, keepdim=True) - 40.4
-    assert torch.equal(sampling._draw_sparse(logits, keys, alive), sampling._draw_dense(logits, keys))
+@given(st.integers(0, 2**40), st.floats(0.0, 30.0), st.sampled_from([100, 3000]), st.sampled_from([0.0, 1e4, -1e4]))
+def test_the_draw_is_the_best_of_all_tokens_with_noise(seed: int, spread: float, vocab: int, level: float) -> None:
+    logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(seed)) * spread + level
+    seeds, positions = torch.full((4,), seed), torch.arange(4)
+    noise = gumbel(row_keys(seeds, positions)[:, None], torch.arange(vocab))
+    assert torch.equal(draw(logits, seeds, positions), (noise + logits).argmax(dim=-1))
+
+
+def test_noise_is_worked_out_for_few_of_many_tokens() -> None:
+    logits = torch.randn(50, 30_000, generator=torch.Generator().manual_seed(1)) * 2
+    behind = logits - logits.amax(dim=-1, keepdim=True)
+    keys = row_keys(torch.arange(50), torch.zeros(50, dtype=torch.int64))[:, None]
+    contenders = sampling._contenders(behind, keys, gumbel(keys, logits.argmax(dim=-1, keepdim=True)))
+    assert contenders.any(dim=-1).all()
+    assert contenders.float().mean() < 0.01
 
 
 def test_greedy_takes_the_lowest_id_on_ties_and_ignores_the_rest() -> None:

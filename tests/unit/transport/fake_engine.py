@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 
+import msgspec
 import torch
 
 from eft_serve.transport.server import StepServer
@@ -60,8 +61,9 @@ class FakeEngine:
         return StepOutput(step.sequence_id, logits=sums[:, None].expand(-1, self.vocab_size).to(self.dtype))
 
 
-def endpoint_of(server: StepServer, replica_id: str) -> Endpoint:
-    return Endpoint(replica_id=replica_id, address=server.address, public_key=server.public_key, info=INFO)
+def endpoint_of(server: StepServer, replica_id: str, vocab_size: int = INFO.vocab_size) -> Endpoint:
+    info = msgspec.structs.replace(INFO, vocab_size=vocab_size)
+    return Endpoint(replica_id=replica_id, address=server.address, public_key=server.public_key, info=info)
 
 
 def serve_in_process(client_public_key: bytes, replica_id: str) -> tuple[multiprocessing.Process, Endpoint]:

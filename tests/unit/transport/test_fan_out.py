@@ -187,6 +187,20 @@ def test_the_deadline_holds_and_late_replies_are_discarded(stage: Stage) -> None
     assert slow.forwards == [["a"], ["b", "c"]]
 
 
+def test_the_slowest_replica_is_sent_its_batch_first(stage: Stage) -> None:
+    for name in ("quick", "slow", "middling"):
+        stage.serve(name)
+    client = stage.client()
+    for name, delay_s in (("slow", 0.3), ("middling", 0.15)):
+        stage.engines[name].gate.clear()
+        threading.Timer(delay_s, stage.engines[name].gate.set).start()
+    batches = {name: batch("a") for name in stage.servers}
+    client.fan_out(batches, TIMEOUT_S)
+    client.fan_out(batches, TIMEOUT_S)
+    order = sorted(batches, key=lambda name: client._links[name]._message_id)
+    assert order == ["slow", "middling", "quick"]
+
+
 def test_an_unknown_replica_is_a_failure(stage: Stage) -> None:
     stage.serve("base")
     results = stage.client().fan_out({"base": batch("a"), "gone": batch("a")}, TIMEOUT_S)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 
 from eft_serve.errors import EngineError
+from eft_serve.transport.segment import SegmentName
 from eft_serve.transport.wire import (
     Request,
     WireError,
@@ -33,9 +34,14 @@ def steps(draw: st.DrawFn) -> SequenceStep:
     return SequenceStep(draw(names), draw(counts), token_ids, num_logits, salt, max_computed)
 
 
-@given(counts, st.lists(steps(), max_size=4), st.lists(names, max_size=4))
-def test_requests_come_back(message_id: int, some_steps: list[SequenceStep], freed: list[str]) -> None:
-    request = Request(message_id, some_steps, freed)
+segments = st.none() | st.builds(SegmentName, counts, counts, st.binary(max_size=16))
+
+
+@given(counts, st.lists(steps(), max_size=4), st.lists(names, max_size=4), segments)
+def test_requests_come_back(
+    message_id: int, some_steps: list[SequenceStep], freed: list[str], segment: SegmentName | None
+) -> None:
+    request = Request(message_id, some_steps, freed, segment)
     assert decode_request([encode_request(request)]) == request
 
 
