@@ -124,7 +124,7 @@ class DecodeLoop:
             sent = time.monotonic()
             with self._timed("fan_out"):
                 results = self.backend.fan_out(batches, self.config.step_timeout_s)
-            if plan.entries:
+            if plan.entries and not plan.may_be_cached:
                 self.scheduler.pacer.observe(time.monotonic() - sent, plan.num_prefill_tokens)
             rows = self._absorb(plan, results)
             drawn = draw(rows, self._timed)

@@ -6,10 +6,9 @@ so it is measured: a chunk may make a decode step so many times slower as the co
 
 from __future__ import annotations
 
-SMALLEST_CHUNK = 16  # tokens; a prefill goes on, however slow it is, and fewer tell nothing about their cost
+SMALLEST_CHUNK = 16  # tokens; a prefill goes on, however slow it is
 FIRST_CHUNK = 64  # tokens, while nothing is known
-_STEADY = 0.1  # weight of one more step
-_SLOWER, _QUICKER = 0.5, 0.05  # of a prefill that took longer, or less long, than thought: a cached prefix looks quick
+_KEPT = 0.9  # of what was known, with each further step
 
 
 class Pacer:
@@ -24,25 +23,21 @@ class Pacer:
         self._slowdown = slowdown
         self._most = most
         self._decode_s: float | None = None
-        self._token_s: float | None = None
+        self._extra_s, self._tokens = 0.0, 0.0  # of prefills, both fading alike: a ratio of sums forgives noise
 
     @property
     def chunk(self) -> int:
         """Prompt tokens that a step may compute beside decodes, for each replica."""
-        if self._decode_s is None or self._token_s is None:
+        if self._decode_s is None or self._tokens == 0.0:
             return min(FIRST_CHUNK, self._most)
-        affordable = int((self._slowdown - 1) * self._decode_s / self._token_s)
-        return min(max(SMALLEST_CHUNK, affordable), self._most)
+        affordable = (self._slowdown - 1) * self._decode_s * self._tokens / max(self._extra_s, 1e-9)
+        return min(max(SMALLEST_CHUNK, int(min(affordable, self._most))), self._most)
 
     def observe(self, seconds: float, num_prefill_tokens: int) -> None:
-        """A step took so long, with so many prompt tokens on its busiest replica."""
+        """A step took so long, and computed so many prompt tokens on its busiest replica."""
         if num_prefill_tokens == 0:
-            self._decode_s = _moved(self._decode_s, seconds, _STEADY)
-        elif self._decode_s is not None and num_prefill_tokens >= SMALLEST_CHUNK:
-            token_s = max(seconds - self._decode_s, 1e-6) / num_prefill_tokens
-            slower = self._token_s is not None and token_s > self._token_s
-            self._token_s = _moved(self._token_s, token_s, _SLOWER if slower else _QUICKER)
-
-
-def _moved(estimate: float | None, seen: float, weight: float) -> float:
-    return seen if estimate is None else estimate + weight * (seen - estimate)
+            known = seconds if self._decode_s is None else self._decode_s
+            self._decode_s = _KEPT * known + (1 - _KEPT) * seconds
+        elif self._decode_s is not None:
+            self._extra_s = _KEPT * self._extra_s + seconds - self._decode_s
+            self._tokens = _KEPT * self._tokens + num_prefill_tokens

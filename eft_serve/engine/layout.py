@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ class Part:
     blocks: Tensor  # [rows, kv_heads, num_blocks] int64, see `block_rows`; where they stand otherwise
     kv_length: int  # columns attended to; gathered blocks may hold a few more
     mask: Tensor | None  # [rows, 1, repeats * q_length, kv_length], 0 where attended and −inf elsewhere; None: all
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """All rows of a forward without padding, one after the other in the flat order."""
+
+    slots: Tensor  # [tokens of all rows, cached and new] int64
+    query_starts: Tensor  # [num_rows + 1] int32, cumulative
+    key_starts: Tensor  # [num_rows + 1] int32, cumulative
+    longest_query: int
+    longest_key: int
 
 
 @dataclass(slots=True)
@@ -139,6 +150,13 @@ class Layout:
     groups: list[Group]
     lanes: Lanes | None
     _cache_rows: dict[int, Tensor] = field(default_factory=dict)
+    _packed: Packed | None = None
+
+    def packed(self) -> Packed:
+        """Built at the first call."""
+        if self._packed is None:
+            self._packed = _pack(self.groups)
+        return self._packed
 
     def cache_rows(self, kv_heads: int) -> Tensor:
         """[num_tokens * kv_heads] int64, the new tokens' rows of a cache seen as [num_blocks * kv_heads * 16, ...]."""
@@ -178,6 +196,24 @@ class Layout:
             groups=groups,
             lanes=lanes,
         )
+
+
+def _pack(groups: Sequence[Group]) -> Packed:
+    slots = []
+    for group in groups:
+        positions = torch.arange(max(group.lengths), device=group.tables.device).expand(group.batch_size, -1)
+        stands = positions < torch.tensor(group.lengths, device=positions.device)[:, None]
+        slots.append(_slots(group.tables, positions)[stands])
+    key_lengths = [length for group in groups for length in group.lengths]
+    query_lengths = [group.q_length for group in groups for _ in group.lengths]
+    device = slots[0].device
+    return Packed(
+        slots=torch.cat(slots),
+        query_starts=torch.tensor([0, *accumulate(query_lengths)], dtype=torch.int32, device=device),
+        key_starts=torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32, device=device),
+        longest_query=max(query_lengths),
+        longest_key=max(key_lengths),
+    )
 
 
 def _begins_last_block(row: BatchRow) -> bool:

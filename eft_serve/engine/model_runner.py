@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eft_serve.config import ModelConfig
-from eft_serve.engine import checkpoint
+from eft_serve.engine import checkpoint, varlen_attention
 from eft_serve.engine.attention import GroupedAttention
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE
@@ -29,6 +29,7 @@ from eft_serve.engine.layout import Layout
 from eft_serve.engine.padded_path import PaddedPath
 from eft_serve.engine.paged_tensors import PagedTensors
 from eft_serve.engine.ragged_path import RaggedPath
+from eft_serve.engine.varlen_attention import VarlenAttention
 from eft_serve.engine.weights import store_input_major
 from eft_serve.errors import CheckpointError, EftServeError, EngineError
 
@@ -75,7 +76,7 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 class ModelRunner:
-    """One rank. `load`, `split`, `allocate` and `try_path` in this order, then `forward` as often as wanted."""
+    """One rank. `load`, `split`, `allocate` and `try_way` in this order, then `forward` as often as wanted."""
 
     def __init__(self, config: ModelConfig, rank: int) -> None:
         self._config = config
@@ -194,15 +195,22 @@ class ModelRunner:
 
         self._lanes = Lanes(self._cache) if self.device.type == "cpu" else None
 
-    def try_path(self, name: str) -> Tensor | str:
+    def ways(self) -> list[str]:
+        """How the model could be run here, the quickest first: a path, and the attention that it is given."""
+        attentions = [VarlenAttention.name] if varlen_attention.suits(self.device, self.dtype) else []
+        attentions.append(GroupedAttention.name)
+        return [f"{path}+{attention}" for path in ("compact", "ragged") for attention in attentions] + ["padded"]
+
+    def try_way(self, way: str) -> Tensor | str:
         """Run the probe in pieces beside a second sequence; the logits of the last pieces, or why there are none."""
         ids, cut = self.probe_ids(), PROBE_TOKENS // 2
         first = [BatchRow(ids[:cut], 0, [1], 0, owner=-1), BatchRow(ids[:1], 0, [2], 0, owner=-2)]
         second = [BatchRow(ids[cut:], cut, [1], PROBE_TOKENS - cut, owner=-1), BatchRow(ids[1:2], 1, [2], 1, owner=-2)]
+        path, _, attention = way.partition("+")
         try:
             if self.model.config._attn_implementation != self._stock_attention:
                 self.model.set_attn_implementation(self._stock_attention)
-            self._path = PATHS[name](self.model, GroupedAttention())
+            self._path = PATHS[path](self.model, VarlenAttention() if attention == "varlen" else GroupedAttention())
             self.forward(ForwardBatch(first))
             return self.forward(ForwardBatch(second))
         except Exception as error:  # models of any kind fail here in any way; the caller decides what that means
@@ -212,7 +220,7 @@ class ModelRunner:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [batch.num_logits, vocab_size] on the CPU, rows in the order of the batch."""
         if self._path is None:
-            raise EngineError("forward before try_path")
+            raise EngineError("forward before try_way")
         lanes = self._lanes if self._path.attends_through_us else None
         layout = Layout.of(batch, self.device, lanes)
         self._cache.clear(layout.begun)

@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CPU_KV_CACHE_TOKENS = 32768
-PATH_NAMES = ("compact", "ragged", "padded")  # the quickest first
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative, of the probe's logits
 
 
@@ -71,8 +70,8 @@ def _choose_path(config: ModelConfig, group: WorkerGroup, reference: Tensor) -> 
     """The first way of running the model that gives the logits of the unsplit, uncached model."""
     tolerance = _TOLERANCE[group.runner.dtype]
     tried: list[str] = []
-    for name in PATH_NAMES:
-        outcome: Tensor | str = group.call("try_path", name)[0]
+    for name in group.runner.ways():
+        outcome: Tensor | str = group.call("try_way", name)[0]
         if isinstance(outcome, str):
             tried.append(f"{name}: {outcome}")
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import pytest
 
@@ -46,20 +47,23 @@ def test_chunks_stay_between_the_smallest_and_the_most() -> None:
     assert quick.chunk == 512
 
 
-def test_a_cached_prefix_among_real_prefills_hardly_makes_chunks_larger() -> None:
+def test_one_slow_step_is_forgiven() -> None:
     pacer = Pacer(2.0, most=4096)
     steps(pacer, 20)
     before = pacer.chunk
-    pacer.observe(DECODE_S, 512)  # found, not computed
-    assert before <= pacer.chunk < 1.1 * before
-    pacer.observe(DECODE_S + 10 * TOKEN_S * 512, 512)
-    assert pacer.chunk < before / 2, "a slow one counts at once"
+    pacer.observe(5 * DECODE_S, before)
+    steps(pacer, 30)
+    assert pacer.chunk == pytest.approx(before, rel=0.05)
 
 
 def test_noise_does_not_run_away() -> None:
     rng = random.Random(0)
     pacer = Pacer(2.0, most=4096)
+    chunks = []
     for _ in range(300):
-        steps(pacer, 1, DECODE_S * rng.uniform(0.8, 1.5), TOKEN_S * rng.uniform(0.7, 1.5))
-        assert pacer.chunk <= 1.6 * DECODE_S / TOKEN_S
-    assert pacer.chunk >= 0.4 * DECODE_S / TOKEN_S
+        decode_s = DECODE_S * rng.choice([1.0, 1.0, 1.0, 1.0, 2.0])  # somebody else on the machine
+        pacer.observe(decode_s, 0)
+        chunks.append(pacer.chunk)
+        pacer.observe(DECODE_S * rng.choice([1.0, 1.0, 1.0, 1.0, 2.0]) + pacer.chunk * TOKEN_S, pacer.chunk)
+    assert 0.5 * DECODE_S / TOKEN_S < statistics.median(chunks) < 2 * DECODE_S / TOKEN_S
+    assert min(chunks[10:]) > 2 * SMALLEST_CHUNK

@@ -24,7 +24,12 @@ PROMPT = list(range(20))
 
 def test_info_says_what_was_loaded(load: Load) -> None:
     info = load("llama", kv_cache_tokens=50).info
-    assert (info.model, info.vocab_size, info.dtype, info.attention) == ("llama", VOCAB_SIZE, "float32", "compact")
+    assert (info.model, info.vocab_size, info.dtype, info.attention) == (
+        "llama",
+        VOCAB_SIZE,
+        "float32",
+        "compact+grouped",
+    )
     assert (info.kv_capacity_tokens, info.kv_block_size, info.max_model_len) == (64, BLOCK_SIZE, 64)
     assert load("llama", max_model_len=33).info.max_model_len == 33
 
