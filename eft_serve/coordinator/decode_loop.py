@@ -124,8 +124,9 @@ class DecodeLoop:
             sent = time.monotonic()
             with self._timed("fan_out"):
                 results = self.backend.fan_out(batches, self.config.step_timeout_s)
-            if plan.entries and not plan.may_be_cached:
-                self.scheduler.pacer.observe(time.monotonic() - sent, plan.num_prefill_tokens)
+            if plan.entries:
+                seconds = time.monotonic() - sent
+                self.scheduler.pacer.observe(seconds, plan.num_prefill_tokens, maybe_cached=plan.maybe_cached)
             rows = self._absorb(plan, results)
             drawn = draw(rows, self._timed)
             with self._timed("emit"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 SMALLEST_CHUNK = 16  # tokens; a prefill goes on, however slow it is
 FIRST_CHUNK = 64  # tokens, while nothing is known
-_KEPT = 0.9  # of what was known, with each further step
+PLAIN_EVERY = 8  # steps; one of so many is for decodes alone, or nobody would know what they take
+_KEPT_PLAIN, _KEPT_MIXED = 0.7, 0.9  # of what was known, with each further step of the kind
 
 
 class Pacer:
@@ -24,20 +25,26 @@ class Pacer:
         self._most = most
         self._decode_s: float | None = None
         self._extra_s, self._tokens = 0.0, 0.0  # of prefills, both fading alike: a ratio of sums forgives noise
+        self._num_mixed = 0  # since the last plain step
 
     @property
     def chunk(self) -> int:
-        """Prompt tokens that a step may compute beside decodes, for each replica."""
+        """Prompt tokens that a step may compute beside decodes, for each replica; 0 when it is the decodes' turn."""
+        if self._num_mixed >= PLAIN_EVERY - 1:
+            return 0
         if self._decode_s is None or self._tokens == 0.0:
             return min(FIRST_CHUNK, self._most)
         affordable = (self._slowdown - 1) * self._decode_s * self._tokens / max(self._extra_s, 1e-9)
         return min(max(SMALLEST_CHUNK, int(min(affordable, self._most))), self._most)
 
-    def observe(self, seconds: float, num_prefill_tokens: int) -> None:
-        """A step took so long, and computed so many prompt tokens on its busiest replica."""
+    def observe(self, seconds: float, num_prefill_tokens: int, *, maybe_cached: bool = False) -> None:
+        """A step took so long, with so many prompt tokens on its busiest replica, if they were all computed."""
         if num_prefill_tokens == 0:
+            self._num_mixed = 0
             known = seconds if self._decode_s is None else self._decode_s
-            self._decode_s = _KEPT * known + (1 - _KEPT) * seconds
-        elif self._decode_s is not None:
-            self._extra_s = _KEPT * self._extra_s + seconds - self._decode_s
-            self._tokens = _KEPT * self._tokens + num_prefill_tokens
+            self._decode_s = _KEPT_PLAIN * known + (1 - _KEPT_PLAIN) * seconds
+            return
+        self._num_mixed += 1
+        if self._decode_s is not None and not maybe_cached:
+            self._extra_s = _KEPT_MIXED * self._extra_s + seconds - self._decode_s
+            self._tokens = _KEPT_MIXED * self._tokens + num_prefill_tokens

@@ -35,7 +35,7 @@ class Plan:
     freed: dict[str, list[str]] = field(default_factory=dict)
     final: list[Request] = field(default_factory=list)
     num_prefill_tokens: int = 0  # on the replica that has most
-    may_be_cached: bool = False  # so that nobody knows how many of them are computed
+    maybe_cached: bool = False  # so that nobody knows how many of them are computed
 
     def batches(self) -> dict[str, StepBatch]:
         """What every replica is sent."""
@@ -101,7 +101,7 @@ class Scheduler:
         for request in prefills:
             self._schedule(request, plan, left, now)
         plan.num_prefill_tokens = max((budgets[r] - left[r] for r in budgets), default=0)
-        plan.may_be_cached = any(e.step.salt is not None for entries in plan.entries.values() for e in entries)
+        plan.maybe_cached = any(e.step.salt is not None for entries in plan.entries.values() for e in entries)
         return plan
 
     def lose_replica(self, replica_id: str, now: float) -> None:

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from eft_serve.coordinator.pacing import FIRST_CHUNK, SMALLEST_CHUNK, Pacer
+from eft_serve.coordinator.pacing import FIRST_CHUNK, PLAIN_EVERY, SMALLEST_CHUNK, Pacer
 
 DECODE_S = 0.010
 TOKEN_S = 0.0001
@@ -45,6 +45,30 @@ def test_chunks_stay_between_the_smallest_and_the_most() -> None:
     steps(quick, 200, token_s=1e-9)
     assert slow.chunk == SMALLEST_CHUNK
     assert quick.chunk == 512
+
+
+def test_decodes_that_became_slower_do_not_starve_prefills() -> None:
+    """More requests decode than when the pace was learnt, and every step has prefills to do."""
+    pacer = Pacer(2.0, most=4096)
+    steps(pacer, 20)
+    for _ in range(100):
+        chunk = pacer.chunk
+        pacer.observe(5 * DECODE_S + chunk * TOKEN_S, chunk)
+    chunks = []
+    for _ in range(PLAIN_EVERY):
+        chunks.append(pacer.chunk)
+        pacer.observe(5 * DECODE_S + pacer.chunk * TOKEN_S, pacer.chunk)
+    assert chunks.count(0) == 1
+    assert max(chunks) == pytest.approx(5 * DECODE_S / TOKEN_S, rel=0.2)
+
+
+def test_what_was_perhaps_cached_teaches_nothing() -> None:
+    pacer = Pacer(2.0, most=4096)
+    steps(pacer, 20)
+    before = pacer.chunk
+    for _ in range(5):
+        pacer.observe(DECODE_S, 512, maybe_cached=True)
+    assert pacer.chunk == before
 
 
 def test_one_slow_step_is_forgiven() -> None:
