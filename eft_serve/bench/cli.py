@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +31,27 @@ def fanout(
     from eft_serve.bench.fanout import run
 
     run([float(ms) for ms in latency_ms.split(",")], vocab, [int(b) for b in batch.split(",")], steps, rounds)
+
+
+@app.command()
+def serve(
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at most.")] = 16,
+    peer: Annotated[Literal["naive", "none"], typer.Option(help="What to compare with.")] = "naive",
+    requests: Annotated[int, typer.Option(min=0, help="Of one round; 0 for none of the load.")] = 96,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that the sides take turns.")] = 2,
+    ttft_target_ms: Annotated[float, typer.Option(help="A good request's first token comes by then.")] = 1000.0,
+    itl_target_ms: Annotated[float, typer.Option(help="A good request's mean time per further token.")] = 50.0,
+    long_prompt: Annotated[bool, typer.Option("--long-prompt", help="Also: one beside running streams.")] = False,
+    repeated_prefix: Annotated[bool, typer.Option("--repeated-prefix", help="Also: a prompt sent twice.")] = False,
+) -> None:
+    """The embedded family under load, over HTTP, against static batches in plain transformers."""
+    from eft_serve.rayserve.environment import prepare
+
+    prepare()
+    from eft_serve.bench.serve import Plan, run
+
+    plan = Plan(requests, concurrency, rounds, ttft_target_ms / 1e3, itl_target_ms / 1e3) if requests else None
+    run(plan, with_peer=peer == "naive", long_prompt=long_prompt, repeated_prefix=repeated_prefix)
 
 
 def _become_like_a_replica() -> None:
