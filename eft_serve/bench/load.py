@@ -1,4 +1,4 @@
-"""What a serving benchmark asks for and when: prompts of the family's own text, mixed lengths, Poisson arrivals; seeded."""
+"""What a serving benchmark asks for and when: prompts of the family's own text, mixed lengths, Poisson arrivals."""
 
 from __future__ import annotations
 
