@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -34,6 +35,31 @@ def fanout(
 
 
 @app.command()
+def engine(
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps at each batch size.")] = 60,
+    prefills: Annotated[int, typer.Option(min=1, help="Prompts of 512 tokens.")] = 15,
+) -> None:
+    """A model's step beside stock transformers, and beside its matrix products alone."""
+    _become_like_a_replica()
+    from eft_serve.bench.engine import run
+
+    run(steps, prefills)
+
+
+@app.command()
+def context(
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps at each point.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that the series take turns.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw it, a PNG.")] = None,
+) -> None:
+    """The engine's step against context length and batch size."""
+    _become_like_a_replica()
+    from eft_serve.bench.context import run
+
+    run(steps, rounds, plot)
+
+
+@app.command()
 def serve(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at most.")] = 16,
     peer: Annotated[Literal["naive", "none"], typer.Option(help="What to compare with.")] = "naive",
@@ -58,4 +84,4 @@ def _become_like_a_replica() -> None:
     """Start again with the environment that a served coordinator has, one math thread included."""
     environment = {**REPLICA_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
     if any(os.environ.get(name) != value for name, value in environment.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})  # noqa: S606
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})  # noqa: S606
