@@ -80,6 +80,16 @@ def serve(
     run(plan, with_peer=peer == "naive", long_prompt=long_prompt, repeated_prefix=repeated_prefix)
 
 
+@app.command(name="all")
+def run_all(
+    output: Annotated[Path, typer.Option(help="The page to write; pictures go into a directory of its name.")],
+) -> None:
+    """Every benchmark, and a page of their results."""
+    from eft_serve.bench.suite import run
+
+    run(output)
+
+
 def _become_like_a_replica() -> None:
     """Start again with the environment that a served coordinator has, one math thread included."""
     environment = {**REPLICA_ENVIRONMENT, "OMP_NUM_THREADS": "1"}
