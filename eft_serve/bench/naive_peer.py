@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from eft_serve.bench.load import Wanted
 from eft_serve.bench.timeline import Timeline, TokensAt
@@ -25,6 +26,7 @@ class NaivePeer:
 
     def __init__(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
+        transformers_logging.disable_progress_bar()
         self._models = [_load(name) for name in CHECKPOINTS]
 
     def replay(self, load: Sequence[Wanted], max_batch: int) -> list[Timeline]:

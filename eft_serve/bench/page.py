@@ -12,9 +12,9 @@ from eft_serve.bench.thresholds import Threshold
 INTRODUCTION = """\
 # Benchmarks
 
-`make bench` runs all of this and writes this page, in under ten minutes on two cores. Every benchmark is a command of its
-own as well, prints its table and ends with one line of JSON. Sides that are compared take turns; figures are medians;
-clocks are monotonic and never compared across processes.
+`make bench` runs all of this and writes this page, in under ten minutes on two cores. Every benchmark is a command of
+its own as well, prints its table and ends with one line of JSON. Sides that are compared take turns; figures are
+medians; clocks are monotonic and never compared across processes.
 """
 
 

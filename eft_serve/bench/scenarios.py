@@ -12,7 +12,7 @@ from eft_serve.bench.client import Client
 from eft_serve.bench.load import Prompts, Wanted
 from eft_serve.bench.timeline import Timeline, overlapping_itls_s, percentile_ms
 
-NUM_STREAMS, STREAM_PROMPT, STREAM_TOKENS = 8, 64, 1400
+NUM_STREAMS, STREAM_PROMPT, STREAM_TOKENS = 8, 64, 1600
 LONG_PROMPT, LONG_PROMPT_TIMES = 2000, 5
 SETTLE_S, MIN_WINDOW_S = 0.3, 0.5
 PAIRS, REPEATED_PROMPT = 10, 512

@@ -1,4 +1,4 @@
-"""`eft-serve bench all`: every benchmark, one after the other, each in a process of its own, and the page of them all."""
+"""`eft-serve bench all`: every benchmark in a process of its own, one after the other, and the page of them all."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ BENCHMARKS = (
     ),
     Benchmark(
         "context",
-        "The engine's decode step with one thread against context length and batch size, on the embedded family's large "
-        "base. The exponent is fitted to the upper half of each series: at most 1 means at most linear.",
+        "The engine's decode step with one thread against context length and batch size, on the embedded family's "
+        "large base. The exponent is fitted to the upper half of each series: at most 1 means at most linear.",
     ),
     Benchmark(
         "serve",
