@@ -1,4 +1,4 @@
-"""The peer of `bench serve`: what one writes without a serving system, on the same models and with all cores.
+"""The peer of `bench serve`: what one writes without a serving system, on the same models and cores.
 
 Three transformers models in one process, one after the other; a padded batch of whatever has arrived, which is done
 when its longest answer is. No HTTP stands in its way.
@@ -7,7 +7,7 @@ when its longest answer is. No HTTP stands in its way.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -24,10 +24,22 @@ PAD = 0
 class NaivePeer:
     """Emulated fine-tuning with scale and weight 1, greedily, in static batches."""
 
-    def __init__(self, num_threads: int) -> None:
-        torch.set_num_threads(num_threads)
+    def __init__(self) -> None:
         transformers_logging.disable_progress_bar()
         self._models = [_load(name) for name in CHECKPOINTS]
+
+    def choose_threads(self, candidates: Iterable[int], load: Sequence[Wanted]) -> int:
+        """Use as many math threads as answer this load soonest: on models so small more can be slower."""
+        seconds = {}
+        for num_threads in candidates:
+            torch.set_num_threads(num_threads)
+            self.generate(load)  # starts the threads
+            started = time.perf_counter()
+            self.generate(load)
+            seconds[num_threads] = time.perf_counter() - started
+        best = min(seconds, key=lambda num_threads: seconds[num_threads])
+        torch.set_num_threads(best)
+        return best
 
     def replay(self, load: Sequence[Wanted], max_batch: int) -> list[Timeline]:
         """All requests; a batch takes what has arrived when the one before is done."""

@@ -68,7 +68,7 @@ def _under_load(plan: Plan, client: Client, with_peer: bool) -> dict[str, Any]:
     runs: dict[str, Runs] = {"ours": [], "peer": []} if with_peer else {"ours": []}
     cpu_shares = []
     with ExitStack() as stack:
-        peer = stack.enter_context(naive_peer()) if with_peer else None
+        peer = stack.enter_context(naive_peer(plan.concurrency)) if with_peer else None
         for number in range(plan.rounds):
             # Every round has prompts of its own: a server may remember those that it has seen.
             load = poisson_load(plan.num_requests, rate, FIRST_SEED + number)
@@ -85,7 +85,8 @@ def _under_load(plan: Plan, client: Client, with_peer: bool) -> dict[str, Any]:
     _show(plan, rate, result)
     result |= {"requests_per_s": round(rate, 3), "client_cpu_share": round(statistics.median(cpu_shares), 3)}
     result["first_failure"] = next((t.failure for t in _all(runs["ours"]) if t.failure is not None), None)
-    if with_peer:
+    if peer is not None:
+        result["peer"]["threads"] = peer.num_threads
         speeds = [[each["tokens_per_s"] for each in figures[side]] for side in ("ours", "peer")]
         result["ratio"] = round(statistics.median(a / b for a, b in zip(*speeds, strict=True)), 3)
         pairs = list(zip(_all(runs["ours"]), _all(runs["peer"]), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ from eft_serve.zoo import checkpoint_path
 @pytest.fixture(scope="module")
 def peer() -> Iterator[NaivePeer]:
     threads = torch.get_num_threads()
-    yield NaivePeer(num_threads=1)
+    yield NaivePeer()
     torch.set_num_threads(threads)
 
 
@@ -32,6 +33,13 @@ def test_a_padded_batch_gives_everyone_the_tokens_of_the_formula(peer: NaivePeer
         assert answer == naive.generate_emulated(
             models, wanted.prompt, max_tokens=wanted.num_tokens, num_tokens=3072, eos_token_ids=frozenset()
         )
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_as_many_threads_as_are_quickest(peer: NaivePeer, monkeypatch: pytest.MonkeyPatch, best: int) -> None:
+    monkeypatch.setattr(peer, "generate", lambda load: time.sleep(0.0 if torch.get_num_threads() == best else 0.05))
+    assert peer.choose_threads([1, 2], []) == best
+    assert torch.get_num_threads() == best
 
 
 def test_a_batch_takes_what_has_arrived_and_the_rest_waits_for_all_of_it(peer: NaivePeer) -> None:
