@@ -50,9 +50,9 @@ BENCHMARKS = (
     Benchmark(
         "serve",
         "The embedded family's emulated model over HTTP with Poisson arrivals that keep it full, beside what one would "
-        "write without it: three transformers models in one process with as many threads as are quickest, static padded "
-        "batches, no HTTP. Waiting for a free place counts in TTFT. Then running streams while long prompts arrive "
-        "beside them, and prompts that are sent twice.",
+        "write without it: three transformers models in one process with as many threads as are quickest, static "
+        "padded batches, no HTTP. Waiting for a free place counts in TTFT. Then running streams while long prompts "
+        "arrive beside them, and prompts that are sent twice.",
         "--concurrency 16 --peer naive --long-prompt --repeated-prefix",
     ),
 )
