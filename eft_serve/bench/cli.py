@@ -64,6 +64,9 @@ def serve(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at most.")] = 16,
     peer: Annotated[Literal["naive", "none"], typer.Option(help="What to compare with.")] = "naive",
     requests: Annotated[int, typer.Option(min=0, help="Of one round; 0 for none of the load.")] = 96,
+    requests_per_s: Annotated[
+        float | None, typer.Option(min=0.01, help="Arrivals; as many as keep the places full when not given.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that the sides take turns.")] = 2,
     ttft_target_ms: Annotated[float, typer.Option(help="A good request's first token comes by then.")] = 1000.0,
     itl_target_ms: Annotated[float, typer.Option(help="A good request's mean time per further token.")] = 50.0,
@@ -76,7 +79,7 @@ def serve(
     prepare()
     from eft_serve.bench.serve import Plan, run
 
-    plan = Plan(requests, concurrency, rounds, ttft_target_ms / 1e3, itl_target_ms / 1e3) if requests else None
+    plan = Plan(requests, concurrency, requests_per_s, rounds, ttft_target_ms / 1e3, itl_target_ms / 1e3)
     run(plan, with_peer=peer == "naive", long_prompt=long_prompt, repeated_prefix=repeated_prefix)
 
 

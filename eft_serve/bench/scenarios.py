@@ -10,7 +10,7 @@ from typing import Any
 from eft_serve.bench import report
 from eft_serve.bench.client import Client
 from eft_serve.bench.load import Prompts, Wanted
-from eft_serve.bench.timeline import Timeline, overlapping_itls_s, percentile_ms
+from eft_serve.bench.timeline import overlapping_itls_s, percentile_ms
 
 NUM_STREAMS, STREAM_PROMPT, STREAM_TOKENS = 8, 64, 1600
 LONG_PROMPT, LONG_PROMPT_TIMES = 2000, 5
@@ -37,11 +37,11 @@ async def long_prompt(client: Client) -> dict[str, Any]:
         quiet_s = client.now_s
         await asyncio.sleep(MIN_WINDOW_S)
         windows["without"].append((quiet_s, client.now_s))
-        answer = _succeeded(await client.complete(Wanted(prompts.take(LONG_PROMPT), 1)))
+        answer = (await client.complete(Wanted(prompts.take(LONG_PROMPT), 1))).succeeded()
         windows["with"].append((answer.arrival_s, answer.tokens[0][0]))
     if streaming.done():
         raise RuntimeError("the streams ended before the last long prompt was answered")
-    timelines = [_succeeded(timeline) for timeline in await streaming]
+    timelines = [timeline.succeeded() for timeline in await streaming]
     p99 = {
         side: percentile_ms([itl for window in each for itl in overlapping_itls_s(timelines, *window)], 99)
         for side, each in windows.items()
@@ -60,7 +60,7 @@ async def repeated_prefix(client: Client) -> dict[str, Any]:
     pairs = []
     for _ in range(PAIRS):
         wanted = Wanted(prompts.take(REPEATED_PROMPT), 1)
-        first, again = _succeeded(await client.complete(wanted)), _succeeded(await client.complete(wanted))
+        first, again = [(await client.complete(wanted)).succeeded() for _ in range(2)]
         pairs.append((first.ttft_s, again.ttft_s))
     ratio = round(statistics.median(first / again for first, again in pairs), 3)
     medians = [round(statistics.median(side) * 1e3, 2) for side in zip(*pairs, strict=True)]
@@ -70,9 +70,3 @@ async def repeated_prefix(client: Client) -> dict[str, Any]:
         zip(("first", "again"), medians, strict=True),
     )
     return {"ttft_first_over_repeat": ratio}
-
-
-def _succeeded(timeline: Timeline) -> Timeline:
-    if timeline.failure is not None:
-        raise RuntimeError(timeline.failure)
-    return timeline

@@ -35,6 +35,12 @@ class Timeline:
     tokens: Sequence[TokensAt] = ()
     failure: str | None = None
 
+    def succeeded(self) -> Timeline:
+        """Itself; RuntimeError when it failed."""
+        if self.failure is not None:
+            raise RuntimeError(self.failure)
+        return self
+
     @property
     def token_ids(self) -> list[int]:
         return [token for _, ids in self.tokens for token in ids]
@@ -94,6 +100,7 @@ def summarize(timelines: Sequence[Timeline], ttft_target_s: float, itl_target_s:
     for name, values in (("ttft", [t.ttft_s for t in done]), ("itl", itls), ("e2e", [t.e2e_s for t in done])):
         figures |= {f"{name}_ms_p50": percentile_ms(values, 50), f"{name}_ms_p99": percentile_ms(values, 99)}
     return figures | {
+        "num_requests_mean": round(sum(t.e2e_s for t in done) / seconds, 2),  # waiting or running
         "tokens_per_s": round(sum(len(t.token_ids) for t in done) / seconds, 2),
         "goodput_requests_per_s": round(sum(t.met(ttft_target_s, itl_target_s) for t in done) / seconds, 3),
         "failures": len(timelines) - len(done),

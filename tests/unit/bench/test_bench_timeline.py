@@ -58,6 +58,7 @@ def test_a_summary_counts_tokens_and_failures_from_the_first_arrival_to_the_last
     ]
     figures = summarize(runs, ttft_target_s=1.0, itl_target_s=0.9)
     assert figures["tokens_per_s"] == 12 / 5
+    assert figures["num_requests_mean"] == 8 / 5
     assert figures["goodput_requests_per_s"] == 1 / 5
     assert figures["failures"] == 1
     assert figures["ttft_ms_p50"] == 750.0
@@ -66,5 +67,7 @@ def test_a_summary_counts_tokens_and_failures_from_the_first_arrival_to_the_last
 
 
 def test_a_run_in_which_all_failed_has_no_figures() -> None:
+    with pytest.raises(RuntimeError, match="no route"):
+        Timeline(0.0, failure="no route").succeeded()
     with pytest.raises(ValueError, match="no route"):
         summarize([Timeline(0.0, failure="no route")], 1.0, 1.0)
