@@ -20,8 +20,8 @@ check: $(STAMP)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## the benchmarks
-	$(BIN)/eft-serve bench fanout
+bench: $(STAMP)  ## every benchmark, in minutes, into docs/benchmarks.md
+	$(BIN)/eft-serve bench all --output docs/benchmarks.md
 
 install: $(STAMP)
 

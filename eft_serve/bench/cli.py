@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,6 +32,65 @@ def fanout(
     from eft_serve.bench.fanout import run
 
     run([float(ms) for ms in latency_ms.split(",")], vocab, [int(b) for b in batch.split(",")], steps, rounds)
+
+
+@app.command()
+def engine(
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps at each batch size.")] = 60,
+    prefills: Annotated[int, typer.Option(min=1, help="Prompts of 512 tokens.")] = 15,
+) -> None:
+    """A model's step beside stock transformers, and beside its matrix products alone."""
+    _become_like_a_replica()
+    from eft_serve.bench.engine import run
+
+    run(steps, prefills)
+
+
+@app.command()
+def context(
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps at each point.")] = 15,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that the series take turns.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw it, a PNG.")] = None,
+) -> None:
+    """The engine's step against context length and batch size."""
+    _become_like_a_replica()
+    from eft_serve.bench.context import run
+
+    run(steps, rounds, plot)
+
+
+@app.command()
+def serve(
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at most.")] = 16,
+    peer: Annotated[Literal["naive", "none"], typer.Option(help="What to compare with.")] = "naive",
+    requests: Annotated[int, typer.Option(min=0, help="Of one round; 0 for none of the load.")] = 96,
+    requests_per_s: Annotated[
+        float | None, typer.Option(min=0.01, help="Arrivals; as many as keep the places full when not given.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that the sides take turns.")] = 2,
+    ttft_target_ms: Annotated[float, typer.Option(help="A good request's first token comes by then.")] = 1000.0,
+    itl_target_ms: Annotated[float, typer.Option(help="A good request's mean time per further token.")] = 50.0,
+    long_prompt: Annotated[bool, typer.Option("--long-prompt", help="Also: one beside running streams.")] = False,
+    repeated_prefix: Annotated[bool, typer.Option("--repeated-prefix", help="Also: a prompt sent twice.")] = False,
+) -> None:
+    """The embedded family under load, over HTTP, against static batches in plain transformers."""
+    from eft_serve.rayserve.environment import prepare
+
+    prepare()
+    from eft_serve.bench.serve import Plan, run
+
+    plan = Plan(requests, concurrency, requests_per_s, rounds, ttft_target_ms / 1e3, itl_target_ms / 1e3)
+    run(plan, with_peer=peer == "naive", long_prompt=long_prompt, repeated_prefix=repeated_prefix)
+
+
+@app.command(name="all")
+def run_all(
+    output: Annotated[Path, typer.Option(help="The page to write; pictures go into a directory of its name.")],
+) -> None:
+    """Every benchmark, and a page of their results."""
+    from eft_serve.bench.suite import run
+
+    run(output)
 
 
 def _become_like_a_replica() -> None:

@@ -6,17 +6,13 @@ slowest model costs; one model after the other would be the sum of the latencies
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from eft_serve.bench import sleeping_engine
+from eft_serve.bench import report, sleeping_engine
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
@@ -112,13 +108,9 @@ def run(latencies_ms: Sequence[float], vocab_size: int, batches: Sequence[int], 
     slowest = max(latencies_ms) / 1e3
     over = {str(b): round(medians["sleeping", b] / slowest, 4) if slowest else None for b in batches}
     overhead = {str(b): round(medians["instant", b] * 1e3, 3) for b in batches}
-    table = Table(
-        title=f"Decode step over sleeping models of {', '.join(map(str, latencies_ms))} ms, {vocab_size} tokens"
+    report.show(
+        f"Decode step over sleeping models of {', '.join(map(str, latencies_ms))} ms, {vocab_size} tokens",
+        ["batch", "step ms, p50", "over the slowest", "step ms at latency 0"],
+        [[b, f"{medians['sleeping', b] * 1e3:.2f}", over[str(b)], overhead[str(b)]] for b in batches],
     )
-    for column in ("batch", "step ms, p50", "over the slowest", "step ms at latency 0"):
-        table.add_column(column, justify="right")
-    for b in batches:
-        table.add_row(str(b), f"{medians['sleeping', b] * 1e3:.2f}", str(over[str(b)]), str(overhead[str(b)]))
-    console = Console()
-    console.print(table)
-    console.file.write(json.dumps({"step_over_slowest": over, "overhead_ms_p50": overhead}) + "\n")
+    report.finish({"step_over_slowest": over, "overhead_ms_p50": overhead})
