@@ -61,8 +61,8 @@ class NaivePeer:
         """The tokens of every request, with the time of `perf_counter` at which each was known."""
         width = max(len(wanted.prompt) for wanted in batch)
         token_ids = torch.tensor([[PAD] * (width - len(w.prompt)) + w.prompt for w in batch])
+        # Positions need no care: they are rotary, so padding on the left shifts them all alike.
         mask = torch.tensor([[0] * (width - len(w.prompt)) + [1] * len(w.prompt) for w in batch])
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         caches = [DynamicCache() for _ in self._models]
         tokens: list[list[TokensAt]] = [[] for _ in batch]
         for step in range(max(wanted.num_tokens for wanted in batch)):
@@ -70,7 +70,6 @@ class NaivePeer:
                 model(
                     token_ids,
                     attention_mask=mask,
-                    position_ids=positions,
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
@@ -84,7 +83,6 @@ class NaivePeer:
                     row.append((known, [token]))
             token_ids = drawn[:, None]
             mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=-1)
-            positions = positions[:, -1:] + 1
         return tokens
 
 

@@ -79,6 +79,7 @@ def test_an_event_waits_for_its_last_byte() -> None:
     ("answer", "message"),
     [
         (b'HTTP/1.1 503 Busy\r\ncontent-length: 11\r\n\r\n{"error":1}', "503 Busy"),
+        (HEAD.replace(b"200 OK", b"503 Busy") + chunk(b"{}") + chunk(b""), "503 Busy"),
         (HEAD + chunk(event(1)), "broke off"),
         (HEAD + chunk(b'data: {"error": {"message": "base is gone"}}\n\n'), "base is gone"),
         (b"", "broke off"),

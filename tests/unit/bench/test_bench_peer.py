@@ -23,7 +23,7 @@ def peer() -> Iterator[NaivePeer]:
 
 def test_a_padded_batch_gives_everyone_the_tokens_of_the_formula(peer: NaivePeer) -> None:
     prompts = Prompts(0)
-    batch = [Wanted(prompts.take(30), 6), Wanted(prompts.take(9), 3)]
+    batch = [Wanted(prompts.take(60), 3), Wanted(prompts.take(9), 16)]
     answers = [[token for _, ids in tokens for token in ids] for tokens in peer.generate(batch)]
     models = {
         role: naive.load(checkpoint_path(name))
