@@ -67,10 +67,7 @@ class GroupedAttention:
                 outputs.append(_flat(out))
                 continue
             for part in group.parts(window, heads, query.dtype):
-                if layout.lanes is not None and part.lanes is not None:
-                    k, v = layout.lanes.read(layer, part.lanes, part.kv_length)
-                else:
-                    k, v = cache.gather(layer, part.blocks, part.kv_length)
+                k, v = layout.read(layer, cache, part)
                 outputs.append(_flat(_masked(q[part.rows], k, v, part.mask, scaling, softcap)))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

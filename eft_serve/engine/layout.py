@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
 from eft_serve.engine.lanes import Lanes, lane_rows
-from eft_serve.engine.paged_tensors import block_rows, head_rows
+from eft_serve.engine.paged_tensors import PagedTensors, block_rows, head_rows
 
 _PART_ELEMENTS = 1 << 19  # gathered keys of one part on a CPU: what follows reads them from its caches
 
@@ -38,7 +39,7 @@ class Part:
 
     rows: slice  # of the group
     lanes: slice | None  # where they stand in one piece
-    blocks: Tensor  # [rows, kv_heads, num_blocks] int64, see `block_rows`; where they stand otherwise
+    blocks: Tensor | None  # [rows, kv_heads, num_blocks] int64, see `block_rows`; where they stand otherwise
     kv_length: int  # columns attended to; gathered blocks may hold a few more
     mask: Tensor | None  # [rows, 1, repeats * q_length, kv_length], 0 where attended and −inf elsewhere; None: all
 
@@ -127,7 +128,7 @@ class Group:
             tables = tables.gather(1, columns.clamp(max=tables.shape[1] - 1))
             first = first_block * BLOCK_SIZE
         kv_length = max(lengths) if window is None else tables.shape[1] * BLOCK_SIZE
-        blocks = block_rows(tables[:, : -(-kv_length // BLOCK_SIZE)], heads.kv_heads)
+        blocks = block_rows(tables[:, : -(-kv_length // BLOCK_SIZE)], heads.kv_heads) if lanes is None else None
         if window is None and self.q_length == 1 and min(lengths) == kv_length:
             return Part(rows, lanes, blocks, kv_length, None)
         key = first + torch.arange(kv_length, device=device)  # [rows, kv_length], position of each column
@@ -151,6 +152,13 @@ class Layout:
     lanes: Lanes | None
     _cache_rows: dict[int, Tensor] = field(default_factory=dict)
     _packed: Packed | None = None
+
+    def read(self, layer: int, cache: PagedTensors, part: Part) -> tuple[Tensor, Tensor]:
+        """A part's keys and values, each [rows, kv_heads, kv_length, head_dim]."""
+        if self.lanes is not None and part.lanes is not None:
+            return self.lanes.read(layer, part.lanes, part.kv_length)
+        assert part.blocks is not None
+        return cache.gather(layer, part.blocks, part.kv_length)
 
     def packed(self) -> Packed:
         """Built at the first call."""
@@ -233,15 +241,16 @@ def _runs(lanes: list[int]) -> list[tuple[slice, slice]]:
 
 
 def _group(rows: Sequence[BatchRow], start: int, q_length: int, lanes: list[int] | None, device: torch.device) -> Group:
-    most = max(len(row.block_ids) for row in rows)
-    tables = torch.tensor([row.block_ids + [NULL_BLOCK] * (most - len(row.block_ids)) for row in rows])
+    tables = np.full((len(rows), max(len(row.block_ids) for row in rows)), NULL_BLOCK)
+    for table, row in zip(tables, rows, strict=True):
+        table[: len(row.block_ids)] = row.block_ids
     positions = torch.tensor([row.position for row in rows])[:, None] + torch.arange(q_length)
     return Group(
         start=start,
         q_length=q_length,
         lengths=[row.position + q_length for row in rows],
         num_logits=[row.num_logits for row in rows],
-        tables=tables.to(device),
+        tables=torch.from_numpy(tables).to(device),
         positions=positions.to(device),
         lanes=lanes,
     )

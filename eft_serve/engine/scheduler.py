@@ -125,9 +125,9 @@ class Scheduler:
         """Truncate, make room and reserve blocks for each step in order; the second list answers those left out."""
         admitted: list[Admitted] = []
         answered: list[tuple[int, StepOutput]] = []
+        ids = [step.sequence_id for _, step in wave]
         for place, (index, step) in enumerate(wave):
-            later = [s.sequence_id for _, s in wave[place + 1 :]]
-            outcome = self._admit_one(index, step, later, {s.sequence_id for _, s in wave[:place]}, now)
+            outcome = self._admit_one(index, step, ids[place + 1 :], ids[:place], now)
             if isinstance(outcome, Admitted):
                 admitted.append(outcome)
             else:
@@ -135,7 +135,7 @@ class Scheduler:
         return admitted, answered
 
     def _admit_one(
-        self, index: int, step: SequenceStep, later: list[str], earlier: set[str], now: float
+        self, index: int, step: SequenceStep, later: list[str], earlier: list[str], now: float
     ) -> Admitted | StepOutput:
         mistake = find_mistake(step, self._limits, self._cache.capacity_tokens)
         if mistake is not None:
@@ -154,11 +154,11 @@ class Scheduler:
             self._cache.free(step.sequence_id)
         return StepOutput(step.sequence_id, held=held)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, later: list[str], earlier: set[str]) -> bool:
+    def _make_room(self, sequence: Sequence, num_tokens: int, later: list[str], earlier: list[str]) -> bool:
         """Evict until the sequence can hold `num_tokens`; evicts nobody when that would not be enough."""
         if self._cache.num_missing_blocks(sequence, num_tokens) <= 0:
             return True
-        kept = earlier | {sequence.sequence_id}
+        kept = {*earlier, sequence.sequence_id}
         kept_blocks = self._cache.blocks_of(kept)
         if blocks_for(num_tokens) - len(sequence.block_ids) > self._cache.pool.num_blocks - len(kept_blocks):
             return False
