@@ -70,12 +70,14 @@ def serve(
     rounds: Annotated[int, typer.Option(min=1, help="Times that the sides take turns.")] = 2,
     ttft_target_ms: Annotated[float, typer.Option(help="A good request's first token comes by then.")] = 1000.0,
     itl_target_ms: Annotated[float, typer.Option(help="A good request's mean time per further token.")] = 50.0,
+    proxy: Annotated[Literal["haproxy", "python"], typer.Option(help="Ray Serve's HTTP proxy.")] = "haproxy",
     long_prompt: Annotated[bool, typer.Option("--long-prompt", help="Also: one beside running streams.")] = False,
     repeated_prefix: Annotated[bool, typer.Option("--repeated-prefix", help="Also: a prompt sent twice.")] = False,
 ) -> None:
     """The embedded family under load, over HTTP, against static batches in plain transformers."""
     from eft_serve.rayserve.environment import prepare
 
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if proxy == "haproxy" else "0"
     prepare()
     from eft_serve.bench.serve import Plan, run
 

@@ -22,9 +22,10 @@ Piece = tuple[float, bytes]  # time.perf_counter() and what arrived then
 class Client:
     """Sends greedy streaming completions to one server; times are seconds since this client was made."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, key: str) -> None:
         self._host, self._port = urlsplit(url).hostname or "", urlsplit(url).port or 80
         self._model = model
+        self._key = key
         self._start = time.perf_counter()
 
     @property
@@ -72,6 +73,7 @@ class Client:
         content = json.dumps(body).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nConnection: close\r\n"
+            f"Authorization: Bearer {self._key}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
         )
         return head.encode() + content

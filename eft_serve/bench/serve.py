@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from eft_serve.bench import report, scenarios
@@ -19,8 +20,10 @@ from eft_serve.bench.client import Client
 from eft_serve.bench.load import burst, poisson_load
 from eft_serve.bench.peer_process import naive_peer
 from eft_serve.bench.timeline import Timeline, summarize
+from eft_serve.config import AppConfig
 from eft_serve.config_check import load_any
 from eft_serve.rayserve.local import local_app
+from eft_serve.tenancy.store import create_tenant
 
 CONFIG = Path(__file__).parent.parent.parent / "deployments" / "zoo.yaml"
 RECIPE = "eft"
@@ -58,8 +61,10 @@ def run(plan: Plan, *, with_peer: bool, long_prompt: bool, repeated_prefix: bool
         SystemExit: a request failed; everything was printed.
     """
     result: dict[str, Any] = {}
-    with local_app(load_any(CONFIG), timeout_s=READY_TIMEOUT_S) as app:
-        client = Client(app.url, RECIPE)
+    with ExitStack() as stack:
+        config, key = _with_a_tenant(Path(stack.enter_context(TemporaryDirectory())))
+        app = stack.enter_context(local_app(config, timeout_s=READY_TIMEOUT_S))
+        client = Client(app.url, RECIPE, key)
         rate = saturating_rate(client, plan.concurrency)  # warms up, too
         if plan.num_requests:
             result |= _under_load(plan, plan.requests_per_s or rate, client, with_peer)
@@ -70,6 +75,15 @@ def run(plan: Plan, *, with_peer: bool, long_prompt: bool, repeated_prefix: bool
     report.finish(result)
     if failures := sum(result[side]["failures"] for side in ("ours", "peer") if side in result):
         raise SystemExit(f"{failures} requests failed; the first: {result['first_failure']}")
+
+
+def _with_a_tenant(directory: Path) -> tuple[AppConfig, str]:
+    """The embedded family for one tenant, and its key: as one would serve others, and as HAProxy wants it."""
+    tenants_file = directory / "tenants.yaml"
+    key = create_tenant(tenants_file, "bench")
+    config = load_any(CONFIG)
+    server = config.server.model_copy(update={"tenants_file": tenants_file})
+    return config.model_copy(update={"server": server}), key
 
 
 def _under_load(plan: Plan, rate: float, client: Client, with_peer: bool) -> dict[str, Any]:

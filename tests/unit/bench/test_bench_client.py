@@ -46,7 +46,7 @@ async def server(answer: Answer) -> AsyncIterator[Client]:
 
     started = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with started:
-        yield Client(f"http://127.0.0.1:{started.sockets[0].getsockname()[1]}", "eft")
+        yield Client(f"http://127.0.0.1:{started.sockets[0].getsockname()[1]}", "eft", "key")
 
 
 async def slowly(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
