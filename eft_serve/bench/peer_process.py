@@ -24,22 +24,28 @@ class PeerProcess:
     """Runs a load there; sleeps while it has none."""
 
     pool: ProcessPoolExecutor
-    num_threads: int
+
+    def choose_threads(self, max_batch: int) -> int:
+        """One math thread or as many as there are cores, whichever is quicker at this batch size at the moment."""
+        return self.pool.submit(_choose_threads, max_batch).result(timeout=TIMEOUT_S)
 
     def replay(self, load: Sequence[Wanted], max_batch: int) -> list[Timeline]:
         return self.pool.submit(_replay, load, max_batch).result(timeout=TIMEOUT_S)
 
 
 @contextmanager
-def naive_peer(max_batch: int) -> Iterator[PeerProcess]:
-    """One with one math thread or as many as there are cores, whichever is quicker at this batch size."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield PeerProcess(pool, pool.submit(_start, max_batch).result(timeout=TIMEOUT_S))
+def naive_peer() -> Iterator[PeerProcess]:
+    """One that ends with the block."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_start) as pool:
+        yield PeerProcess(pool)
 
 
-def _start(max_batch: int) -> int:
+def _start() -> None:
     global _peer
     _peer = NaivePeer()
+
+
+def _choose_threads(max_batch: int) -> int:
     trial = [Wanted(wanted.prompt, TRIAL_TOKENS) for wanted in burst(max_batch, TRIAL_SEED)]
     return _peer.choose_threads(sorted({1, num_cores()}), trial)
 

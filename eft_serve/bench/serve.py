@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,8 +50,8 @@ class Measured:
     """What the rounds gave."""
 
     runs: dict[str, Runs]  # by side
-    client_cpu_shares: list[float]
-    peer_threads: int | None = None
+    client_cpu_shares: list[float] = field(default_factory=list)
+    peer_threads: list[int] = field(default_factory=list)
 
 
 def run(plan: Plan, *, with_peer: bool, long_prompt: bool, repeated_prefix: bool) -> None:
@@ -103,24 +103,26 @@ def _under_load(plan: Plan, rate: float, client: Client, with_peer: bool) -> dic
     if not with_peer:
         return result
     speeds = [[each["tokens_per_s"] for each in figures[side]] for side in ("ours", "peer")]
+    ratios = [round(a / b, 3) for a, b in zip(*speeds, strict=True)]
     pairs = list(zip(ours, _all(measured.runs["peer"]), strict=True))
     return result | {
-        "ratio": round(statistics.median(a / b for a, b in zip(*speeds, strict=True)), 3),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_by_round": ratios,
         "same_answers": round(sum(a.token_ids == b.token_ids for a, b in pairs) / len(pairs), 3),
-        "peer_threads": measured.peer_threads,
+        "peer_threads_by_round": measured.peer_threads,
     }
 
 
 def _take_turns(plan: Plan, rate: float, client: Client, with_peer: bool) -> Measured:
     """The peer, then the server, in every round; whoever is not measured idles."""
-    measured = Measured({"ours": [], "peer": []} if with_peer else {"ours": []}, [])
+    measured = Measured({"ours": [], "peer": []} if with_peer else {"ours": []})
     with ExitStack() as stack:
-        peer = stack.enter_context(naive_peer(plan.concurrency)) if with_peer else None
-        measured.peer_threads = peer.num_threads if peer else None
+        peer = stack.enter_context(naive_peer()) if with_peer else None
         for number in range(plan.rounds):
             # Every round has prompts of its own: a server may remember those that it has seen.
             load = poisson_load(plan.num_requests, rate, FIRST_SEED + number)
             if peer is not None:
+                measured.peer_threads.append(peer.choose_threads(plan.concurrency))
                 measured.runs["peer"].append(peer.replay(load, plan.concurrency))
             wall, cpu = time.perf_counter(), time.process_time()
             measured.runs["ours"].append(asyncio.run(client.replay(load, plan.concurrency)))
