@@ -75,7 +75,8 @@ class Engine:
     def forward(self, steps: Sequence[SequenceStep]) -> list[StepOutput]:
         """Compute steps; the answers stand in their order.
 
-        Two steps for one sequence are computed one after the other. Bad steps are answered with `error`.
+        Two steps for one sequence are computed one after the other. Bad steps are answered with `error`. Logits are the
+        caller's own, to be changed under `torch.inference_mode` only.
 
         Raises:
             EngineError: the model itself failed; sequences of this call are rolled back to what was computed.
