@@ -20,7 +20,7 @@ from eft_serve.engine.block_pool import BLOCK_SIZE
 from eft_serve.engine.paged_tensors import PagedTensors
 
 NUM_LANES = 64
-LANE_TOKENS = 1024  # longer sequences are gathered
+LANE_TOKENS = 4096  # longer sequences are gathered
 MAX_NEW_TOKENS = 8  # a step that appends more is a prefill
 IDLE_FORWARDS = 8  # a lane that no forward used for so many is anybody's
 

@@ -69,7 +69,7 @@ async def test_a_prompt_decodes_to_itself_after_the_special_token(
 
 async def test_long_prompts_leave_the_event_loop_free_and_encode_alike(tokenizers: dict[str, ModelTokenizer]) -> None:
     renderer = PromptRenderer(tokenizers)
-    text = "x" * (50 * INLINE_CHARACTERS)
+    text = "x" * (200 * INLINE_CHARACTERS)
     ticks = 0
 
     async def tick() -> None:
