@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
-from eft_serve.transport.sockets import harden
+from eft_serve.transport.sockets import CurveListener, harden
 from eft_serve.types import Delta
 
 logger = logging.getLogger(__name__)
@@ -53,19 +52,16 @@ class DeltaReceiver:
     def __init__(self, deliver: Callable[[Sequence[Part]], None], host: str = "127.0.0.1") -> None:
         self._deliver = deliver
         self._stopping = threading.Event()
-        server_key, server_secret = zmq.curve_keypair()
         public_key, secret_key = zmq.curve_keypair()
-        self._context = zmq.Context()
-        self._authenticator = ThreadAuthenticator(self._context, log=logger)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(domain="*", credentials_provider=_OneKey(public_key))
-        self._socket = self._context.socket(zmq.PULL)
-        harden(self._socket, MAX_MESSAGE_BYTES)
-        self._socket.set(zmq.CURVE_SERVER, 1)
-        self._socket.set(zmq.CURVE_SECRETKEY, server_secret)
-        self._socket.bind(f"tcp://{host}:0")
-        address = self._socket.get_string(zmq.LAST_ENDPOINT)
-        self.reply_to = ReplyTo(address=address, server_key=server_key, public_key=public_key, secret_key=secret_key)
+        self._listener = CurveListener(zmq.PULL, f"tcp://{host}:0", MAX_MESSAGE_BYTES)
+        self._listener.allowed.add(public_key)
+        self._socket = self._listener.socket
+        self.reply_to = ReplyTo(
+            address=self._listener.address,
+            server_key=self._listener.public_key,
+            public_key=public_key,
+            secret_key=secret_key,
+        )
         self._thread = threading.Thread(target=self._run, name="deltas", daemon=True)
         self._thread.start()
 
@@ -78,8 +74,7 @@ class DeltaReceiver:
         """Stop; idempotent."""
         self._stopping.set()
         self._thread.join(timeout_s)
-        self._authenticator.stop()
-        self._context.destroy(linger=0)
+        self._listener.close()
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -121,11 +116,3 @@ class DeltaSender:
         socket.connect(reply_to.address)
         self._sockets[reply_to.address] = socket
         return socket
-
-
-class _OneKey:
-    def __init__(self, key: bytes) -> None:
-        self._key = key
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key == self._key

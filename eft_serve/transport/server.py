@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import zmq
-from zmq.auth.thread import ThreadAuthenticator
 
 from eft_serve.errors import EngineError
 from eft_serve.transport.attendance import Attendance
 from eft_serve.transport.metrics import ServerMetrics
 from eft_serve.transport.segment import OpenSegments
-from eft_serve.transport.sockets import harden
+from eft_serve.transport.sockets import CurveListener
 from eft_serve.transport.wire import (
     MAX_REQUEST_BYTES,
     Frame,
@@ -69,13 +68,6 @@ class _Incoming:
         return {step.sequence_id for step in self.request.steps}
 
 
-class _AllowedKeys(set[bytes]):
-    """Clients' public keys, in the form that pyzmq's authenticator asks for."""
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return key in self
-
-
 class StepServer:
     """Serves a handler from a thread of its own; listens from construction on, answers from `start` on.
 
@@ -87,7 +79,6 @@ class StepServer:
 
     def __init__(self, handler: StepHandler, host: str = "127.0.0.1", bind_address: str | None = None) -> None:
         self._handler = handler
-        self._allowed = _AllowedKeys()
         self._failure: str | None = None
         self._busy_since: float | None = None  # monotonic seconds, while the handler computes
         self._stopping = threading.Event()
@@ -95,17 +86,9 @@ class StepServer:
         self._attendance = Attendance()
         self._segments = OpenSegments()
         self.metrics = ServerMetrics()
-        self.public_key, secret_key = zmq.curve_keypair()
-        self._context = zmq.Context()
-        self._authenticator = ThreadAuthenticator(self._context, log=logger)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(domain="*", credentials_provider=self._allowed)
-        self._socket = self._context.socket(zmq.ROUTER)
-        harden(self._socket, MAX_REQUEST_BYTES)
-        self._socket.set(zmq.CURVE_SERVER, 1)
-        self._socket.set(zmq.CURVE_SECRETKEY, secret_key)
-        self._socket.bind(bind_address or f"tcp://{host}:0")
-        self.address = self._socket.get_string(zmq.LAST_ENDPOINT)
+        self._listener = CurveListener(zmq.ROUTER, bind_address or f"tcp://{host}:0", MAX_REQUEST_BYTES)
+        self._socket = self._listener.socket
+        self.address, self.public_key = self._listener.address, self._listener.public_key
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
     # From any thread.
@@ -115,7 +98,7 @@ class StepServer:
 
     def allow(self, client_public_key: bytes) -> None:
         """Let this client through from its next handshake on; Z85, idempotent."""
-        self._allowed.add(client_public_key)
+        self._listener.allowed.add(client_public_key)
 
     def check(self) -> None:
         """Raises `EngineError` while the last forward failed, when one hangs, or when the thread has ended."""
@@ -132,13 +115,13 @@ class StepServer:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-        self._authenticator.stop()
+        self._listener.refuse_all()
         if self._thread.is_alive():
             logger.error(
                 "the engine's thread still computes after %g s; its socket is left to the process's end", timeout_s
             )
             return
-        self._context.destroy(linger=0)
+        self._listener.close()
 
     # The engine's own thread.
 
