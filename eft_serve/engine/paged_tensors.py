@@ -2,7 +2,7 @@
 
 A cache is [num_blocks, kv_heads, BLOCK_SIZE, head_dim]: one head's tokens of a block stand together, so that gathering
 a sequence copies long runs and the product with its keys reads memory in order. On two AMD cores a decode of 32 rows
-over 140 tokens took 15.8 ms token by token and 9.0 ms so.
+over 140 tokens took 15.8 ms token by token and 9.4 ms so.
 """
 
 from __future__ import annotations
