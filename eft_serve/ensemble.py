@@ -18,6 +18,16 @@ ZERO = 1e-9  # a smaller coefficient is rounding left over from knobs that cance
 
 
 @dataclass(frozen=True, slots=True)
+class Term:
+    """One next-token distribution of the combination: a model that reads a prompt."""
+
+    name: str  # unique in its ensemble, and what its prompt is filed under
+    model: str  # the deployment that computes it
+    coefficient: float  # of its log-probabilities in the combination
+    adapter: str | None = None  # of that deployment; None: the model as it is
+
+
+@dataclass(frozen=True, slots=True)
 class Ensemble:
     """What the `model` of a request names: a recipe, or one plain model that stands alone."""
 
@@ -32,16 +42,17 @@ class Ensemble:
             return cls(name, recipe.models, recipe)
         return cls(name, (name,)) if name in config.models else None
 
-    def coefficients(self, scale: float | None = None, weights: Mapping[str, float] | None = None) -> dict[str, float]:
-        """As the function of this name; a plain model is itself with coefficient 1 and takes no knobs."""
+    def terms(self, scale: float | None = None, weights: Mapping[str, float] | None = None) -> tuple[Term, ...]:
+        """What runs for these knobs, see `coefficients`; a plain model is itself alone and takes no knobs."""
         if self.recipe is not None:
-            return coefficients(self.recipe, scale, weights)
+            found = coefficients(self.recipe, scale, weights)
+            return tuple(Term(model, model, coefficient) for model, coefficient in found.items())
         if scale is not None or weights is not None:
             raise InvalidRequestError(
                 f"model {self.name!r} is a plain model without scale and weights; name a recipe, or leave out eft",
                 param="eft",
             )
-        return {self.name: 1.0}
+        return (Term(self.name, self.name, 1.0),)
 
 
 def coefficients(

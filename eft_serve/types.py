@@ -108,7 +108,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str
     recipe: str
-    prompts: dict[str, list[int]]  # by model; every model of the recipe that runs
+    prompts: dict[str, list[int]]  # by term; every term of the ensemble that runs
     sampling: SamplingParams
     scale: float | None = None  # None: the recipe's own
     weights: dict[str, float] | None = None  # by tuned model; None: the recipe's own

@@ -127,8 +127,8 @@ class GenerationResponse(Response):
 
     async def _prepare(self) -> list[GenerationRequest]:
         body, knobs = self._call.body, self._call.body.eft
-        models = self._call.ensemble.coefficients(knobs.scale, knobs.weights)
-        prompts = await self._call.render(models)
+        terms = self._call.ensemble.terms(knobs.scale, knobs.weights)
+        prompts = await self._call.render(term.name for term in terms)
         max_tokens = self._max_tokens(prompts)
         self._progress.num_prompt_tokens = len(next(iter(prompts.values())))
         seeds = [choice_seed(body.seed, i) for i in range(body.num_choices)]

@@ -17,11 +17,12 @@ from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
+from eft_serve.ensemble import Term
 from eft_serve.transport.client import FanOut
 from eft_serve.types import Delta, GenerationRequest, SamplingParams
 
 ROLES = ("base", "tuned", "reference")
-COEFFICIENTS = {"base": 1.0, "tuned": 1.0, "reference": -1.0}
+TERMS = (Term("base", "base", 1.0), Term("tuned", "tuned", 1.0), Term("reference", "reference", -1.0))
 WARM_UP_STEPS = 5
 
 
@@ -81,7 +82,7 @@ class Ensemble:
             prompts={role: [1] for role in ROLES},
             sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
         )
-        return Request.create(generation, COEFFICIENTS, time.monotonic())
+        return Request.create(generation, TERMS, time.monotonic())
 
 
 def _refuse_failures(deltas: Sequence[tuple[str, Delta]]) -> None:

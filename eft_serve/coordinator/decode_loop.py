@@ -145,7 +145,7 @@ class DecodeLoop:
         for request, error in gathered.errors.items():
             self._end(request.request_id, FinishReason.ERROR, error)
         return [
-            Row(request, terms, num_tokens=min(self.vocabularies[model].num_tokens for model in request.sequences))
+            Row(request, terms, num_tokens=min(self.vocabularies[model].num_tokens for model in request.models))
             for request, terms in gathered.ready.items()
             if request not in gathered.errors
         ]
@@ -186,7 +186,7 @@ class DecodeLoop:
         except EftServeError as error:
             self._deltas.append((request.request_id, failed(error)))
             return
-        vocabularies = [self.vocabularies[model] for model in request.sequences]
+        vocabularies = [self.vocabularies[sequence.model] for sequence in request.sequences]
         self._requests[request.request_id] = (request, OutputStream.of(request, vocabularies, context_left))
         self.scheduler.add(request)
 
@@ -195,7 +195,7 @@ class DecodeLoop:
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
         left = request.generation.sampling.max_tokens
-        for sequence in request.sequences.values():
+        for sequence in request.sequences:
             longest = self.replicas.longest_sequence(sequence.model)
             if longest is None:
                 continue  # it may come back; the request waits for it
@@ -226,7 +226,7 @@ class DecodeLoop:
 
     def _fail_stalled(self, now: float) -> None:
         for request in self.scheduler.find_stalled(now, self.config.recovery_timeout_s):
-            missing = [m for m in request.sequences if m not in self.replicas.proven_models]
+            missing = [m for m in sorted(request.models) if m not in self.replicas.proven_models]
             waited_for = ", ".join(missing) or "room in its models"
             error = UnavailableError(f"waited {self.config.recovery_timeout_s:g} s in vain for {waited_for}")
             self._end(request.request_id, FinishReason.ERROR, error)

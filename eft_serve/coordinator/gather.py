@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.coordinator.scheduler import Entry, Plan
 from eft_serve.errors import EftServeError, EngineError
 from eft_serve.types import StepOutput, StepResult
@@ -18,7 +18,7 @@ from eft_serve.types import StepOutput, StepResult
 class Gathered:
     """The outcome of one fan-out."""
 
-    ready: dict[Request, list[Tensor]] = field(default_factory=dict)  # last logits by model, in the recipe's order
+    ready: dict[Request, list[Tensor]] = field(default_factory=dict)  # last logits of each term, in their order
     errors: dict[Request, EftServeError] = field(default_factory=dict)
     failed_replicas: dict[str, str] = field(default_factory=dict)  # why
     num_held: int = 0
@@ -27,7 +27,7 @@ class Gathered:
 def gather(plan: Plan, results: Mapping[str, StepResult], now: float) -> Gathered:
     """Apply every answer to its sequence; a request is ready when all its models gave logits in this very step."""
     gathered = Gathered()
-    logits: dict[Request, dict[str, Tensor]] = defaultdict(dict)
+    logits: dict[Request, dict[SequenceState, Tensor]] = defaultdict(dict)
     for replica_id, result in results.items():
         entries = plan.entries.get(replica_id, [])
         failure = result.failure
@@ -41,16 +41,16 @@ def gather(plan: Plan, results: Mapping[str, StepResult], now: float) -> Gathere
     for request in plan.final:
         answers = logits[request]
         if len(answers) == len(request.sequences):
-            gathered.ready[request] = [answers[model] for model in request.sequences]
+            gathered.ready[request] = [answers[sequence] for sequence in request.sequences]
         else:
             # Some model could not answer: the others' last token is computed again, to give its logits again.
-            for model in answers:
-                request.sequences[model].num_computed -= 1
+            for sequence in answers:
+                sequence.num_computed -= 1
     return gathered
 
 
 def _apply(
-    entry: Entry, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, dict[str, Tensor]]
+    entry: Entry, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, dict[SequenceState, Tensor]]
 ) -> None:
     request, sequence, step = entry.request, entry.sequence, entry.step
     end = step.position + len(step.token_ids)
@@ -70,4 +70,4 @@ def _apply(
         if not step.num_logits:
             request.last_progress = now
         if output.logits is not None and step.num_logits:
-            logits[request][sequence.model] = output.logits[-1]
+            logits[request][sequence] = output.logits[-1]

@@ -25,7 +25,7 @@ class OutputStream:
     def of(cls, request: Request, vocabularies: list[Vocabulary], context_left: int) -> OutputStream:
         """The first model of the recipe spells the text; any model's end token ends it."""
         sampling = request.generation.sampling
-        first = next(iter(request.sequences.values()))
+        first = request.sequences[0]
         eos = frozenset[int]().union(*(v.eos_token_ids for v in vocabularies))
         return cls(
             eos_token_ids=frozenset() if sampling.ignore_eos else eos,

@@ -48,6 +48,10 @@ class Replica:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.info.kv_block_size)
 
+    def add(self, num_tokens: int, sign: int = 1) -> None:
+        """Promise one more sequence room, or take that back."""
+        self.blocks += sign * self.blocks_for(num_tokens)
+
 
 @dataclass(slots=True)
 class ReplicaTable:
@@ -95,25 +99,31 @@ class ReplicaTable:
         for replica in self.replicas.values():
             replica.blocks = 0
         for request in requests:
-            for sequence in request.sequences.values():
+            for sequence in request.sequences:
                 if sequence.replica_id is not None:
-                    replica = self.replicas[sequence.replica_id]
-                    replica.blocks += replica.blocks_for(request.num_tokens(sequence))
+                    self.replicas[sequence.replica_id].add(request.num_tokens(sequence))
 
     def place(self, request: Request, *, within_budget: bool) -> set[str]:
         """Give each unplaced sequence the least loaded replica of its model, all or none.
 
         Returns the models that have no replica to offer; empty when the request is placed.
         """
-        chosen = {
-            sequence.model: self._least_loaded(sequence.model, request.num_tokens(sequence) if within_budget else 0)
-            for sequence in request.sequences.values()
-            if sequence.replica_id is None
-        }
-        missing = {model for model, replica_id in chosen.items() if replica_id is None}
-        if not missing:
-            for model, replica_id in chosen.items():
-                self._assign(request, request.sequences[model], replica_id)
+        placed: list[SequenceState] = []
+        missing: set[str] = set()
+        for sequence in request.sequences:
+            if sequence.replica_id is None:
+                num_tokens = request.num_tokens(sequence)
+                replica_id = self._least_loaded(sequence.model, num_tokens if within_budget else 0)
+                if replica_id is None:
+                    missing.add(sequence.model)
+                else:  # at once: the next sequence may want the same replica's room
+                    sequence.replica_id = replica_id
+                    self.replicas[replica_id].add(num_tokens)
+                    placed.append(sequence)
+        for sequence in placed if missing else ():
+            assert sequence.replica_id is not None
+            self.replicas[sequence.replica_id].add(request.num_tokens(sequence), sign=-1)
+            sequence.replica_id = None
         return missing
 
     def _least_loaded(self, model: str, num_tokens: int) -> str | None:
@@ -127,15 +137,9 @@ class ReplicaTable:
         ]
         return min(loads)[1] if loads else None
 
-    def _assign(self, request: Request, sequence: SequenceState, replica_id: str | None) -> None:
-        assert replica_id is not None
-        sequence.replica_id = replica_id
-        replica = self.replicas[replica_id]
-        replica.blocks += replica.blocks_for(request.num_tokens(sequence))
-
     def release(self, request: Request) -> None:
         """Its caches are no longer wanted."""
-        for sequence in request.sequences.values():
+        for sequence in request.sequences:
             self.drop(sequence)
 
     def drop(self, sequence: SequenceState) -> None:
@@ -159,4 +163,4 @@ class ReplicaTable:
 
 def could_hold(longest: Mapping[str, int], request: Request) -> bool:
     """Whether replicas of these sizes, by model, could ever hold all its sequences, were they empty."""
-    return all(request.num_tokens(s) <= longest.get(model, 0) for model, s in request.sequences.items())
+    return all(request.num_tokens(s) <= longest.get(s.model, 0) for s in request.sequences)

@@ -6,21 +6,26 @@ it, so losing that cache (eviction, preemption, a dead replica) costs work and n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from eft_serve.ensemble import Term
 from eft_serve.types import GenerationRequest
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class SequenceState:
-    """One model's view of a request."""
+    """One model's view of a request, for one term of the combination."""
 
     sequence_id: str
-    model: str
+    term: Term
     prompt_token_ids: list[int]
     replica_id: str | None = None  # None: not placed
     num_computed: int = 0  # tokens that the replica holds, as far as we know
+
+    @property
+    def model(self) -> str:
+        return self.term.model
 
     def forget(self) -> None:
         """The cache is gone."""
@@ -32,17 +37,22 @@ class Request:
     """A user's request, from admission to its last token."""
 
     generation: GenerationRequest
-    coefficients: Mapping[str, float]  # by model, none zero; sums to 1 when the recipe's formula does
+    terms: tuple[Term, ...]  # no coefficient is zero; they sum to 1 when the recipe's formula does
     arrival: float  # monotonic seconds
     last_progress: float  # monotonic seconds; since then it waits for a model and not only for its turn
     output_token_ids: list[int] = field(default_factory=list)
-    sequences: dict[str, SequenceState] = field(default_factory=dict)
+    sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
     num_preemptions: int = 0
 
     @property
     def deadline(self) -> float:
         """Monotonic seconds."""
         return self.arrival + self.generation.timeout_s
+
+    @property
+    def models(self) -> set[str]:
+        """Those that it needs."""
+        return {sequence.model for sequence in self.sequences}
 
     @property
     def request_id(self) -> str:
@@ -54,13 +64,12 @@ class Request:
         return self.generation.tenant
 
     @classmethod
-    def create(cls, generation: GenerationRequest, coefficients: Mapping[str, float], now: float) -> Request:
-        """A request that has not begun; needs a prompt for every model with a coefficient."""
-        sequences = {
-            model: SequenceState(f"{generation.request_id}/{model}", model, generation.prompts[model])
-            for model in coefficients
-        }
-        return cls(generation, coefficients, arrival=now, last_progress=now, sequences=sequences)
+    def create(cls, generation: GenerationRequest, terms: Sequence[Term], now: float) -> Request:
+        """A request that has not begun; needs a prompt for every term."""
+        sequences = tuple(
+            SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name]) for term in terms
+        )
+        return cls(generation, tuple(terms), arrival=now, last_progress=now, sequences=sequences)
 
     def num_tokens(self, sequence: SequenceState) -> int:
         """Tokens that this model has to hold before the next one can be drawn."""

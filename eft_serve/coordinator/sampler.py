@@ -23,7 +23,7 @@ Timed = Callable[[str], AbstractContextManager[object]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request and its models' next-token logits, in the order of its coefficients."""
+    """A request and its models' next-token logits, in the order of its terms."""
 
     request: Request
     terms: Sequence[Tensor]  # each [vocab_size of that model], floating
@@ -59,7 +59,7 @@ def _combine_and_sample(rows: Sequence[Row], timed: Timed) -> list[int]:
     num_tokens = rows[0].num_tokens
     with timed("combine"):
         logits = [_stacked([row.terms[term] for row in rows], num_tokens) for term in range(len(rows[0].terms))]
-        coefficients = torch.tensor([list(row.request.coefficients.values()) for row in rows]).T
+        coefficients = torch.tensor([[term.coefficient for term in row.request.terms] for row in rows]).T
         combined = combine(logits, coefficients)
     with timed("sample"):
         is_random = any(row.request.generation.sampling.temperature for row in rows)

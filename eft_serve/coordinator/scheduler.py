@@ -109,7 +109,7 @@ class Scheduler:
         if replica := self.replicas.replicas.get(replica_id):
             replica.fail(now)
         for request in self.running:
-            for sequence in request.sequences.values():
+            for sequence in request.sequences:
                 if sequence.replica_id == replica_id:
                     self.replicas.drop(sequence)
                     request.last_progress = now  # the time to recover begins with the loss
@@ -146,7 +146,7 @@ class Scheduler:
         for request in list(self.waiting):
             if len(self.running) == self.config.max_num_seqs:
                 break
-            if short.isdisjoint(request.sequences):
+            if short.isdisjoint(request.models):
                 missing = self.replicas.place(request, within_budget=True)
                 if not missing:
                     self.waiting.remove(request)
@@ -156,11 +156,11 @@ class Scheduler:
                 ):  # else it waits for a replica, and nobody waits for it
                     short |= missing
             else:
-                short |= request.sequences.keys()
+                short |= request.models
         self.running.sort(key=lambda request: request.arrival)
 
     def _schedule(self, request: Request, plan: Plan, budgets: dict[str, int], now: float) -> None:
-        placed = [(s, s.replica_id) for s in request.sequences.values() if s.replica_id is not None]
+        placed = [(s, s.replica_id) for s in request.sequences if s.replica_id is not None]
         if len(placed) < len(request.sequences):
             return
         if not all(budgets[replica_id] for _, replica_id in placed):
@@ -198,8 +198,8 @@ def _step(request: Request, sequence: SequenceState, count: int, pending: int, n
 
 
 def _is_prefilling(request: Request) -> bool:
-    return any(request.num_pending(sequence) > 1 for sequence in request.sequences.values())
+    return any(request.num_pending(sequence) > 1 for sequence in request.sequences)
 
 
 def _is_on(request: Request, replica_id: str) -> bool:
-    return any(sequence.replica_id == replica_id for sequence in request.sequences.values())
+    return any(sequence.replica_id == replica_id for sequence in request.sequences)

@@ -86,9 +86,9 @@ class CoordinatorReplica:
         ensemble = Ensemble.find(self.config, generation.recipe)
         if ensemble is None:
             raise ModelNotFoundError(f"no recipe or model {generation.recipe!r}", param="model")
-        coefficients = ensemble.coefficients(generation.scale, generation.weights)
+        terms = ensemble.terms(generation.scale, generation.weights)
         reader = self.readers[generation.request_id] = Reader(reply_to, self.event_loop.create_future())
-        self.decode_loop.submit(Request.create(generation, coefficients, now=time.monotonic()))
+        self.decode_loop.submit(Request.create(generation, terms, now=time.monotonic()))
         try:
             return await reader.done
         finally:

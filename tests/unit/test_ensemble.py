@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eft_serve.config import MAX_KNOB, AppConfig, RecipeConfig
-from eft_serve.ensemble import Ensemble, coefficients
+from eft_serve.ensemble import Ensemble, Term, coefficients
 from eft_serve.errors import InvalidRequestError
 
 KNOBS = st.floats(-MAX_KNOB, MAX_KNOB)
@@ -96,12 +96,12 @@ def test_a_name_is_a_recipe_or_a_plain_model_or_nothing() -> None:
     recipe, plain = Ensemble.find(config, "up"), Ensemble.find(config, "small")
     assert recipe is not None
     assert recipe.models == ("large", "small", "chat")
-    assert recipe.coefficients(scale=0.0) == {"chat": 1.0}
+    assert recipe.terms(scale=0.0) == (Term("chat", "chat", 1.0),)
     assert plain is not None
-    assert plain.coefficients() == {"small": 1.0}
+    assert plain.terms() == (Term("small", "small", 1.0),)
     assert Ensemble.find(config, "nobody") is None
     with pytest.raises(InvalidRequestError, match="plain model"):
-        plain.coefficients(scale=1.0)
+        plain.terms(scale=1.0)
     with pytest.raises(InvalidRequestError, match="plain model") as caught:
-        plain.coefficients(weights={})
+        plain.terms(weights={})
     assert caught.value.param == "eft"

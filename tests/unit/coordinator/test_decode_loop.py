@@ -19,6 +19,7 @@ from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.request import Request
+from eft_serve.ensemble import Term
 from eft_serve.types import Delta, Endpoint, FinishReason, GenerationRequest, SamplingParams
 
 EFT = {"base": 1.0, "reference": -1.0, "tuned": 1.0}
@@ -103,7 +104,8 @@ def request(
         sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
         tenant=tenant,
     )
-    return Request.create(generation, coefficients, time.monotonic() if now is None else now)
+    terms = [Term(model, model, coefficient) for model, coefficient in coefficients.items()]
+    return Request.create(generation, terms, time.monotonic() if now is None else now)
 
 
 def naive(req: Request) -> list[int]:
@@ -112,9 +114,9 @@ def naive(req: Request) -> list[int]:
     sampling = req.generation.sampling
     while len(output) < sampling.max_tokens and not (output and output[-1] == EOS and not sampling.ignore_eos):
         combined = torch.zeros(VOCAB_SIZE)
-        for model, coefficient in req.coefficients.items():
-            logits = toy_logits(model, req.generation.prompts[model] + output)
-            combined += coefficient * torch.log_softmax(logits, -1)
+        for term in req.terms:
+            logits = toy_logits(term.model, req.generation.prompts[term.name] + output)
+            combined += term.coefficient * torch.log_softmax(logits, -1)
         output.append(int(combined.argmax()))
     return output
 
@@ -440,7 +442,11 @@ def test_a_request_whose_reader_has_gone_without_a_word_ends_at_its_deadline() -
     harness = Harness(ToyBackend(three_models()))
     harness.backend.disturb = lambda backend: time.sleep(0.01)
     req = request("r", prompts_for(random.Random(1)), max_tokens=400, ignore_eos=True)
-    late = Request.create(msgspec.structs.replace(req.generation, timeout_s=0.2), EFT, time.monotonic())
+    late = Request.create(
+        msgspec.structs.replace(req.generation, timeout_s=0.2),
+        [Term(model, model, c) for model, c in EFT.items()],
+        time.monotonic(),
+    )
     harness.submit(late)
     harness.drive()
     failure = harness.last("r").failure

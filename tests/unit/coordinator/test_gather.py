@@ -7,6 +7,7 @@ import pytest
 from eft_serve.coordinator.gather import Gathered, gather
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.scheduler import Entry, Plan
+from eft_serve.ensemble import Term
 from eft_serve.types import GenerationRequest, SamplingParams, SequenceStep, StepOutput, StepResult
 
 PROMPT = list(range(50))
@@ -15,12 +16,12 @@ PROMPT = list(range(50))
 @pytest.fixture
 def request_() -> Request:
     generation = GenerationRequest(request_id="r", recipe="eft", prompts={"base": PROMPT}, sampling=SamplingParams())
-    return Request.create(generation, {"base": 1.0}, now=0.0)
+    return Request.create(generation, [Term("base", "base", 1.0)], now=0.0)
 
 
 def answer(request: Request, position: int, held: int) -> Gathered:
     """The outcome of a step to token 30, answered with `held` at time 7."""
-    sequence = request.sequences["base"]
+    sequence = request.sequences[0]
     step = SequenceStep(sequence.sequence_id, position, PROMPT[position:30], num_logits=0)
     plan = Plan(entries={"base-0": [Entry(request, sequence, step)]})
     return gather(plan, {"base-0": StepResult(outputs=[StepOutput(sequence.sequence_id, held=held)])}, now=7.0)
@@ -28,7 +29,7 @@ def answer(request: Request, position: int, held: int) -> Gathered:
 
 def test_an_engine_that_got_part_of_the_way_made_progress(request_: Request) -> None:
     gathered = answer(request_, position=0, held=16)
-    assert request_.sequences["base"].num_computed == 16
+    assert request_.sequences[0].num_computed == 16
     assert request_.last_progress == 7.0
     assert (gathered.num_held, gathered.errors) == (0, {})
 
@@ -36,7 +37,7 @@ def test_an_engine_that_got_part_of_the_way_made_progress(request_: Request) -> 
 @pytest.mark.parametrize("held", [20, 16, 0])
 def test_an_engine_that_got_nowhere_did_not(request_: Request, held: int) -> None:
     gathered = answer(request_, position=20, held=held)
-    assert request_.sequences["base"].num_computed == held
+    assert request_.sequences[0].num_computed == held
     assert request_.last_progress == 0.0
     assert gathered.num_held == 1
 
