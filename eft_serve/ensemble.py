@@ -25,6 +25,7 @@ class Term:
     model: str  # the deployment that computes it
     coefficient: float  # of its log-probabilities in the combination
     adapter: str | None = None  # of that deployment; None: the model as it is
+    weight: float = 0.0  # alpha of the fine-tuning that it brings; 0 for the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class Ensemble:
         """What runs for these knobs, see `coefficients`; a plain model is itself alone and takes no knobs."""
         if self.recipe is not None:
             found = coefficients(self.recipe, scale, weights)
-            return tuple(Term(model, model, coefficient) for model, coefficient in found.items())
+            alphas = {t.model: t.weight for t in self.recipe.tuned} | dict(weights or {})
+            return tuple(Term(model, model, c, weight=alphas.get(model, 0.0)) for model, c in found.items())
         if scale is not None or weights is not None:
             raise InvalidRequestError(
                 f"model {self.name!r} is a plain model without scale and weights; name a recipe, or leave out eft",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -42,6 +42,31 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
 
 
+class Draft(msgspec.Struct, frozen=True, array_like=True):
+    """Have the engine guess what follows a step: each guess is drawn from the logits after the one before it.
+
+    The draws are those of `numerics.sampling.sample`, keyed by (seed, position).
+    """
+
+    num_tokens: int  # at least 1; the engine may stop earlier
+    position: int  # of the first guess within the output
+    num_ids: int  # guesses are below this: ids that all models have
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+
+
+class Speculative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a request's tokens are guessed ahead; whatever it says, they are drawn from the same distribution."""
+
+    draft: str = "auto"  # the tuned model of the largest weight; "ngram", "off", or a term's name
+    num_tokens: int | None = None  # guesses at a time; None: as many as pay
+    method: Literal["keyed", "classic"] = "keyed"  # guesses stand by equal draws, or by rejection sampling
+    overlap: bool = True  # guess on while guesses are verified
+
+
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's part of one forward."""
 
@@ -51,6 +76,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     num_logits: int  # logits wanted, of the last so many of `token_ids`; 0 while prefilling
     salt: str | None = None  # at position 0: sequences of equal salt share equal beginnings; None: nobody shares
     max_computed: int | None = None  # compute at most so many; the other `token_ids` only say what follows
+    draft: Draft | None = None  # go on by itself once the step's end is computed; wants `num_logits`
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +86,10 @@ class StepOutput:
     sequence_id: str
     held: int | None = None  # so many tokens are here now, and the step's end is not: evicted, no room, `max_computed`
     error: str | None = None  # this step can never be served (out of vocabulary, beyond the context)
-    logits: Tensor | None = None  # [num_logits, vocab_size], floating
+    logits: Tensor | None = (
+        None  # [num_logits, vocab_size], floating; with guesses one row more for each after the first
+    )
+    drafted: Sequence[int] = ()  # guesses; all but the last are held like the step's own tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +141,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     scale: float | None = None  # None: the recipe's own
     weights: dict[str, float] | None = None  # by tuned model; None: the recipe's own
+    speculative: Speculative | None = None  # None: no guesses
     tenant: str = "anonymous"
     timeout_s: float = 600.0  # the coordinator ends it then, also when its reader has gone without a word
 

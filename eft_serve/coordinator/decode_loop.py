@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import eq
 
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.backend import LogitsBackend
@@ -21,7 +22,7 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.output import OutputStream, failed
 from eft_serve.coordinator.replicas import ReplicaTable
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.sampler import Row, draw
+from eft_serve.coordinator.sampler import draw, tested
 from eft_serve.coordinator.scheduler import Plan, Scheduler
 from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.errors import ContextLengthError, DeadlineError, EftServeError, UnavailableError
@@ -125,16 +126,15 @@ class DecodeLoop:
             with self._timed("fan_out"):
                 results = self.backend.fan_out(batches, self.config.step_timeout_s)
             if plan.entries:
-                seconds = time.monotonic() - sent
-                self.scheduler.pacer.observe(seconds, plan.num_prefill_tokens, maybe_cached=plan.maybe_cached)
-            rows = self._absorb(plan, results)
-            drawn = draw(rows, self._timed)
+                self.scheduler.observe(plan, time.monotonic() - sent)
+            ready = self._absorb(plan, results)
+            drawn = draw(ready, self._timed)
             with self._timed("emit"):
-                self._advance(rows, drawn)
+                self._advance(ready, drawn)
         self._flush()
         return bool(batches)
 
-    def _absorb(self, plan: Plan, results: Mapping[str, StepResult]) -> list[Row]:
+    def _absorb(self, plan: Plan, results: Mapping[str, StepResult]) -> list[Request]:
         now = time.monotonic()
         gathered = gather(plan, results, now)
         self._observe(plan, results, gathered)
@@ -144,29 +144,32 @@ class DecodeLoop:
             self.replicas.give_back_freed(replica_id, plan.freed.get(replica_id, ()))
         for request, error in gathered.errors.items():
             self._end(request.request_id, FinishReason.ERROR, error)
-        return [
-            Row(request, terms, num_tokens=min(self.vocabularies[model].num_tokens for model in request.models))
-            for request, terms in gathered.ready.items()
-            if request not in gathered.errors
-        ]
+        return [request for request in gathered.ready if request not in gathered.errors]
 
-    def _advance(self, rows: Sequence[Row], drawn: Sequence[int | EftServeError]) -> None:
-        """Give every request its token; end those that it ends."""
+    def _advance(self, requests: Sequence[Request], drawn: Sequence[list[int] | EftServeError]) -> None:
+        """Give every request its tokens; end those that they end."""
         now = time.monotonic()
-        for row, token in zip(rows, drawn, strict=True):
-            request_id = row.request.request_id
-            if isinstance(token, EftServeError):
-                self._end(request_id, FinishReason.ERROR, token)
+        for request, tokens in zip(requests, drawn, strict=True):
+            request_id = request.request_id
+            if isinstance(tokens, EftServeError):
+                self._end(request_id, FinishReason.ERROR, tokens)
                 continue
-            if not row.request.output_token_ids:
-                self.metrics.queue_seconds.observe(now - row.request.arrival)
-            row.request.output_token_ids.append(token)
-            self.metrics.generated_tokens.inc()
-            row.request.last_progress = now
-            delta = self._requests[request_id][1].push(token)
+            if not request.output_token_ids:
+                self.metrics.queue_seconds.observe(now - request.arrival)
+            self._count(request, tokens)
+            request.take(tokens)
+            request.last_progress = now
+            delta = self._requests[request_id][1].push_all(tokens)
+            self.metrics.generated_tokens.inc(len(delta.token_ids))
             self._deltas.append((request_id, delta))
             if delta.finish_reason is not None:
                 self._end(request_id, delta.finish_reason)
+
+    def _count(self, request: Request, tokens: list[int]) -> None:
+        guesses = tested(request)
+        num_accepted = sum(map(eq, guesses, tokens))
+        num_tested = min(len(guesses), num_accepted + 1)
+        self.scheduler.speculator.learn(request, num_accepted, num_tested)
 
     def receive(self, wait_s: float = 0.0) -> None:
         """Do what other threads have asked for until now, waiting so long for the first."""
@@ -187,7 +190,9 @@ class DecodeLoop:
             self._deltas.append((request.request_id, failed(error)))
             return
         vocabularies = [self.vocabularies[sequence.model] for sequence in request.sequences]
-        self._requests[request.request_id] = (request, OutputStream.of(request, vocabularies, context_left))
+        request.max_tokens = min(request.max_tokens, context_left)
+        request.num_ids = min(vocabulary.num_tokens for vocabulary in vocabularies)
+        self._requests[request.request_id] = (request, OutputStream.of(request, vocabularies))
         self.scheduler.add(request)
 
     def _context_left(self, request: Request) -> int:
@@ -215,6 +220,7 @@ class DecodeLoop:
             return
         self.scheduler.finish(request)
         self.metrics.finished.labels(reason).inc()
+        self.metrics.count_speculation(request.speculation)
         if error is not None:
             self._deltas.append((request_id, failed(error)))
 

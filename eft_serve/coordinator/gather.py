@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
 
 from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.coordinator.scheduler import Entry, Plan
@@ -18,7 +18,7 @@ from eft_serve.types import StepOutput, StepResult
 class Gathered:
     """The outcome of one fan-out."""
 
-    ready: dict[Request, list[Tensor]] = field(default_factory=dict)  # last logits of each term, in their order
+    ready: list[Request] = field(default_factory=list)  # all their sequences have the rows that the next tokens want
     errors: dict[Request, EftServeError] = field(default_factory=dict)
     failed_replicas: dict[str, str] = field(default_factory=dict)  # why
     num_held: int = 0
@@ -27,7 +27,7 @@ class Gathered:
 def gather(plan: Plan, results: Mapping[str, StepResult], now: float) -> Gathered:
     """Apply every answer to its sequence; a request is ready when all its models gave logits in this very step."""
     gathered = Gathered()
-    logits: dict[Request, dict[SequenceState, Tensor]] = defaultdict(dict)
+    logits: dict[Request, list[SequenceState]] = defaultdict(list)
     for replica_id, result in results.items():
         entries = plan.entries.get(replica_id, [])
         failure = result.failure
@@ -39,18 +39,16 @@ def gather(plan: Plan, results: Mapping[str, StepResult], now: float) -> Gathere
         for entry, output in zip(entries, result.outputs, strict=True):
             _apply(entry, output, now, gathered, logits)
     for request in plan.final:
-        answers = logits[request]
-        if len(answers) == len(request.sequences):
-            gathered.ready[request] = [answers[sequence] for sequence in request.sequences]
+        if len(logits[request]) == len(request.sequences):
+            gathered.ready.append(request)
         else:
             # Some model could not answer: the others' last token is computed again, to give its logits again.
-            for sequence in answers:
-                sequence.num_computed -= 1
+            request.drop_guesses()
     return gathered
 
 
 def _apply(
-    entry: Entry, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, dict[SequenceState, Tensor]]
+    entry: Entry, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, list[SequenceState]]
 ) -> None:
     request, sequence, step = entry.request, entry.sequence, entry.step
     end = step.position + len(step.token_ids)
@@ -66,8 +64,13 @@ def _apply(
         else:
             gathered.num_held += 1
     else:
-        sequence.num_computed = end
+        sequence.num_computed = end + max(0, len(output.drafted) - 1)
         if not step.num_logits:
             request.last_progress = now
         if output.logits is not None and step.num_logits:
-            logits[request][sequence] = output.logits[-1]
+            known = sequence.rows
+            sequence.rows = output.logits if known is None else torch.cat([known, output.logits])
+            logits[request].append(sequence)
+        if output.drafted:
+            request.guesses += output.drafted
+            request.speculation.num_drafted += len(output.drafted)

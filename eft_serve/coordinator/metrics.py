@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from eft_serve.coordinator.speculation import Speculation
+
 _DECADE = (1, 1.5, 2, 3, 4, 5, 6.5, 8)
 STEP_BUCKETS = [step * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for step in _DECADE] + [10.0, 30.0, 60.0]
 
@@ -49,6 +51,15 @@ class CoordinatorMetrics:
             registry=self.registry,
         )
         self.generated_tokens = Counter("eft_generated_tokens", "Tokens drawn", registry=self.registry)
+        self.decode_passes = Counter(
+            "eft_decode_passes", "Steps that gave a request tokens, of requests that ended", registry=self.registry
+        )
+        self.drafted_tokens = Counter(
+            "eft_drafted_tokens", "Tokens guessed, of requests that ended", registry=self.registry
+        )
+        self.accepted_tokens = Counter(
+            "eft_accepted_tokens", "Guesses that became output, of requests that ended", registry=self.registry
+        )
         self.finished = Counter(
             "eft_requests_finished", "Requests ended, by reason", ["reason"], registry=self.registry
         )
@@ -59,3 +70,9 @@ class CoordinatorMetrics:
         self.replica_failures = Counter(
             "eft_replica_failures", "Replica calls that failed", ["model"], registry=self.registry
         )
+
+    def count_speculation(self, speculation: Speculation) -> None:
+        """Of a request that ended."""
+        self.decode_passes.inc(speculation.num_passes)
+        self.drafted_tokens.inc(speculation.num_drafted)
+        self.accepted_tokens.inc(speculation.num_accepted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
@@ -22,16 +23,31 @@ class OutputStream:
     num_tokens: int = 0
 
     @classmethod
-    def of(cls, request: Request, vocabularies: list[Vocabulary], context_left: int) -> OutputStream:
+    def of(cls, request: Request, vocabularies: list[Vocabulary]) -> OutputStream:
         """The first model of the recipe spells the text; any model's end token ends it."""
         sampling = request.generation.sampling
         first = request.sequences[0]
         eos = frozenset[int]().union(*(v.eos_token_ids for v in vocabularies))
         return cls(
             eos_token_ids=frozenset() if sampling.ignore_eos else eos,
-            max_tokens=min(sampling.max_tokens, context_left),
+            max_tokens=request.max_tokens,
             detokenizer=Detokenizer.after_prompt(vocabularies[0], first.prompt_token_ids),
             stop_checker=StopChecker(sampling.stop),
+        )
+
+    def push_all(self, token_ids: Sequence[int]) -> Delta:
+        """More tokens, as far as the first that ends the request; the delta has a finish reason then."""
+        deltas = []
+        for token_id in token_ids:
+            deltas.append(self.push(token_id))
+            if deltas[-1].finish_reason is not None:
+                break
+        if len(deltas) == 1:
+            return deltas[0]
+        return Delta(
+            text="".join(delta.text for delta in deltas),
+            token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+            finish_reason=deltas[-1].finish_reason,
         )
 
     def push(self, token_id: int) -> Delta:

@@ -95,13 +95,13 @@ class ReplicaTable:
         return longest
 
     def count_blocks(self, requests: Iterable[Request]) -> None:
-        """Recount what running requests need once all their pending tokens are computed."""
+        """Recount what running requests need once all their pending tokens and guesses are computed."""
         for replica in self.replicas.values():
             replica.blocks = 0
         for request in requests:
             for sequence in request.sequences:
                 if sequence.replica_id is not None:
-                    self.replicas[sequence.replica_id].add(request.num_tokens(sequence))
+                    self.replicas[sequence.replica_id].add(request.num_reserved(sequence))
 
     def place(self, request: Request, *, within_budget: bool) -> set[str]:
         """Give each unplaced sequence the least loaded replica of its model, all or none.

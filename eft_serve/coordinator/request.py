@@ -1,7 +1,8 @@
 """A request while it is decoded: its tokens, and how far each model's cache has followed them.
 
 The coordinator owns the tokens; a `SequenceState` only remembers which replica holds a cache of them and how much of
-it, so losing that cache (eviction, preemption, a dead replica) costs work and never a token.
+it, so losing that cache (eviction, preemption, a dead replica) costs work and never a token. Behind the output there
+may stand guesses, which the models compute like tokens and which are as easily dropped.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from eft_serve.coordinator.speculation import Speculation
 from eft_serve.ensemble import Term
 from eft_serve.types import GenerationRequest
 
@@ -22,14 +26,19 @@ class SequenceState:
     prompt_token_ids: list[int]
     replica_id: str | None = None  # None: not placed
     num_computed: int = 0  # tokens that the replica holds, as far as we know
+    rows: Tensor | None = None  # [positions, vocab_size], logits that follow the output and each guess, known already
 
     @property
     def model(self) -> str:
         return self.term.model
 
+    @property
+    def num_rows(self) -> int:
+        return 0 if self.rows is None else len(self.rows)
+
     def forget(self) -> None:
         """The cache is gone."""
-        self.replica_id, self.num_computed = None, 0
+        self.replica_id, self.num_computed, self.rows = None, 0, None
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +49,11 @@ class Request:
     terms: tuple[Term, ...]  # no coefficient is zero; they sum to 1 when the recipe's formula does
     arrival: float  # monotonic seconds
     last_progress: float  # monotonic seconds; since then it waits for a model and not only for its turn
+    speculation: Speculation
+    max_tokens: int  # asked for, or what the shortest context leaves
+    num_ids: int  # vocabulary that its models share; what follows is padding
     output_token_ids: list[int] = field(default_factory=list)
+    guesses: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
     num_preemptions: int = 0
 
@@ -63,26 +76,69 @@ class Request:
         """Requests of equal salt may reuse one another's caches, and could tell by the time whether they did."""
         return self.generation.tenant
 
+    @property
+    def is_prefilling(self) -> bool:
+        """Some model has more to compute than the newest token."""
+        return any(self.num_pending(sequence) > 1 for sequence in self.sequences)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that it may still generate."""
+        return self.max_tokens - len(self.output_token_ids)
+
     @classmethod
     def create(cls, generation: GenerationRequest, terms: Sequence[Term], now: float) -> Request:
         """A request that has not begun; needs a prompt for every term."""
         sequences = tuple(
             SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name]) for term in terms
         )
-        return cls(generation, tuple(terms), arrival=now, last_progress=now, sequences=sequences)
+        return cls(
+            generation,
+            tuple(terms),
+            arrival=now,
+            last_progress=now,
+            speculation=Speculation.of(generation, terms),
+            max_tokens=generation.sampling.max_tokens,
+            num_ids=0,
+            sequences=sequences,
+        )
 
     def num_tokens(self, sequence: SequenceState) -> int:
         """Tokens that this model has to hold before the next one can be drawn."""
         return len(sequence.prompt_token_ids) + len(self.output_token_ids)
 
+    def num_reserved(self, sequence: SequenceState) -> int:
+        """Tokens that it may come to hold in the next step."""
+        return self.num_tokens(sequence) + len(self.guesses) + self.speculation.num_asked
+
     def num_pending(self, sequence: SequenceState) -> int:
-        """Tokens still to be computed before the next one can be drawn."""
-        return self.num_tokens(sequence) - sequence.num_computed
+        """Tokens still to be computed before the next one can be drawn; none where guesses were computed ahead."""
+        return max(0, self.num_tokens(sequence) - sequence.num_computed)
 
     def tokens_between(self, sequence: SequenceState, start: int, end: int) -> list[int]:
-        """Tokens `start:end` of prompt and output together."""
+        """Tokens `start:end` of prompt, output and guesses together."""
         num_prompt_tokens = len(sequence.prompt_token_ids)
+        follows = [*self.output_token_ids, *self.guesses] if self.guesses else self.output_token_ids
         if start >= num_prompt_tokens:
-            return self.output_token_ids[start - num_prompt_tokens : end - num_prompt_tokens]
+            return follows[start - num_prompt_tokens : end - num_prompt_tokens]
         head = sequence.prompt_token_ids[start:end]
-        return head + self.output_token_ids[: max(0, end - num_prompt_tokens)]
+        return head + follows[: max(0, end - num_prompt_tokens)]
+
+    def take(self, token_ids: list[int]) -> None:
+        """More output; guesses and rows beyond it are kept when the output is what was guessed."""
+        count = len(token_ids)
+        self.output_token_ids += token_ids
+        if self.guesses[:count] != token_ids:
+            self.drop_guesses()
+            return
+        del self.guesses[:count]
+        for sequence in self.sequences:
+            left = None if sequence.rows is None else sequence.rows[count:]
+            sequence.rows = left.clone() if left is not None and len(left) else None  # the buffer is not ours
+
+    def drop_guesses(self) -> None:
+        """Go on from the output alone; what was computed of the guesses is overwritten."""
+        self.guesses.clear()
+        for sequence in self.sequences:
+            sequence.rows = None
+            sequence.num_computed = min(sequence.num_computed, self.num_tokens(sequence) - 1)

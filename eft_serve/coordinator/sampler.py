@@ -1,6 +1,6 @@
-"""One token for each request whose models have all answered: combine, then draw.
+"""The next tokens of each request whose models have all answered: combine, draw, and see which guesses stand.
 
-Rows are grouped by their number of terms and vocabulary, and each group is combined and sampled in one pass.
+Blocks are grouped by what their rows have in common, and each group is combined and sampled in one pass.
 """
 
 from __future__ import annotations
@@ -8,89 +8,123 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.speculation import NGRAM
 from eft_serve.errors import EftServeError, EngineError
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.sampling import SamplingRows, greedy, sample
+from eft_serve.numerics.speculative import take_classic, take_keyed
 
 Timed = Callable[[str], AbstractContextManager[object]]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A request and its models' next-token logits, in the order of its terms."""
-
-    request: Request
-    terms: Sequence[Tensor]  # each [vocab_size of that model], floating
-    num_tokens: int  # the vocabulary that the models share; what follows is padding
-
-
-def draw(rows: Sequence[Row], timed: Timed) -> list[int | EftServeError]:
-    """Token ids in the order of the rows; an error for a row whose distribution does not exist.
+def draw(requests: Sequence[Request], timed: Timed) -> list[list[int] | EftServeError]:
+    """The tokens of each request, at least one; an error for one whose distribution does not exist.
 
     Args:
-        rows: the requests that are ready.
+        requests: those that are ready: their sequences' rows follow the output and each guess that all have computed.
         timed: gives a context manager that times the phase of that name.
     """
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for index, row in enumerate(rows):
-        groups[len(row.terms), row.num_tokens].append(index)
-    drawn: dict[int, int | EftServeError] = {}
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        groups[_kind(request)].append(index)
+    drawn: dict[int, list[int] | EftServeError] = {}
     for indices in groups.values():
-        drawn |= zip(indices, _draw_group([rows[index] for index in indices], timed), strict=True)
-    return [drawn[index] for index in range(len(rows))]
+        drawn |= zip(indices, _draw_group([requests[index] for index in indices], timed), strict=True)
+    return [drawn[index] for index in range(len(requests))]
 
 
-def _draw_group(rows: Sequence[Row], timed: Timed) -> Sequence[int | EftServeError]:
+def _kind(request: Request) -> tuple[object, ...]:
+    """Blocks of one kind go through one pass."""
+    classic = request.speculation.settings.method == "classic" and bool(request.guesses)
+    return len(request.terms), request.num_ids, classic and _drafting_term(request)
+
+
+def _drafting_term(request: Request) -> int:
+    """Index of the term that guesses; −1 where the text does."""
+    names = [term.name for term in request.terms]
+    return -1 if request.speculation.drafter in (None, NGRAM) else names.index(str(request.speculation.drafter))
+
+
+def num_rows(request: Request) -> int:
+    """Rows that all its models have: those that can be combined."""
+    return min(sequence.num_rows for sequence in request.sequences)
+
+
+def tested(request: Request) -> list[int]:
+    """Its guesses for the positions that can be combined."""
+    return request.guesses[: num_rows(request)]
+
+
+def _draw_group(requests: Sequence[Request], timed: Timed) -> Sequence[list[int] | EftServeError]:
     try:
-        return _combine_and_sample(rows, timed)
+        return _combine_and_sample(requests, timed)
     except ValueError as error:
-        if len(rows) == 1:
-            return [EngineError(f"request {rows[0].request.request_id}: {error}")]
-        return [_draw_group([row], timed)[0] for row in rows]  # only the row at fault may fail
+        if len(requests) == 1:
+            return [EngineError(f"request {requests[0].request_id}: {error}")]
+        return [_draw_group([request], timed)[0] for request in requests]  # only the one at fault may fail
 
 
-def _combine_and_sample(rows: Sequence[Row], timed: Timed) -> list[int]:
-    num_tokens = rows[0].num_tokens
+def _combine_and_sample(requests: Sequence[Request], timed: Timed) -> list[list[int]]:
+    lengths = [num_rows(request) for request in requests]
     with timed("combine"):
-        logits = [_stacked([row.terms[term] for row in rows], num_tokens) for term in range(len(rows[0].terms))]
-        coefficients = torch.tensor([[term.coefficient for term in row.request.terms] for row in rows]).T
-        combined = combine(logits, coefficients)
+        terms = [
+            _stacked(
+                [_rows(request, term)[:n] for request, n in zip(requests, lengths, strict=True)], requests[0].num_ids
+            )
+            for term in range(len(requests[0].terms))
+        ]
+        coefficients = torch.tensor([[term.coefficient for term in request.terms] for request in requests])
+        if len(lengths) < sum(lengths):
+            coefficients = coefficients.repeat_interleave(torch.tensor(lengths), dim=0)
+        combined = combine(terms, coefficients.T)
     with timed("sample"):
-        is_random = any(row.request.generation.sampling.temperature for row in rows)
-        token_ids: list[int] = (sample(combined, _sampling_rows(rows)) if is_random else greedy(combined)).tolist()
-    return token_ids
+        guesses = [tested(request) for request in requests]
+        classic = _kind(requests[0])[-1]
+        if classic is not False:
+            guess_logits = terms[int(classic)] if int(classic) >= 0 else None  # type: ignore[call-overload]
+            return take_classic(combined, guess_logits, _sampling_rows(requests, lengths), guesses, lengths)
+        is_random = any(request.generation.sampling.temperature for request in requests)
+        own = (sample(combined, _sampling_rows(requests, lengths)) if is_random else greedy(combined)).tolist()
+        return take_keyed(own, guesses, lengths)
 
 
-def _stacked(rows: Sequence[Tensor], num_tokens: int) -> Tensor:
-    """[len(rows), num_tokens]; a view where the rows stand evenly in one buffer, as in a replica's answer."""
-    first = rows[0]
-    starts = [row.storage_offset() for row in rows]
-    distance = starts[1] - starts[0] if len(rows) > 1 else first.numel()
-    evenly = starts == [starts[0] + index * distance for index in range(len(rows))]
-    if evenly and distance > 0 and all(_are_alike(first, row) for row in rows):
-        return first.as_strided((len(rows), num_tokens), (distance, 1))
-    return torch.stack([row[:num_tokens] for row in rows])
+def _rows(request: Request, term: int) -> Tensor:
+    rows = request.sequences[term].rows
+    assert rows is not None
+    return rows
+
+
+def _stacked(blocks: Sequence[Tensor], num_ids: int) -> Tensor:
+    """All rows, [num_rows, num_ids]; a view where they stand evenly in one buffer, as in a replica's answer."""
+    first = blocks[0]
+    starts = [b.storage_offset() + i * b.stride(0) for b in blocks for i in range(len(b))]
+    distance = starts[1] - starts[0] if len(starts) > 1 else first.shape[1]
+    evenly = starts == [starts[0] + index * distance for index in range(len(starts))]
+    if evenly and distance > 0 and all(_are_alike(first, block) for block in blocks):
+        return first.as_strided((len(starts), num_ids), (distance, 1))
+    return torch.cat([block[:, :num_ids] for block in blocks])
 
 
 def _are_alike(first: Tensor, other: Tensor) -> bool:
-    """Parts of one buffer, each of them without gaps."""
+    """Parts of one buffer, each of whose rows is without gaps."""
     one, two = first.untyped_storage(), other.untyped_storage()
-    return one.data_ptr() == two.data_ptr() and first.dtype == other.dtype and other.stride() == (1,)
+    return one.data_ptr() == two.data_ptr() and first.dtype == other.dtype and other.stride(1) == 1
 
 
-def _sampling_rows(rows: Sequence[Row]) -> SamplingRows:
-    params = [row.request.generation.sampling for row in rows]
+def _sampling_rows(requests: Sequence[Request], lengths: Sequence[int]) -> SamplingRows:
+    params = [r.generation.sampling for r, length in zip(requests, lengths, strict=True) for _ in range(length)]
+    starts = [len(request.output_token_ids) for request in requests]
+    positions = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
     return SamplingRows(
         temperature=torch.tensor([p.temperature for p in params]),
         top_k=torch.tensor([p.top_k for p in params]),
         top_p=torch.tensor([p.top_p for p in params]),
         min_p=torch.tensor([p.min_p for p in params]),
         seed=torch.tensor([p.seed for p in params]),
-        position=torch.tensor([len(row.request.output_token_ids) for row in rows]),
+        position=torch.tensor(positions),
     )

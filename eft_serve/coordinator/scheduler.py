@@ -15,7 +15,8 @@ from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.replicas import ReplicaTable, could_hold
 from eft_serve.coordinator.request import Request, SequenceState
-from eft_serve.types import SequenceStep, StepBatch
+from eft_serve.coordinator.speculator import Speculator
+from eft_serve.types import Draft, SequenceStep, StepBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
+        self.speculator = Speculator()
         self.pacer = Pacer(config.max_prefill_slowdown, config.max_num_batched_tokens)
 
     def __len__(self) -> int:
@@ -85,13 +87,14 @@ class Scheduler:
     def plan(self, now: float) -> Plan:
         """The next step. Empty when nobody can be stepped."""
         self._place_lost()
-        self._preempt_until_it_fits()
+        self._ask_for_guesses()
+        self._make_room()
         self._admit()
         plan = Plan(freed=self.replicas.take_freed())
         budgets = dict.fromkeys(self.replicas.replicas, self.config.max_num_batched_tokens)
         prefills: list[Request] = []
         for request in self.running:
-            if _is_prefilling(request):
+            if request.is_prefilling:
                 prefills.append(request)
             else:
                 self._schedule(request, plan, budgets, now)
@@ -103,6 +106,12 @@ class Scheduler:
         plan.num_prefill_tokens = max((budgets[r] - left[r] for r in budgets), default=0)
         plan.maybe_cached = any(e.step.salt is not None for entries in plan.entries.values() for e in entries)
         return plan
+
+    def observe(self, plan: Plan, seconds: float) -> None:
+        """A planned step took so long, from the first send to the last answer."""
+        self.pacer.observe(seconds, plan.num_prefill_tokens, maybe_cached=plan.maybe_cached)
+        if plan.num_prefill_tokens == 0:
+            self.speculator.observe(plan.final, seconds)
 
     def lose_replica(self, replica_id: str, now: float) -> None:
         """It failed or is gone: whatever it held has to be computed again, there or elsewhere."""
@@ -127,13 +136,30 @@ class Scheduler:
         for request in self.running:
             self.replicas.place(request, within_budget=False)
 
-    def _preempt_until_it_fits(self) -> None:
+    def _ask_for_guesses(self) -> None:
+        decoding = [request for request in self.running if not request.is_prefilling]
+        for request in self.running:
+            if request.is_prefilling:
+                request.drop_guesses()
+                request.speculation.num_asked = 0
+        self.speculator.plan(decoding)
+
+    def _make_room(self) -> None:
+        """Guesses give way first, then the youngest requests."""
+        self.replicas.count_blocks(self.running)
         for replica_id, replica in self.replicas.replicas.items():
+            if replica.blocks > replica.capacity_blocks:
+                for request in self.running:
+                    if _is_on(request, replica_id):
+                        request.speculation.num_asked = 0
+                        request.drop_guesses()
+                self.replicas.count_blocks(self.running)
             while replica.blocks > replica.capacity_blocks:
                 self._preempt(next(r for r in reversed(self.running) if _is_on(r, replica_id)))
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
+        request.drop_guesses()
         self.replicas.release(request)
         self.replicas.count_blocks(self.running)
         self.waiting.appendleft(request)
@@ -165,26 +191,49 @@ class Scheduler:
             return
         if not all(budgets[replica_id] for _, replica_id in placed):
             request.last_progress = now  # it only waits for its turn
+        num_guesses = len(request.guesses)
+        if num_guesses and any(num_guesses + 1 > budgets[replica_id] for _, replica_id in placed):
+            request.drop_guesses()
+            num_guesses = 0
         final = all(request.num_pending(sequence) <= budgets[replica_id] for sequence, replica_id in placed)
         for sequence, replica_id in placed:
             # The last token waits for the slowest prefill: its logits are wanted from all models in the same step.
-            pending = request.num_pending(sequence) - (not final)
+            pending = request.num_tokens(sequence) + num_guesses - sequence.num_computed - (not final)
             count = min(pending, budgets[replica_id])
             if count <= 0:
                 continue
-            step = _step(request, sequence, count, pending, num_logits=int(final))
-            plan.entries.setdefault(replica_id, []).append(Entry(request, sequence, step))
             budgets[replica_id] -= count
+            num_logits = num_guesses + 1 - sequence.num_rows if final else 0
+            draft = _draft(request, sequence, budgets[replica_id]) if final else None
+            if draft is not None:
+                budgets[replica_id] -= draft.num_tokens - 1
+            step = _step(request, sequence, count, pending, num_logits, draft)
+            plan.entries.setdefault(replica_id, []).append(Entry(request, sequence, step))
         if final:
             plan.final.append(request)
 
 
-def _step(request: Request, sequence: SequenceState, count: int, pending: int, num_logits: int) -> SequenceStep:
+def _draft(request: Request, sequence: SequenceState, budget: int) -> Draft | None:
+    """What this sequence is asked to guess; every guess but the last is computed, so that it takes of the budget."""
+    count = min(request.speculation.num_asked, budget + 1)
+    if sequence.term.name != request.speculation.drafter or not count:
+        return None
+    position = len(request.output_token_ids) + len(request.guesses)
+    return request.speculation.draft(request.generation, count, position, request.num_ids)
+
+
+def _step(
+    request: Request, sequence: SequenceState, count: int, pending: int, num_logits: int, draft: Draft | None
+) -> SequenceStep:
     """Compute `count` of the `pending` tokens."""
     start = sequence.num_computed
     if start > 0:
         return SequenceStep(
-            sequence.sequence_id, start, request.tokens_between(sequence, start, start + count), num_logits
+            sequence.sequence_id,
+            start,
+            request.tokens_between(sequence, start, start + count),
+            num_logits,
+            draft=draft,
         )
     # All of them are shown, however few may be computed: the engine finds what it has of them in one step.
     return SequenceStep(
@@ -194,11 +243,8 @@ def _step(request: Request, sequence: SequenceState, count: int, pending: int, n
         num_logits=num_logits,
         salt=request.cache_salt,
         max_computed=count if count < pending else None,
+        draft=draft,
     )
-
-
-def _is_prefilling(request: Request) -> bool:
-    return any(request.num_pending(sequence) > 1 for sequence in request.sequences)
 
 
 def _is_on(request: Request, replica_id: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 import torch
@@ -11,11 +11,12 @@ from prometheus_client import CollectorRegistry
 from torch import Tensor
 
 from eft_serve.config import ModelConfig
-from eft_serve.engine.batch import ForwardBatch
+from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE
+from eft_serve.engine.drafting import Guesses, guess
 from eft_serve.engine.kv_cache import KVCache
 from eft_serve.engine.metrics import EngineMetrics
-from eft_serve.engine.scheduler import Admitted, Chunk, Limits, Scheduler, waves
+from eft_serve.engine.scheduler import Admitted, Limits, Scheduler, waves
 from eft_serve.engine.startup import start, within
 from eft_serve.engine.worker_group import WorkerGroup
 from eft_serve.errors import EngineError
@@ -44,6 +45,7 @@ class Engine:
         self.info = info
         self._group = group
         self._lease_s = config.lease_s
+        self._most_rows = config.max_num_batched_tokens
         self._clock = clock
         self._failure: str | None = None
         self._cache = KVCache(info.kv_capacity_tokens // BLOCK_SIZE)
@@ -110,34 +112,74 @@ class Engine:
     def _compute(self, admitted: list[Admitted]) -> dict[int, StepOutput]:
         pieces: dict[int, list[Tensor]] = {item.index: [] for item in admitted}
         sick: set[int] = set()
+        guesses: dict[int, Guesses] = {}
         try:
             for chunks in self._scheduler.pack(admitted):
-                logits = self._run(chunks)
-                for chunk, piece, bad in zip(chunks, _by_chunk(chunks, logits), _are_sick(chunks, logits), strict=True):
+                rows = [chunk.row() for chunk in chunks]
+                logits = self._run(rows)
+                for chunk, piece, bad in zip(chunks, _by_row(rows, logits), _are_sick(rows, logits), strict=True):
                     self._cache.commit(chunk.admitted.sequence, chunk.token_ids)
                     pieces[chunk.admitted.index].append(piece)
                     if bad:
                         sick.add(chunk.admitted.index)
+            guesses = {
+                item.index: Guesses(item.sequence, item.step.draft, [pieces[item.index][-1][-1]])
+                for item in admitted
+                if item.step.draft is not None and item.num_logits and item.index not in sick
+            }
+            sick |= self._guess(guesses)
         finally:
             for item in admitted:  # after a failure there are blocks reserved for tokens that were not computed
                 self._cache.truncate(item.sequence, item.sequence.num_computed_tokens)
         salted = [item for item in admitted if item.step.salt is not None]
         self._metrics.prefix_queried_tokens.inc(sum(len(item.step.token_ids) for item in salted))
         self._metrics.prefix_hit_tokens.inc(sum(item.start for item in salted))
-        return {item.index: self._output(item, pieces[item.index], item.index in sick) for item in admitted}
+        return {
+            item.index: self._output(item, pieces[item.index], item.index in sick, guesses.get(item.index))
+            for item in admitted
+        }
 
-    def _output(self, item: Admitted, pieces: list[Tensor], sick: bool) -> StepOutput:
+    def _guess(self, guesses: Mapping[int, Guesses]) -> set[int]:
+        """Everyone's guesses, one forward for all that want another; returns whose logits are no numbers."""
+        sick: set[int] = set()
+        guess(list(guesses.values()))
+        while going_on := [
+            i for i, each in guesses.items() if i not in sick and each.wants_more and self._extend(each)
+        ]:
+            for part in (going_on[i : i + self._most_rows] for i in range(0, len(going_on), self._most_rows)):
+                rows = [guesses[index].next_row() for index in part]
+                logits = self._run(rows)
+                for index, row, bad in zip(part, logits, _are_sick(rows, logits), strict=True):
+                    self._cache.commit(guesses[index].sequence, guesses[index].token_ids[-1:])
+                    guesses[index].rows.append(row)
+                    if bad:
+                        sick.add(index)
+            guess([guesses[index] for index in going_on if index not in sick])
+        return sick
+
+    def _extend(self, guesses: Guesses) -> bool:
+        """Make room for one more token where there is some; nobody is evicted for a guess."""
+        num_tokens = guesses.sequence.num_computed_tokens + 1
+        if num_tokens > self.info.max_model_len or self._cache.num_missing_blocks(guesses.sequence, num_tokens) > 0:
+            return False
+        self._cache.reserve(guesses.sequence, num_tokens)
+        return True
+
+    def _output(self, item: Admitted, pieces: list[Tensor], sick: bool, guesses: Guesses | None) -> StepOutput:
         step = item.step
         if item.stop < len(step.token_ids):
             return StepOutput(step.sequence_id, held=item.sequence.num_computed_tokens)
         if sick:
             self._cache.disown(item.sequence)
             return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
-        return StepOutput(step.sequence_id, logits=pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+        if guesses is not None and len(guesses.rows) > 1:
+            pieces = [*pieces, torch.stack(guesses.rows[1:])]
+        logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return StepOutput(step.sequence_id, logits=logits, drafted=guesses.token_ids if guesses is not None else ())
 
-    def _run(self, chunks: list[Chunk]) -> Tensor:
-        """One forward; logits [num_logits, vocab_size] of all chunks in their order."""
-        batch = ForwardBatch([chunk.row() for chunk in chunks])
+    def _run(self, rows: list[BatchRow]) -> Tensor:
+        """One forward; logits [num_logits, vocab_size] of all rows in their order."""
+        batch = ForwardBatch(rows)
         started = time.perf_counter()
         try:
             logits = self._group.forward(batch)
@@ -160,11 +202,11 @@ class Engine:
             raise EngineError(f"{self.info.model}: the engine has failed: {self._failure}")
 
 
-def _by_chunk(chunks: list[Chunk], logits: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(logits, [chunk.num_logits for chunk in chunks])
+def _by_row(rows: list[BatchRow], logits: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(logits, [row.num_logits for row in rows])
 
 
-def _are_sick(chunks: list[Chunk], logits: Tensor) -> list[bool]:
-    """Whether a chunk's logits have infinities or NaN, found for all of them at once."""
+def _are_sick(rows: list[BatchRow], logits: Tensor) -> list[bool]:
+    """Whether a row's logits have infinities or NaN, found for all of them at once."""
     finite = iter(logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist())
-    return [not all(list(islice(finite, chunk.num_logits))) for chunk in chunks]
+    return [not all(list(islice(finite, row.num_logits))) for row in rows]

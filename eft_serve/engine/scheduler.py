@@ -94,6 +94,10 @@ def find_mistake(step: SequenceStep, limits: Limits, capacity_tokens: int) -> st
         return f"num_logits: {step.num_logits} is not between 0 and the {len(step.token_ids)} token_ids"
     if step.max_computed is not None and step.max_computed < 1:
         return f"max_computed: {step.max_computed}; a step computes at least one token"
+    if step.draft is not None and not (step.num_logits and 0 < step.draft.num_ids <= limits.vocab_size):
+        return f"draft: wants num_logits, and num_ids of 1 to {limits.vocab_size}; num_ids is {step.draft.num_ids}"
+    if step.draft is not None and step.draft.num_tokens < 1:
+        return f"draft.num_tokens: {step.draft.num_tokens}; at least one is guessed"
     if step.salt is not None and step.position > 0:
         return f"salt: given at position {step.position}; a sequence gets it at position 0 and keeps it"
     if min(step.token_ids) < 0 or max(step.token_ids) >= limits.vocab_size:

@@ -30,6 +30,16 @@ def row_keys(seeds: Tensor, positions: Tensor) -> Tensor:
     return _mix(_mix(seeds + _GOLDEN) + positions * _GOLDEN)
 
 
+def separate(seeds: Tensor, purpose: int) -> Tensor:
+    """Seeds, int64 [num_rows], whose noise is independent of that of the originals and of every other purpose's."""
+    return _mix(_mix(seeds + to_int64(purpose * _MIX_1)) ^ _MIX_2)
+
+
+def uniform(keys: Tensor) -> Tensor:
+    """Uniform on (0, 1), float64, the shape of `keys`; not independent of `gumbel` for the same keys."""
+    return _uniform_bits(keys, keys.new_zeros(())).double().add_(0.5).mul_(2.0**-_UNIFORM_BITS)
+
+
 def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise, float64, between MIN_NOISE and MAX_NOISE; int64 arguments are broadcast together."""
     return _uniform_bits(keys, token_ids).double().add_(0.5).mul_(2.0**-_UNIFORM_BITS).log_().neg_().log_().neg_()

@@ -89,7 +89,7 @@ class Link:
     def begin(self, message_id: int, batch: StepBatch, started: float) -> None:
         """Send a batch, or have it wait for the connection that is being made."""
         self._message_id, self._steps, self._started, self._result = message_id, batch.steps, started, None
-        self._grow(sum(step.num_logits for step in batch.steps) * self.endpoint.info.vocab_size * _WIDEST_ITEM_BYTES)
+        self._grow(sum(map(_most_rows, batch.steps)) * self.endpoint.info.vocab_size * _WIDEST_ITEM_BYTES)
         name = None
         if self._segment is not None:
             self._segment.message_id, name = message_id, self._segment.name
@@ -191,6 +191,15 @@ class Link:
         return StepResult(failure=f"{self.endpoint.address}: {reason}", seconds=time.monotonic() - self._started)
 
 
+def _most_rows(step: SequenceStep) -> int:
+    return step.num_logits + (step.draft.num_tokens - 1 if step.draft else 0)
+
+
 def _answers(output: StepOutput, step: SequenceStep) -> bool:
-    rows = step.num_logits if output.logits is None else len(output.logits)
-    return output.sequence_id == step.sequence_id and rows == step.num_logits
+    if output.sequence_id != step.sequence_id:
+        return False
+    if output.logits is None:
+        return not output.drafted
+    fewest, most = (1, step.draft.num_tokens) if step.draft else (0, 0)
+    num_drafted = len(output.drafted)
+    return fewest <= num_drafted <= most and len(output.logits) == step.num_logits + max(0, num_drafted - 1)

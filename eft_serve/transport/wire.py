@@ -50,6 +50,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     held: int | None
     error: str | None
     num_rows: int
+    drafted: list[int] = []
 
 
 class ReplyHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -96,6 +97,10 @@ def decode_request(frames: Sequence[Frame]) -> Request:
             raise WireError(f"request: sequence {step.sequence_id!r}: position or num_logits out of range")
         if step.max_computed is not None and step.max_computed < 1:
             raise WireError(f"request: sequence {step.sequence_id!r}: max_computed {step.max_computed} is out of range")
+        if step.draft is not None and (step.draft.num_tokens < 1 or step.num_logits < 1):
+            raise WireError(
+                f"request: sequence {step.sequence_id!r}: draft needs num_tokens and num_logits of at least 1"
+            )
     return request
 
 
@@ -151,7 +156,8 @@ def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Rep
         if answer.held is not None or answer.error is not None:
             outputs.append(StepOutput(answer.sequence_id, held=answer.held, error=answer.error))
             continue
-        outputs.append(StepOutput(answer.sequence_id, logits=logits[start : start + answer.num_rows]))
+        rows = logits[start : start + answer.num_rows]
+        outputs.append(StepOutput(answer.sequence_id, logits=rows, drafted=answer.drafted))
         start += answer.num_rows
     return Reply(header.message_id, outputs, header.forward_seconds, header.failure)
 
@@ -160,7 +166,8 @@ def _answer(output: StepOutput) -> Answer:
     set_fields = [name for name in ("held", "error", "logits") if getattr(output, name) is not None]
     if len(set_fields) != 1:
         raise WireError(f"output of {output.sequence_id!r} sets {set_fields}; exactly one of held, error, logits")
-    return Answer(output.sequence_id, output.held, output.error, 0 if output.logits is None else len(output.logits))
+    num_rows = 0 if output.logits is None else len(output.logits)
+    return Answer(output.sequence_id, output.held, output.error, num_rows, list(output.drafted))
 
 
 def _gather(rows: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from eft_serve.numerics.sampling import SamplingRows, sample
 from eft_serve.types import Endpoint, ModelInfo, SequenceStep, StepBatch, StepOutput, StepResult
 
 VOCAB_SIZE = 61
@@ -16,12 +17,15 @@ EOS = 60
 
 
 def toy_logits(model: str, token_ids: Sequence[int]) -> Tensor:
-    """Next-token logits [VOCAB_SIZE] that depend on the model and on every token."""
-    digest = hashlib.sha256(f"{model}:{list(token_ids)}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    logits = torch.randn(VOCAB_SIZE, generator=generator) * 3
+    """Next-token logits [VOCAB_SIZE] that depend on every token; what depends on the model is the lesser part."""
+    logits = 3 * _noise(f"{list(token_ids)}") + _noise(f"{model}:{list(token_ids)}")
     logits[EOS] -= 3.0
     return logits
+
+
+def _noise(key: str) -> Tensor:
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
 
 
 def endpoint(model: str, replica_id: str, *, kv_tokens: int = 4096, max_len: int = 512, block: int = 4) -> Endpoint:
@@ -101,7 +105,34 @@ class ToyBackend:
         if found + len(computed) < len(new):
             return StepOutput(step.sequence_id, held=len(tokens))
         rows = [toy_logits(info.model, tokens[: len(tokens) - back]) for back in reversed(range(step.num_logits))]
-        return StepOutput(step.sequence_id, logits=torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE))
+        drafted = self._guess(info, held, step, rows) if step.draft is not None else []
+        return StepOutput(
+            step.sequence_id, logits=torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE), drafted=drafted
+        )
+
+    def _guess(self, info: ModelInfo, held: dict[str, list[int]], step: SequenceStep, rows: list[Tensor]) -> list[int]:
+        """As many as asked for, and as the budget has room for."""
+        draft, tokens, drafted = step.draft, held[step.sequence_id], list[int]()
+        assert draft is not None
+        assert rows
+        while True:
+            position = torch.tensor([draft.position + len(drafted)])
+            one = {
+                "temperature": draft.temperature,
+                "top_k": draft.top_k,
+                "top_p": draft.top_p,
+                "min_p": draft.min_p,
+                "seed": draft.seed,
+            }
+            params = SamplingRows(**{name: torch.tensor([value]) for name, value in one.items()}, position=position)
+            drafted.append(int(sample(rows[-1][None, : draft.num_ids], params)))
+            used = sum(-(-len(t) // info.kv_block_size) * info.kv_block_size for t in held.values())
+            has_room = used + info.kv_block_size <= info.kv_capacity_tokens and len(tokens) < info.max_model_len
+            if len(drafted) == draft.num_tokens or not has_room:
+                return drafted
+            tokens.append(drafted[-1])
+            self.num_computed += 1
+            rows.append(toy_logits(info.model, tokens))
 
     def _find(self, replica_id: str, step: SequenceStep, block_size: int) -> int:
         """Tokens of a first step that this replica has cached; what logits are wanted of is computed."""

@@ -20,7 +20,8 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.request import Request
 from eft_serve.ensemble import Term
-from eft_serve.types import Delta, Endpoint, FinishReason, GenerationRequest, SamplingParams
+from eft_serve.numerics.sampling import SamplingRows, sample
+from eft_serve.types import Delta, Endpoint, FinishReason, GenerationRequest, SamplingParams, Speculative
 
 EFT = {"base": 1.0, "reference": -1.0, "tuned": 1.0}
 
@@ -95,6 +96,7 @@ def request(
     coefficients: Mapping[str, float] = EFT,
     now: float | None = None,
     tenant: str = "anonymous",
+    speculative: Speculative | None = None,
     **sampling: object,
 ) -> Request:
     generation = GenerationRequest(
@@ -103,8 +105,9 @@ def request(
         prompts=dict(prompts),
         sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
         tenant=tenant,
+        speculative=speculative,
     )
-    terms = [Term(model, model, coefficient) for model, coefficient in coefficients.items()]
+    terms = [Term(model, model, c, weight=float(model == "tuned")) for model, c in coefficients.items()]
     return Request.create(generation, terms, time.monotonic() if now is None else now)
 
 
@@ -117,7 +120,9 @@ def naive(req: Request) -> list[int]:
         for term in req.terms:
             logits = toy_logits(term.model, req.generation.prompts[term.name] + output)
             combined += term.coefficient * torch.log_softmax(logits, -1)
-        output.append(int(combined.argmax()))
+        params = {name: torch.tensor([getattr(sampling, name)]) for name in ("temperature", "top_k", "top_p", "min_p")}
+        rows = SamplingRows(**params, seed=torch.tensor([sampling.seed]), position=torch.tensor([len(output)]))
+        output.append(int(sample(combined[None], rows)) if sampling.temperature else int(combined.argmax()))
     return output
 
 
@@ -135,9 +140,30 @@ def prompts_for(rng: random.Random, longest: int = 40) -> dict[str, list[int]]:
 def many(rng: random.Random, count: int) -> list[Request]:
     recipes = [EFT, {"base": 1.0}, {"tuned": 1.0}, {"base": 0.5, "reference": -0.25, "tuned": 0.75}]
     return [
-        request(f"r{i}", prompts_for(rng), rng.choice(recipes), tenant=rng.choice("xy"), max_tokens=rng.randint(1, 20))
+        request(
+            f"r{i}",
+            prompts_for(rng),
+            rng.choice(recipes),
+            tenant=rng.choice("xy"),
+            speculative=speculative(rng),
+            max_tokens=rng.randint(1, 20),
+            temperature=rng.choice([0.0, 0.7, 1.0]),
+            top_p=rng.choice([0.5, 1.0]),
+            seed=rng.randrange(2**62),
+        )
         for i in range(count)
     ]
+
+
+def speculative(rng: random.Random) -> Speculative | None:
+    return rng.choice(
+        [
+            None,
+            Speculative(),
+            Speculative(num_tokens=rng.choice([1, 2, 4, 8, 16]), overlap=rng.random() < 0.5),
+            Speculative(draft="ngram", num_tokens=rng.choice([None, 3])),
+        ]
+    )
 
 
 @settings(deadline=None, max_examples=40)

@@ -1,0 +1,66 @@
+"""An engine's guesses at what follows a step, drawn from its own logits as a coordinator draws from the combined ones.
+
+With the same seed and position both draws use the same noise, so that they agree wherever the distributions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from eft_serve.engine.batch import BatchRow
+from eft_serve.engine.kv_cache import Sequence
+from eft_serve.numerics.sampling import SamplingRows, greedy, sample
+from eft_serve.types import Draft
+
+
+@dataclass(slots=True, eq=False)
+class Guesses:
+    """One sequence's guesses so far."""
+
+    sequence: Sequence
+    draft: Draft
+    rows: list[Tensor]  # each [vocab_size]; the newest is what the next guess is drawn from
+    token_ids: list[int] = field(default_factory=list)
+
+    @property
+    def wants_more(self) -> bool:
+        return len(self.token_ids) < self.draft.num_tokens
+
+    def next_row(self) -> BatchRow:
+        """The forward of the newest guess; its block is reserved."""
+        return BatchRow(
+            token_ids=self.token_ids[-1:],
+            position=self.sequence.num_computed_tokens,
+            block_ids=list(self.sequence.block_ids),
+            num_logits=1,
+            owner=self.sequence.number,
+        )
+
+
+def guess(guesses: SequenceOf[Guesses]) -> None:
+    """Draw everyone's next token. Rows must be finite."""
+    groups: dict[int, list[Guesses]] = {}
+    for each in guesses:
+        groups.setdefault(each.draft.num_ids, []).append(each)
+    for num_ids, group in groups.items():
+        logits = torch.stack([each.rows[-1][:num_ids] for each in group])
+        is_random = any(each.draft.temperature for each in group)
+        drawn = sample(logits, _sampling_rows(group)) if is_random else greedy(logits)
+        for each, token_id in zip(group, drawn.tolist(), strict=True):
+            each.token_ids.append(token_id)
+
+
+def _sampling_rows(guesses: SequenceOf[Guesses]) -> SamplingRows:
+    drafts = [each.draft for each in guesses]
+    return SamplingRows(
+        temperature=torch.tensor([d.temperature for d in drafts]),
+        top_k=torch.tensor([d.top_k for d in drafts]),
+        top_p=torch.tensor([d.top_p for d in drafts]),
+        min_p=torch.tensor([d.min_p for d in drafts]),
+        seed=torch.tensor([d.seed for d in drafts]),
+        position=torch.tensor([each.draft.position + len(each.token_ids) for each in guesses]),
+    )

@@ -1,0 +1,110 @@
+"""An engine's guesses are what stepping it token by token would draw, and cost the others nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import CONTEXT, VOCAB_SIZE
+
+from eft_serve.engine.engine import Engine
+from eft_serve.numerics.sampling import SamplingRows, sample
+from eft_serve.types import Draft, SequenceStep, StepOutput
+
+Load = Callable[..., Engine]
+PROMPTS = {"a": list(range(20)), "b": [7, 7, 3], "c": list(range(40, 57))}
+
+
+def draft(num_tokens: int, **changes: object) -> Draft:
+    fields = {
+        "position": 0,
+        "num_ids": VOCAB_SIZE,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "seed": 3,
+    }
+    return Draft(num_tokens=num_tokens, **{**fields, **changes})  # type: ignore[arg-type]
+
+
+def own_draw(row: torch.Tensor, d: Draft, position: int) -> int:
+    fields = {name: torch.tensor([getattr(d, name)]) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+    return int(sample(row[None, : d.num_ids].clone(), SamplingRows(**fields, position=torch.tensor([position]))))
+
+
+def stepwise(engine: Engine, name: str, prompt: list[int], d: Draft) -> tuple[list[int], list[torch.Tensor]]:
+    """The same by one step a token."""
+    tokens, rows, position, new = list[int](), list[torch.Tensor](), 0, prompt
+    while len(tokens) < d.num_tokens:
+        (output,) = engine.forward([SequenceStep(name, position, new, 1)])
+        assert output.logits is not None
+        rows.append(output.logits[0])
+        tokens.append(own_draw(rows[-1], d, d.position + len(tokens)))
+        position, new = position + len(new), tokens[-1:]
+    engine.free([name])
+    return tokens, rows
+
+
+@pytest.mark.parametrize("architecture", ["llama", "olmo2", "falcon-new"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guesses_and_their_rows_are_those_of_single_steps(load: Load, architecture: str, temperature: float) -> None:
+    engine = load(architecture)
+    drafts = {"a": draft(5, temperature=temperature), "b": draft(1, seed=9), "c": draft(9, position=4, top_p=0.8)}
+    outputs = engine.forward([SequenceStep(n, 0, PROMPTS[n], 1, draft=d) for n, d in drafts.items()])
+    for output, (name, d) in zip(outputs, drafts.items(), strict=True):
+        tokens, rows = stepwise(engine, f"{name} again", PROMPTS[name], d)
+        assert list(output.drafted) == tokens
+        assert output.logits is not None
+        torch.testing.assert_close(output.logits, torch.stack(rows), rtol=1e-4, atol=1e-4)
+    engine.free(drafts)
+
+
+def test_all_guesses_but_the_last_are_held_and_the_next_step_goes_on_from_there(load: Load) -> None:
+    engine = load("llama")
+    (output,) = engine.forward([SequenceStep("s", 0, PROMPTS["a"], 1, draft=draft(4))])
+    held = len(PROMPTS["a"]) + 3
+    (beyond,) = engine.forward([SequenceStep("s", held + 1, [1], 1)])
+    assert beyond.held == held
+    (after,) = engine.forward([SequenceStep("s", held, list(output.drafted[-1:]), 1)])
+    (anew,) = engine.forward([SequenceStep("t", 0, PROMPTS["a"] + list(output.drafted), 1)])
+    assert after.logits is not None
+    assert anew.logits is not None
+    torch.testing.assert_close(after.logits, anew.logits, rtol=1e-4, atol=1e-4)
+    engine.free(["s", "t"])
+
+
+def test_guesses_stop_at_the_context_and_evict_nobody(load: Load) -> None:
+    engine = load("llama", kv_cache_tokens=96)
+    (full,) = engine.forward([SequenceStep("long", 0, [1] * (CONTEXT - 3), 1, draft=draft(8))])
+    assert len(full.drafted) == 4  # of which three are held
+    engine.free(["long"])
+    engine.forward([SequenceStep("other", 0, [2] * 48, 1)])
+    (cramped,) = engine.forward([SequenceStep("s", 0, [1] * 46, 1, draft=draft(8))])
+    assert len(cramped.drafted) == 3
+    (other,) = engine.forward([SequenceStep("other", 47, [2], 1)])
+    assert other.logits is not None  # still there
+    engine.free(["s", "other"])
+
+
+def test_guesses_stay_within_the_ids_that_all_models_have(load: Load) -> None:
+    engine = load("llama")
+    (output,) = engine.forward([SequenceStep("s", 0, PROMPTS["a"], 1, draft=draft(8, num_ids=5))])
+    assert max(output.drafted) < 5
+    engine.free(["s"])
+
+
+@pytest.mark.parametrize(
+    ("step", "field"),
+    [
+        (SequenceStep("s", 0, [1], 0, draft=draft(2)), "num_logits"),
+        (SequenceStep("s", 0, [1], 1, draft=draft(2, num_ids=VOCAB_SIZE + 1)), "num_ids"),
+        (SequenceStep("s", 0, [1], 1, draft=draft(0)), "num_tokens"),
+    ],
+)
+def test_a_draft_that_cannot_be_is_refused(load: Load, step: SequenceStep, field: str) -> None:
+    (output,) = load("llama").forward([step])
+    assert isinstance(output, StepOutput)
+    assert output.error is not None
+    assert field in output.error
