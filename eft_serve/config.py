@@ -15,6 +15,8 @@ from eft_serve.errors import ConfigError
 
 ZOO_PREFIX = "zoo:"
 ZOO_CHECKPOINTS = Path(__file__).parent / "zoo" / "checkpoints"
+MAX_GUESSES = 16
+DRAFTERS = ("auto", "ngram", "none")  # beside the recipe's own models
 MAX_KNOB = 100.0  # far beyond any use; keeps |logit| * knob finite in fp32
 
 
@@ -92,6 +94,21 @@ class TunedConfig(_Frozen):
     """alpha: how much of this fine-tuning."""
 
 
+class SpeculativeConfig(_Frozen):
+    """How a recipe's tokens are guessed ahead (arXiv 2310.12962). No setting changes their distribution."""
+
+    draft: Name = "auto"
+    """Who guesses: `auto`, the tuned model of the largest weight; `ngram`, the text itself, by what followed its newest
+    tokens before; `none`, nobody; or a model of the recipe."""
+    num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
+    """Guesses at a time; when not set, as many as pay, by measure: none where none pay."""
+    method: Literal["keyed", "classic"] = "keyed"
+    """`keyed`: a guess stands when plain decoding with the same seed draws it, so tokens are the same with and without.
+    `classic`: rejection sampling; other tokens, of the same distribution."""
+    overlap: bool = True
+    """Guess on while guesses are verified."""
+
+
 class RecipeConfig(_Frozen):
     """A named virtual model: `ref + scale * (base - ref) + sum_i weight_i * (tuned_i - ref_i)` (arXiv 2310.12962)."""
 
@@ -103,6 +120,17 @@ class RecipeConfig(_Frozen):
     """The fine-tunings, each with its weight."""
     scale: Knob = 1.0
     """beta: how much of the pre-training scale-up."""
+    speculative: SpeculativeConfig = SpeculativeConfig()
+    """How tokens are guessed ahead."""
+
+    @model_validator(mode="after")
+    def _drafter_is_known(self) -> Self:
+        if self.speculative.draft not in {*DRAFTERS, *self.models}:
+            raise ValueError(
+                f"speculative.draft: {self.speculative.draft!r} is not of this recipe; give one of "
+                f"{[*DRAFTERS, *self.models]}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tuned_once(self) -> Self:

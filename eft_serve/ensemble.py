@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from eft_serve.config import MAX_KNOB, AppConfig, RecipeConfig
+from eft_serve.config import DRAFTERS, MAX_KNOB, AppConfig, RecipeConfig
 from eft_serve.errors import InvalidRequestError
+from eft_serve.types import Speculative
 
 ZERO = 1e-9  # a smaller coefficient is rounding left over from knobs that cancel
 
@@ -55,6 +57,21 @@ class Ensemble:
                 param="eft",
             )
         return (Term(self.name, self.name, 1.0),)
+
+    def speculative(self, changes: Mapping[str, Any]) -> Speculative:
+        """How tokens are guessed ahead: the recipe's settings with these changes. A plain model guesses when told to.
+
+        Raises:
+            InvalidRequestError: the drafter is nobody that this ensemble may run.
+        """
+        draft = changes.get("draft", "auto")
+        if draft not in {*DRAFTERS, *self.models}:
+            raise InvalidRequestError(
+                f"eft.speculative.draft: {draft!r} is not known here; give one of {[*DRAFTERS, *self.models]}",
+                param="eft.speculative.draft",
+            )
+        own = {"draft": "none"} if self.recipe is None else self.recipe.speculative.model_dump()
+        return Speculative(**{**own, **changes})
 
 
 def coefficients(

@@ -61,7 +61,7 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
 class Speculative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a request's tokens are guessed ahead; whatever it says, they are drawn from the same distribution."""
 
-    draft: str = "auto"  # the tuned model of the largest weight; "ngram", "off", or a term's name
+    draft: str = "auto"  # the tuned model of the largest weight; "ngram", "none", or a term's name
     num_tokens: int | None = None  # guesses at a time; None: as many as pay
     method: Literal["keyed", "classic"] = "keyed"  # guesses stand by equal draws, or by rejection sampling
     overlap: bool = True  # guess on while guesses are verified
@@ -154,6 +154,19 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     param: str | None = None
 
 
+class GuessReport(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a request's guesses."""
+
+    num_drafted: int = 0
+    num_accepted: int = 0
+    num_passes: int = 0  # steps that gave the request tokens: as many passes of the base model
+
+    def __add__(self, other: GuessReport) -> GuessReport:
+        return GuessReport(
+            *(a + b for a, b in zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True))
+        )
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """What a coordinator emits: whatever became ready since the last one."""
 
@@ -161,3 +174,4 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     failure: Failure | None = None  # set exactly when finish_reason is ERROR
+    report: GuessReport | None = None  # with the last one

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from eft_serve.types import Delta, FinishReason
+from eft_serve.types import Delta, FinishReason, GuessReport
 
 JsonObject = dict[str, Any]
 
@@ -18,19 +18,34 @@ class Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    report: GuessReport = field(default_factory=GuessReport)
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
 
-def usage(num_prompt_tokens: int, num_generated: int) -> JsonObject:
+def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool) -> JsonObject:
     """Tokens used; the prompt counts once however many choices there are, as OpenAI has it."""
-    return {
+    num_generated = sum(choice.num_tokens for choice in choices)
+    used: JsonObject = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt_tokens + num_generated,
     }
+    if with_report:
+        report = sum((choice.report for choice in choices), GuessReport())
+        used["completion_tokens_details"] = {
+            "accepted_prediction_tokens": report.num_accepted,
+            "rejected_prediction_tokens": report.num_drafted - report.num_accepted,
+        }
+        used["eft"] = {
+            "drafted": report.num_drafted,
+            "accepted": report.num_accepted,
+            "acceptance_rate": report.num_accepted / report.num_drafted if report.num_drafted else None,
+            "tokens_per_base_pass": num_generated / report.num_passes if report.num_passes else None,
+        }
+    return used
 
 
 class Format(Protocol):
@@ -112,6 +127,7 @@ class Envelope:
     created: int  # Unix seconds
     model: str
     with_usage: bool = False  # every chunk has a usage field, null but in the last
+    with_report: bool = False  # usage tells what became of the guesses
     with_token_ids: bool = False  # every choice has the ids of its tokens, as vLLM's `return_token_ids` gives them
 
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int) -> JsonObject:
@@ -120,7 +136,7 @@ class Envelope:
         if self.with_token_ids:
             shown = [each | {"token_ids": c.token_ids} for each, c in zip(shown, choices, strict=True)]
         body = self._body(self.format.whole, shown)
-        return body | {"usage": usage(num_prompt_tokens, sum(c.num_tokens for c in choices))}
+        return body | {"usage": usage(num_prompt_tokens, choices, self.with_report)}
 
     def parts(self, index: int, delta: Delta) -> list[JsonObject]:
         """A delta as stream choices; its token ids come with the first, even where there is no text yet."""
@@ -135,9 +151,9 @@ class Envelope:
         body = self._body(self.format.part, [part])
         return body | {"usage": None} if self.with_usage else body
 
-    def usage_chunk(self, num_prompt_tokens: int, num_generated: int) -> JsonObject:
+    def usage_chunk(self, num_prompt_tokens: int, choices: Sequence[Choice]) -> JsonObject:
         """The last chunk, without choices."""
-        return self._body(self.format.part, []) | {"usage": usage(num_prompt_tokens, num_generated)}
+        return self._body(self.format.part, []) | {"usage": usage(num_prompt_tokens, choices, self.with_report)}
 
     def _body(self, kind: str, choices: list[JsonObject]) -> JsonObject:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}

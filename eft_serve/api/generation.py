@@ -88,6 +88,7 @@ class GenerationResponse(Response):
             int(time.time()),
             call.body.model,
             with_usage=bool(options and options.include_usage),
+            with_report=call.body.eft.report,
             with_token_ids=bool(call.body.return_token_ids),
         )
         self._deadline = call.arrival + context.service.config.server.request_timeout_s
@@ -128,6 +129,7 @@ class GenerationResponse(Response):
     async def _prepare(self) -> list[GenerationRequest]:
         body, knobs = self._call.body, self._call.body.eft
         terms = self._call.ensemble.terms(knobs.scale, knobs.weights)
+        speculative = self._call.ensemble.speculative(knobs.speculative.changes)
         prompts = await self._call.render(term.name for term in terms)
         max_tokens = self._max_tokens(prompts)
         self._progress.num_prompt_tokens = len(next(iter(prompts.values())))
@@ -140,6 +142,7 @@ class GenerationResponse(Response):
                 sampling=body.sampling(max_tokens, seed),
                 scale=knobs.scale,
                 weights=knobs.weights,
+                speculative=speculative,
                 tenant=self._call.tenant.name,
                 timeout_s=max(0.0, self._deadline - self._now()),
             )
@@ -171,6 +174,7 @@ class GenerationResponse(Response):
                 choice.text += delta.text
                 choice.token_ids += delta.token_ids
                 choice.finish_reason = delta.finish_reason
+                choice.report = delta.report or choice.report
                 yield item
 
     async def _next(self, source: AsyncGenerator[Indexed, None]) -> Indexed | None:
@@ -193,7 +197,7 @@ class GenerationResponse(Response):
                 await self._send_events(send, self._events(item))
             if self._envelope.with_usage:
                 progress = self._progress
-                chunk = self._envelope.usage_chunk(progress.num_prompt_tokens, progress.num_generated)
+                chunk = self._envelope.usage_chunk(progress.num_prompt_tokens, progress.choices)
                 await self._send_events(send, [chunk])
             end = sse.DONE
         except EftServeError as error:

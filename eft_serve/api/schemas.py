@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from eft_serve.config import MAX_GUESSES
 from eft_serve.types import SamplingParams
 
 MAX_CHOICES = 16
@@ -53,13 +54,33 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class SpeculativeKnobs(_Strict):
+    """How tokens are guessed ahead; what is not given is the recipe's own. Changes how soon tokens come, not which."""
+
+    draft: str | None = Field(default=None, max_length=256)
+    """`auto`, `ngram`, `none`, or a model of the recipe."""
+    num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
+    """Guesses at a time; null for as many as pay."""
+    method: Literal["keyed", "classic"] | None = None
+    overlap: bool | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Those that were given; a null `num_tokens` says something and the other nulls do not."""
+        given = self.model_dump(exclude_unset=True)
+        return {name: value for name, value in given.items() if value is not None or name == "num_tokens"}
+
+
 class EftKnobs(_Strict):
-    """The two knobs of emulated fine-tuning; what is not given is the recipe's own."""
+    """The knobs of emulated fine-tuning; what is not given is the recipe's own."""
 
     scale: Annotated[float, Finite] | None = None
     """beta: how much of the pre-training scale-up."""
     weights: dict[str, Annotated[float, Finite]] | None = None
     """alpha by tuned model: how much of each fine-tuning."""
+    speculative: SpeculativeKnobs = SpeculativeKnobs()
+    report: bool = False
+    """`usage` also tells what became of the guesses."""
 
 
 class StreamOptions(_Strict):

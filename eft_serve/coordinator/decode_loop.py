@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import eq
 
+import msgspec
+
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.backend import LogitsBackend
 from eft_serve.coordinator.gather import Gathered, gather
@@ -161,6 +163,8 @@ class DecodeLoop:
             request.last_progress = now
             delta = self._requests[request_id][1].push_all(tokens)
             self.metrics.generated_tokens.inc(len(delta.token_ids))
+            if delta.finish_reason is not None:
+                delta = msgspec.structs.replace(delta, report=request.speculation.report)
             self._deltas.append((request_id, delta))
             if delta.finish_reason is not None:
                 self._end(request_id, delta.finish_reason)
@@ -220,7 +224,7 @@ class DecodeLoop:
             return
         self.scheduler.finish(request)
         self.metrics.finished.labels(reason).inc()
-        self.metrics.count_speculation(request.speculation)
+        self.metrics.count_guesses(request.speculation.report)
         if error is not None:
             self._deltas.append((request_id, failed(error)))
 

@@ -73,4 +73,4 @@ def _apply(
             logits[request].append(sequence)
         if output.drafted:
             request.guesses += output.drafted
-            request.speculation.num_drafted += len(output.drafted)
+            request.speculation.count_drafted(len(output.drafted))

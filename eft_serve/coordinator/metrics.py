@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from eft_serve.coordinator.speculation import Speculation
+from eft_serve.types import GuessReport
 
 _DECADE = (1, 1.5, 2, 3, 4, 5, 6.5, 8)
 STEP_BUCKETS = [step * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for step in _DECADE] + [10.0, 30.0, 60.0]
@@ -71,8 +71,8 @@ class CoordinatorMetrics:
             "eft_replica_failures", "Replica calls that failed", ["model"], registry=self.registry
         )
 
-    def count_speculation(self, speculation: Speculation) -> None:
+    def count_guesses(self, report: GuessReport) -> None:
         """Of a request that ended."""
-        self.decode_passes.inc(speculation.num_passes)
-        self.drafted_tokens.inc(speculation.num_drafted)
-        self.accepted_tokens.inc(speculation.num_accepted)
+        self.decode_passes.inc(report.num_passes)
+        self.drafted_tokens.inc(report.num_drafted)
+        self.accepted_tokens.inc(report.num_accepted)

@@ -7,13 +7,13 @@ compute the guesses of the step before. So a step without guesses is plain decod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from eft_serve.ensemble import Term
 from eft_serve.numerics.speculative import guess_seeds
-from eft_serve.types import Draft, GenerationRequest, Speculative
+from eft_serve.types import Draft, GenerationRequest, GuessReport, Speculative
 
 KEPT = 0.9  # of what is known of a request's acceptance, with each further step
 PRIOR_TRIALS = 3.0  # a new request is believed to be like those before it, as if so many guesses had said so
@@ -27,16 +27,17 @@ class Speculation:
     drafter: str | None  # name of the term whose model drafts; NGRAM: the text itself; None: nobody
     settings: Speculative
     num_asked: int = 0  # guesses that the drafter is asked for in the present step
-    num_drafted: int = 0  # guesses made
-    num_accepted: int = 0  # guesses that became output
-    num_passes: int = 0  # steps that gave the request tokens
+    report: GuessReport = field(default_factory=GuessReport)
     _successes: float = 0.0  # of guesses that were put to the test, fading
     _trials: float = 0.0
 
     @classmethod
     def of(cls, generation: GenerationRequest, terms: Sequence[Term]) -> Speculation:
-        settings = generation.speculative or Speculative(draft="off")
+        settings = generation.speculative or Speculative(draft="none")
         return cls(_drafter(settings.draft, terms), settings)
+
+    def count_drafted(self, count: int) -> None:
+        self.report += GuessReport(num_drafted=count)
 
     def acceptance(self, prior: float) -> float:
         """The chance that the next guess stands; `prior` is that of requests like this one."""
@@ -44,8 +45,7 @@ class Speculation:
 
     def count(self, num_accepted: int, num_tested: int) -> None:
         """A step has put so many guesses to the test; those behind the first that fell were not."""
-        self.num_passes += 1
-        self.num_accepted += num_accepted
+        self.report += GuessReport(num_accepted=num_accepted, num_passes=1)
         self._successes = KEPT * self._successes + num_accepted
         self._trials = KEPT * self._trials + num_tested
 
@@ -72,8 +72,8 @@ class Speculation:
 
 def _drafter(draft: str, terms: Sequence[Term]) -> str | None:
     """`auto` is the tuned model of the largest weight; nobody drafts for a model that runs alone."""
-    if draft in ("off", NGRAM):
-        return NGRAM if draft == NGRAM else None
+    if draft == NGRAM:
+        return NGRAM
     if draft == "auto":
         drafting = [term for term in terms if term.weight > 0]
         return max(drafting, key=lambda term: term.weight).name if len(terms) > 1 and drafting else None

@@ -111,7 +111,7 @@ class Speculator:
             tokens = [*request.sequences[0].prompt_token_ids, *request.output_token_ids]
             found = look_up(tokens, min(depth, request.num_left - 1))
             request.guesses = [t for t in found if t < request.num_ids]
-            speculation.num_drafted += len(request.guesses)
+            speculation.count_drafted(len(request.guesses))
         elif speculation.drafter not in (None, NGRAM) and (speculation.settings.overlap or not num_guesses):
             speculation.num_asked = max(0, min(depth, request.num_left - num_guesses))
 

@@ -96,7 +96,7 @@ def test_a_name_is_a_recipe_or_a_plain_model_or_nothing() -> None:
     recipe, plain = Ensemble.find(config, "up"), Ensemble.find(config, "small")
     assert recipe is not None
     assert recipe.models == ("large", "small", "chat")
-    assert recipe.terms(scale=0.0) == (Term("chat", "chat", 1.0),)
+    assert recipe.terms(scale=0.0) == (Term("chat", "chat", 1.0, weight=1.0),)
     assert plain is not None
     assert plain.terms() == (Term("small", "small", 1.0),)
     assert Ensemble.find(config, "nobody") is None
