@@ -60,6 +60,24 @@ def context(
 
 
 @app.command()
+def speculate(
+    part: Annotated[list[str] | None, typer.Option(help="zoo, simulated, batched; all when not given.")] = None,
+    simulate: Annotated[str, typer.Option(help="Milliseconds of base, tuned and reference.")] = "107,36,36",
+    acceptance: Annotated[float, typer.Option(min=0, max=1, help="How often simulated models agree.")] = 0.9,
+    prompts: Annotated[int, typer.Option(min=1, help="Questions asked of the embedded family.")] = 12,
+    batch: Annotated[str, typer.Option(help="Requests at a time, in part batched.")] = "1,2,4,8,16,32",
+) -> None:
+    """What guessing ahead gains."""
+    _become_like_a_replica()
+    from eft_serve.bench.speculate import run
+
+    parts = part or ["zoo", "simulated", "batched"]
+    if unknown := sorted(set(parts) - {"zoo", "simulated", "batched"}):
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}", param_hint="--part")
+    run(parts, [float(ms) for ms in simulate.split(",")], acceptance, prompts, [int(b) for b in batch.split(",")])
+
+
+@app.command()
 def serve(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at most.")] = 16,
     peer: Annotated[Literal["naive", "none"], typer.Option(help="What to compare with.")] = "naive",

@@ -10,16 +10,13 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from eft_serve.bench import report, sleeping_engine
-from eft_serve.config import CoordinatorConfig
-from eft_serve.coordinator.decode_loop import DecodeLoop
-from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.bench import report
+from eft_serve.bench.driven import Driven
+from eft_serve.bench.sleeping_engine import SleepingEngine
 from eft_serve.coordinator.request import Request
 from eft_serve.ensemble import Term
-from eft_serve.transport.client import FanOut
-from eft_serve.types import Delta, GenerationRequest, SamplingParams
+from eft_serve.types import GenerationRequest, SamplingParams
 
 ROLES = ("base", "tuned", "reference")
 TERMS = (Term("base", "base", 1.0), Term("tuned", "tuned", 1.0), Term("reference", "reference", -1.0))
@@ -37,42 +34,26 @@ class Letters:
         return "a" * len(token_ids)
 
 
-class Ensemble:
+class Ensemble(Driven):
     """Three sleeping engines and a coordinator over them, driven step by step."""
 
     def __init__(self, latencies_s: Sequence[float], vocab_size: int) -> None:
-        self.slowest_s = max(latencies_s)
-        self.backend = FanOut()
-        started = [
-            sleeping_engine.start(role, latency, vocab_size, self.backend.public_key)
+        builds = {
+            role: (SleepingEngine.build, (role, latency, vocab_size))
             for role, latency in zip(ROLES, latencies_s, strict=True)
-        ]
-        self.processes = [process for process, _ in started]
-        vocabularies: dict[str, Any] = dict.fromkeys(ROLES, Letters(vocab_size))
-        self.loop = DecodeLoop(CoordinatorConfig(), self.backend, vocabularies, _refuse_failures, CoordinatorMetrics())
-        self.loop.set_replicas({endpoint.replica_id: endpoint for _, endpoint in started})
-        self.loop.receive()
+        }
+        super().__init__(builds, dict.fromkeys(ROLES, Letters(vocab_size)))
 
     def measure(self, batch: int, num_steps: int) -> list[float]:
         """Seconds of each of so many decode steps with so many requests."""
-        requests = [self._request(f"{batch}-{index}", WARM_UP_STEPS + num_steps) for index in range(batch)]
-        for request in requests:
+        for index in range(batch):
+            request = self._request(f"{batch}-{index}", WARM_UP_STEPS + num_steps)
+            self.tokens[request.request_id] = []
             self.loop.submit(request)
         self.loop.receive()
-        seconds = []
-        for _ in range(WARM_UP_STEPS + num_steps):
-            started = time.perf_counter()
-            if not self.loop.step():
-                raise RuntimeError("a step had nothing to compute")
-            seconds.append(time.perf_counter() - started)
+        seconds = [self.step() for _ in range(WARM_UP_STEPS + num_steps)]
         self.loop.step()  # tells the engines that all of it is over
         return seconds[WARM_UP_STEPS:]
-
-    def close(self) -> None:
-        self.backend.close()
-        for process in self.processes:
-            process.terminate()
-            process.join()
 
     @staticmethod
     def _request(request_id: str, max_tokens: int) -> Request:
@@ -83,13 +64,6 @@ class Ensemble:
             sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
         )
         return Request.create(generation, TERMS, time.monotonic())
-
-
-def _refuse_failures(deltas: Sequence[tuple[str, Delta]]) -> None:
-    """A request that fails would make steps look cheap."""
-    for request_id, delta in deltas:
-        if delta.failure is not None:
-            raise RuntimeError(f"request {request_id}: {delta.failure.message}")
 
 
 def run(latencies_ms: Sequence[float], vocab_size: int, batches: Sequence[int], num_steps: int, rounds: int) -> None:

@@ -128,7 +128,7 @@ class DecodeLoop:
             with self._timed("fan_out"):
                 results = self.backend.fan_out(batches, self.config.step_timeout_s)
             if plan.entries:
-                self.scheduler.observe(plan, time.monotonic() - sent)
+                self.scheduler.observe(plan, time.monotonic() - sent, results)
             ready = self._absorb(plan, results)
             drawn = draw(ready, self._timed)
             with self._timed("emit"):

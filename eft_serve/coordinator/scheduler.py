@@ -9,6 +9,7 @@ computed again later.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from eft_serve.config import CoordinatorConfig
@@ -16,7 +17,7 @@ from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.replicas import ReplicaTable, could_hold
 from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.coordinator.speculator import Speculator
-from eft_serve.types import Draft, SequenceStep, StepBatch
+from eft_serve.types import Draft, SequenceStep, StepBatch, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,11 @@ class Scheduler:
         plan.maybe_cached = any(e.step.salt is not None for entries in plan.entries.values() for e in entries)
         return plan
 
-    def observe(self, plan: Plan, seconds: float) -> None:
+    def observe(self, plan: Plan, seconds: float, results: Mapping[str, StepResult]) -> None:
         """A planned step took so long, from the first send to the last answer."""
         self.pacer.observe(seconds, plan.num_prefill_tokens, maybe_cached=plan.maybe_cached)
         if plan.num_prefill_tokens == 0:
-            self.speculator.observe(plan.final, seconds)
+            self.speculator.observe(plan.final, seconds, dict(_draft_forwards(plan, results)))
 
     def lose_replica(self, replica_id: str, now: float) -> None:
         """It failed or is gone: whatever it held has to be computed again, there or elsewhere."""
@@ -211,6 +212,16 @@ class Scheduler:
             plan.entries.setdefault(replica_id, []).append(Entry(request, sequence, step))
         if final:
             plan.final.append(request)
+
+
+def _draft_forwards(plan: Plan, results: Mapping[str, StepResult]) -> Iterator[tuple[str, float]]:
+    """Seconds of one forward of each model that some request may have draft."""
+    drafting = {(r.speculation.drafter, sequence.model) for r in plan.final for sequence in r.sequences}
+    for replica_id, entries in plan.entries.items():
+        sequence = entries[0].sequence
+        if (sequence.term.name, sequence.model) in drafting and (result := results[replica_id]).failure is None:
+            deepest = max(max(1, len(output.drafted)) for output in result.outputs)
+            yield sequence.model, result.forward_seconds / deepest
 
 
 def _draft(request: Request, sequence: SequenceState, budget: int) -> Draft | None:

@@ -2,14 +2,15 @@
 
 A guess costs a draft forward and a row to verify, whatever becomes of it. What that is in seconds depends on models,
 devices and batch, so it is measured: a step of each depth is timed, by batch size, and the depth is chosen that gives
-most tokens a second at the requests' own acceptance. Now and then a neighbouring depth is tried, less often the longer
-it does not help.
+most tokens a second at the requests' own acceptance. A depth that was not timed yet is believed to take what its draft
+forwards take, corrected by what was seen of others. Now and then another depth is tried, less often the longer it does
+not help.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eft_serve.coordinator.request import Request
@@ -22,7 +23,6 @@ TRIAL_STEPS = (
 )
 FIRST_TRIAL, LAST_TRIAL = 16, 256  # steps between two trials
 LISTEN_EVERY = 8  # steps; without guesses, one of so many asks for one that costs no forward, to know what would stand
-FIRST_SLOPE = 0.1  # believed cost of a guess, of a plain step
 _KEPT = 0.8  # of a known time, with each further step
 _KEPT_ACCEPTANCE = 0.98  # of a recipe's, with each guess that was put to the test
 _OUTLIER = 2.0  # times what is known; more is not believed
@@ -46,24 +46,29 @@ def tokens_per_step(acceptance: float, depth: int, *, overlap: bool) -> float:
 
 @dataclass(slots=True)
 class _Times:
-    """Seconds of a step at one batch size, by depth."""
+    """Seconds of a step at one batch size, by depth, and of a draft forward."""
 
     known: dict[int, float] = field(default_factory=dict)
+    forward: float = 0.0
 
     def add(self, depth: int, seconds: float) -> None:
         known = self.known.get(depth, seconds)
         self.known[depth] = _KEPT * known + (1 - _KEPT) * min(seconds, _OUTLIER * known)
 
+    def add_forward(self, seconds: float) -> None:
+        known = self.forward or seconds
+        self.forward = _KEPT * known + (1 - _KEPT) * min(seconds, _OUTLIER * known)
+
     def expect(self, depth: int) -> float:
-        """What is known, or goes on straight from what is."""
+        """What is known, or what follows from it; a plain step has been timed."""
         if depth in self.known:
             return self.known[depth]
-        plain = self.known.get(0) or min(self.known.values(), default=1.0)
-        others = [(d, t) for d, t in self.known.items() if d > 0]
-        if not others:
-            return plain * (1 + FIRST_SLOPE * depth)
-        nearest, seconds = min(others, key=lambda item: abs(item[0] - depth))
-        return plain + max(0.0, seconds - plain) * depth / nearest
+        nearest = min(self.known, key=lambda known: abs(known - depth))
+        return self._alone(depth) * self.known[nearest] / self._alone(nearest)
+
+    def _alone(self, depth: int) -> float:
+        """Had every model a device of its own, and did rows to verify cost nothing."""
+        return max(self.known[0], depth * self.forward)
 
 
 class Speculator:
@@ -77,7 +82,8 @@ class Speculator:
         self._held_for = 0  # steps in a row at this depth
         self._trial_every = FIRST_TRIAL
         self._trial_left = 0
-        self._trial_up = True
+        self._num_trials = 0
+        self._is_pure = False  # the present step shows what its depth takes
         self._next_trial = FIRST_TRIAL
         self._least_chance = 0.0  # that a guess must have to stand, to be worth its time
 
@@ -87,14 +93,27 @@ class Speculator:
         adaptive = [r for r in requests if r.speculation.drafter and r.speculation.settings.num_tokens is None]
         if adaptive:
             self._choose(adaptive, len(requests))
+            left_over = any(request.guesses for request in adaptive)
+            self._is_pure = not left_over if self._depth == 0 else self._held_for > 0
         for request in requests:
             depth = request.speculation.settings.num_tokens
             self._ask(request, self._own_depth(request) if depth is None else depth)
 
-    def observe(self, requests: Sequence[Request], seconds: float) -> None:
-        """A step of decoding requests alone took so long."""
-        if self._held_for > 1 and any(r.speculation.settings.num_tokens is None for r in requests):
-            self._times[_bucket(len(requests))].add(self._depth, seconds)
+    def observe(self, requests: Sequence[Request], seconds: float, forwards: Mapping[str, float]) -> None:
+        """A step of decoding requests alone took so long, and so long each model that was asked for guesses.
+
+        Args:
+            requests: those of the step.
+            seconds: from the first send to the last answer.
+            forwards: by model, seconds of one of its forwards.
+        """
+        if not any(request.speculation.settings.num_tokens is None for request in requests):
+            return
+        times = self._times[_bucket(len(requests))]
+        for forward in forwards.values():
+            times.add_forward(forward)
+        if self._is_pure:
+            times.add(self._depth, seconds)
 
     def learn(self, request: Request, num_accepted: int, num_tested: int) -> None:
         """What became of a request's guesses in one step."""
@@ -117,6 +136,9 @@ class Speculator:
 
     def _choose(self, requests: Sequence[Request], batch: int) -> None:
         times = self._times[_bucket(batch)]
+        if 0 not in times.known:
+            self._hold(0)
+            return
         best = max(DEPTHS, key=lambda depth: self._rate(requests, times, depth))
         slope = (times.expect(best) - times.expect(0)) / best if best else 0.0
         self._least_chance = slope / batch * self._rate(requests, times, best)
@@ -125,12 +147,15 @@ class Speculator:
             self._trial_left -= 1
             depth = self._depth
         elif self._step >= self._next_trial:
-            depth = self._neighbour(best)
+            depth = self._another(best)
             self._trial_left = TRIAL_STEPS - 1
             self._next_trial = self._step + self._trial_every
             self._trial_every = min(LAST_TRIAL, 2 * self._trial_every)
         elif best != self._depth:
             self._trial_every = FIRST_TRIAL
+        self._hold(depth)
+
+    def _hold(self, depth: int) -> None:
         self._held_for = self._held_for + 1 if depth == self._depth else 0
         self._depth = depth
 
@@ -144,10 +169,12 @@ class Speculator:
     def _believed(self, request: Request) -> float:
         return request.speculation.acceptance(self._acceptance.get(request.generation.recipe, FIRST_ACCEPTANCE))
 
-    def _neighbour(self, depth: int) -> int:
-        index = DEPTHS.index(depth) + (1 if self._trial_up else -1)
-        self._trial_up = not self._trial_up
-        return DEPTHS[min(max(index, 0), len(DEPTHS) - 1)] if 0 <= index < len(DEPTHS) else DEPTHS[1]
+    def _another(self, depth: int) -> int:
+        """The next deeper one, the next shallower one and none, in turn."""
+        self._num_trials += 1
+        index, last = DEPTHS.index(depth), len(DEPTHS) - 1
+        choices = [DEPTHS[min(index + 1, last)], DEPTHS[max(index - 1, 0)], 0]
+        return next((c for c in choices[self._num_trials % 3 :] + choices if c != depth), depth)
 
     def _own_depth(self, request: Request) -> int:
         """The batch's depth, as far as the request's own guesses stand often enough to be worth their time."""

@@ -1,0 +1,248 @@
+"""`eft-serve bench speculate`: what guessing ahead gains, on real small models and on the paper's latencies.
+
+Real coordinator, transport and engines, each model in a process of its own. Sides take turns request by request (or
+batch by batch), and a side's speed-up is the median of its ratios to plain decoding of the same prompts. Keyed guesses
+stand or fall by equal tokens, so every side must have emitted the same; the benchmark fails when one did not.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eft_serve.bench import report, simulated
+from eft_serve.bench.driven import Driven
+from eft_serve.bench.fanout import Letters
+from eft_serve.config import ZOO_CHECKPOINTS, ModelConfig
+from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.engine.engine import Engine
+from eft_serve.ensemble import Term
+from eft_serve.types import GenerationRequest, GuessReport, ModelInfo, SamplingParams, Speculative
+from eft_serve.zoo.questions import long_prompts
+
+BLOCKS: tuple[int | None, ...] = (1, 2, 4, 8, 16, None)  # None: adaptive
+PAPER = {"plain": 6.0, "2": 9.2, "4": 12.5, "8": 13.8, "16": 12.1}  # tokens/s, Llama-2-70B + 7B-chat on HH
+PLAIN = "plain"
+
+
+def build_zoo(name: str) -> tuple[Engine, ModelInfo]:
+    """A model of the embedded family, for a process of its own."""
+    engine = Engine.load(name, ModelConfig(path=f"zoo:{name}", kv_cache_tokens=16384))
+    return engine, engine.info
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One way of decoding."""
+
+    name: str
+    speculative: Speculative | None
+
+    @classmethod
+    def of(cls, num_tokens: int | None, **settings: Any) -> Side:
+        return cls(str(num_tokens or "adaptive"), Speculative(num_tokens=num_tokens, **settings))
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One side's share of a measurement."""
+
+    seconds: list[float]
+    tokens: int
+    report: GuessReport
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / sum(self.seconds)
+
+    def speedup(self, plain: Outcome) -> float:
+        return statistics.median(a / b for a, b in zip(plain.seconds, self.seconds, strict=True))
+
+
+class Stage:
+    """An ensemble, and prompts for it.
+
+    Args:
+        driven: started engines.
+        terms: what a request runs.
+        prompts: token ids, the same for every model.
+        max_tokens: of one answer.
+    """
+
+    def __init__(self, driven: Driven, terms: Sequence[Term], prompts: Sequence[list[int]], max_tokens: int) -> None:
+        self.driven = driven
+        self.terms = terms
+        self.prompts = prompts
+        self.max_tokens = max_tokens
+        self._count = 0
+
+    def measure(
+        self, sides: Sequence[Side], batch: int, temperature: float = 0.0, *, ignore_eos: bool = False
+    ) -> dict[str, Outcome]:
+        """Every side on every batch of prompts, in turn.
+
+        Raises:
+            RuntimeError: keyed sides gave different tokens.
+        """
+        outcomes = {side.name: Outcome([], 0, GuessReport()) for side in sides}
+        batches = [self.prompts[i : i + batch] for i in range(0, len(self.prompts) - batch + 1, batch)]
+        for number, prompts in enumerate([batches[0], *batches]):  # the first one warms up
+            said = set()
+            for side in sides:
+                requests = [self._request(prompt, side, temperature, ignore_eos) for prompt in prompts]
+                seconds = self.driven.run(requests)
+                tokens = [self.driven.tokens.pop(request.request_id) for request in requests]
+                if side.speculative is None or side.speculative.method == "keyed":
+                    said.add(repr(tokens))
+                if number:
+                    outcome = outcomes[side.name]
+                    outcome.seconds.append(seconds)
+                    outcome.tokens += sum(map(len, tokens))
+                    outcome.report = sum((r.speculation.report for r in requests), outcome.report)
+            if len(said) > 1:
+                raise RuntimeError("sides that must give the same tokens gave different ones")
+        return outcomes
+
+    def _request(self, prompt: list[int], side: Side, temperature: float, ignore_eos: bool) -> Request:
+        self._count += 1
+        generation = GenerationRequest(
+            request_id=f"bench-{self._count}",
+            recipe=side.name,
+            prompts={term.name: prompt for term in self.terms},
+            sampling=SamplingParams(
+                temperature=temperature, seed=len(prompt), max_tokens=self.max_tokens, ignore_eos=ignore_eos
+            ),
+            speculative=side.speculative,
+        )
+        return Request.create(generation, self.terms, time.monotonic())
+
+
+EFT = (
+    Term("base-large", "base-large", 1.0),
+    Term("base-small", "base-small", -1.0),
+    Term("tuned-small", "tuned-small", 1.0, weight=1.0),
+)
+SIMULATED = (Term("base", "base", 1.0), Term("reference", "reference", -1.0), Term("tuned", "tuned", 1.0, weight=1.0))
+
+
+def zoo_stage(num_prompts: int, max_tokens: int) -> Stage:
+    """The embedded family, asked for long answers."""
+    vocabularies = {term.model: Vocabulary.load(ZOO_CHECKPOINTS / term.model) for term in EFT}
+    driven = Driven({term.model: (build_zoo, (term.model,)) for term in EFT}, vocabularies)
+    tokenizer = vocabularies["base-large"].tokenizer
+    prompts = [tokenizer.encode(f"User: {q.text}\nAssistant:") for q in long_prompts(num_prompts)]
+    return Stage(driven, EFT, prompts, max_tokens)
+
+
+def simulated_stage(latencies_s: Sequence[float], acceptance: float, num_prompts: int, max_tokens: int) -> Stage:
+    """Models that sleep."""
+    roles = dict(zip(("base", "tuned", "reference"), latencies_s, strict=True))
+    builds = {role: (simulated.build, (role, seconds, acceptance)) for role, seconds in roles.items()}
+    driven = Driven(builds, dict.fromkeys(roles, Letters(simulated.VOCAB_SIZE)))
+    return Stage(driven, SIMULATED, [[i + 1] * (i + 2) for i in range(num_prompts)], max_tokens)
+
+
+def measure_zoo(stage: Stage) -> dict[str, Any]:
+    """Part (a): one request at a time, greedy and drawn, by block length."""
+    result: dict[str, Any] = {}
+    for name, temperature in (("greedy", 0.0), ("t0.7", 0.7), ("t1", 1.0)):
+        sides = [Side(PLAIN, None), *(Side.of(k) for k in BLOCKS)]
+        if temperature:
+            sides.append(Side("4, classic", Speculative(num_tokens=4, method="classic")))
+        sides.append(Side("4, no overlap", Speculative(num_tokens=4, overlap=False)))
+        sides.append(Side("4, ngram", Speculative(num_tokens=4, draft="ngram")))
+        outcomes = stage.measure(sides, batch=1, temperature=temperature)
+        result[name] = _show(f"The embedded family, one request at a time, {name}", outcomes)
+    return result
+
+
+def measure_simulated(stage: Stage, latencies_ms: Sequence[float], acceptance: float) -> dict[str, Any]:
+    """Part (b): the paper's latencies, beside the paper's figures."""
+    sides = [Side(PLAIN, None)]
+    sides += [
+        Side(f"{side.name}{'' if overlap else ', no overlap'}", side.speculative)
+        for overlap in (False, True)
+        for side in (Side.of(k, overlap=overlap) for k in ((3, 4, None) if overlap else (4, 8, None)))
+    ]
+    outcomes = stage.measure(sides, batch=1, ignore_eos=True)
+    shown = _show(f"Models of {', '.join(f'{ms:g}' for ms in latencies_ms)} ms that agree {acceptance:.0%}", outcomes)
+    best = {
+        overlap: max(o.tokens_per_s for name, o in outcomes.items() if name != PLAIN and ("no" in name) != overlap)
+        for overlap in (False, True)
+    }
+    return {
+        "tokens_per_s": round(best[False], 2),
+        "tokens_per_s_overlap": round(best[True], 2),
+        "sides": shown["sides"],
+        "paper": PAPER,
+    }
+
+
+def measure_batched(stage: Stage, batches: Sequence[int]) -> dict[str, Any]:
+    """Part (c): adaptive against plain, by batch size."""
+    ratios: dict[str, float] = {}
+    rows = []
+    for batch in batches:
+        outcomes = stage.measure([Side(PLAIN, None), Side.of(None)], batch)
+        adaptive, plain = outcomes["adaptive"], outcomes[PLAIN]
+        ratios[str(batch)] = round(adaptive.speedup(plain), 3)
+        per_pass = adaptive.tokens / adaptive.report.num_passes
+        rows.append(
+            [batch, f"{plain.tokens_per_s:.0f}", f"{adaptive.tokens_per_s:.0f}", ratios[str(batch)], f"{per_pass:.2f}"]
+        )
+    report.show(
+        "The embedded family, adaptive against plain",
+        ["batch", "plain tokens/s", "adaptive tokens/s", "ratio, median", "tokens a base pass"],
+        rows,
+    )
+    return {"ratio": ratios, "min_ratio": min(ratios.values())}
+
+
+def _show(title: str, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    plain = outcomes[PLAIN]
+    sides = {
+        name: {
+            "tokens_per_s": round(o.tokens_per_s, 2),
+            "speedup": round(o.speedup(plain), 3),
+            "acceptance": round(o.report.num_accepted / max(1, o.report.num_drafted), 3),
+            "tokens_per_pass": round(o.tokens / o.report.num_passes, 3),
+        }
+        for name, o in outcomes.items()
+    }
+    columns = ["tokens_per_s", "speedup", "acceptance", "tokens_per_pass"]
+    report.show(
+        title,
+        ["block", "tokens/s", "speed-up", "accepted", "tokens a base pass"],
+        [[name, *(side[column] for column in columns)] for name, side in sides.items()],
+    )
+    best = max((name for name in sides if name != PLAIN), key=lambda name: sides[name]["speedup"])
+    return {"speedup": sides[best]["speedup"], "best": best, "sides": sides}
+
+
+def run(
+    parts: Sequence[str], latencies_ms: Sequence[float], acceptance: float, prompts: int, batches: Sequence[int]
+) -> None:
+    """The parts asked for, of zoo, simulated and batched; the last line as JSON."""
+    result: dict[str, Any] = {}
+    if "zoo" in parts:
+        stage = zoo_stage(prompts, max_tokens=80)
+        result["zoo"] = _closing(stage, lambda: measure_zoo(stage))
+    if "simulated" in parts:
+        slow = simulated_stage([ms / 1e3 for ms in latencies_ms], acceptance, num_prompts=3, max_tokens=80)
+        result["simulated"] = _closing(slow, lambda: measure_simulated(slow, latencies_ms, acceptance))
+    if "batched" in parts:
+        wide = zoo_stage(2 * max(batches), max_tokens=80)
+        result["batched"] = _closing(wide, lambda: measure_batched(wide, batches))
+    report.finish(result)
+
+
+def _closing(stage: Stage, work: Any) -> dict[str, Any]:
+    try:
+        measured: dict[str, Any] = work()
+        return measured
+    finally:
+        stage.driven.close()
