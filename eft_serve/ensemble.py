@@ -28,6 +28,13 @@ class Term:
     coefficient: float  # of its log-probabilities in the combination
     adapter: str | None = None  # of that deployment; None: the model as it is
     weight: float = 0.0  # alpha of the fine-tuning that it brings; 0 for the others
+    ratio: float = 0.0  # the part of the coefficient that truncation confines to the nucleus
+
+    @property
+    def standing(self) -> float:
+        """The other part: its coefficient outside the nucleus."""
+        rest = self.coefficient - self.ratio
+        return rest if abs(rest) >= ZERO else 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class Request:
     guesses: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
     num_preemptions: int = 0
+    truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to
 
     @property
     def deadline(self) -> float:
@@ -87,7 +88,9 @@ class Request:
         return self.max_tokens - len(self.output_token_ids)
 
     @classmethod
-    def create(cls, generation: GenerationRequest, terms: Sequence[Term], now: float) -> Request:
+    def create(
+        cls, generation: GenerationRequest, terms: Sequence[Term], now: float, truncate_top_p: float = 1.0
+    ) -> Request:
         """A request that has not begun; needs a prompt for every term."""
         sequences = tuple(
             SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name]) for term in terms
@@ -101,6 +104,7 @@ class Request:
             max_tokens=generation.sampling.max_tokens,
             num_ids=0,
             sequences=sequences,
+            truncate_top_p=truncate_top_p,
         )
 
     def num_tokens(self, sequence: SequenceState) -> int:

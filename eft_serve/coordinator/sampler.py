@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from eft_serve.coordinator.combining import combine_rows
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.speculation import NGRAM
 from eft_serve.errors import EftServeError, EngineError
-from eft_serve.numerics.combine import combine
 from eft_serve.numerics.sampling import SamplingRows, greedy, sample
 from eft_serve.numerics.speculative import take_classic, take_keyed
 
@@ -78,10 +78,8 @@ def _combine_and_sample(requests: Sequence[Request], timed: Timed) -> list[list[
             )
             for term in range(len(requests[0].terms))
         ]
-        coefficients = torch.tensor([[term.coefficient for term in request.terms] for request in requests])
-        if len(lengths) < sum(lengths):
-            coefficients = coefficients.repeat_interleave(torch.tensor(lengths), dim=0)
-        combined = combine(terms, coefficients.T)
+        owners = [request for request, n in zip(requests, lengths, strict=True) for _ in range(n)]
+        combined = combine_rows(terms, [r.terms for r in owners], [r.truncate_top_p for r in owners])
     with timed("sample"):
         guesses = [tested(request) for request in requests]
         classic = _kind(requests[0])[-1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from eft_serve.numerics.combine import combine
@@ -10,19 +11,18 @@ from eft_serve.numerics.filters import nucleus_threshold
 from eft_serve.numerics.logprobs import log_softmax
 
 
-def truncate_weights(unscaled: Tensor, base: Tensor, reference: Tensor, scale: Tensor, top_p: Tensor) -> Tensor:
-    """`unscaled + scale·(base − reference)` where `unscaled` has its top-p nucleus, `unscaled` elsewhere.
+def truncate_weights(logits: Tensor | Sequence[Tensor], standing: Tensor, ratio: Tensor, top_p: Tensor) -> Tensor:
+    """`Σ standing·logits`, plus `Σ ratio·logprobs` where the former has its top-p nucleus.
 
-    Outside the nucleus the up-scaling ratio counts as 0: nothing is forbidden there. All terms are log-softmaxed here,
+    Outside the nucleus the up-scaling ratio counts as 0: nothing is forbidden there. The ratio is of log-probabilities,
     because the two sides of the nucleus share no constant. With `top_p` 1 this is the plain combination.
 
     Args:
-        unscaled: [num_rows, vocab_size], floating: the combination at scale 0, `ref + Σ weightᵢ·(tunedᵢ − refᵢ)`; with
-            one fine-tuning of weight 1 from the shared reference that is the tuned model itself, as in the paper.
-        base: as `unscaled`, the model that scales up.
-        reference: as `unscaled`.
-        scale: [num_rows].
-        top_p: [num_rows], in [0, 1].
+        logits: num_terms times [num_rows, vocab_size], floating.
+        standing: [num_terms, num_rows], the coefficients at scale 0, `ref + Σ weightᵢ·(tunedᵢ − refᵢ)`; with one
+            fine-tuning of weight 1 from the shared reference that is the tuned model itself, as in the paper.
+        ratio: [num_terms, num_rows], the coefficients of `scale·(base − ref)`.
+        top_p: [num_rows], in [0, 1]; of the distribution at scale 0.
 
     Returns:
         [num_rows, vocab_size] float32, not normalised.
@@ -32,7 +32,7 @@ def truncate_weights(unscaled: Tensor, base: Tensor, reference: Tensor, scale: T
     """
     if not ((top_p >= 0) & (top_p <= 1)).all():
         raise ValueError("top_p: out of range; give numbers in [0, 1]")
-    standing = log_softmax(unscaled)
-    ratio = combine([log_softmax(base), log_softmax(reference)], torch.stack([scale, -scale]))
-    inside = standing >= nucleus_threshold(standing, top_p)[:, None]
-    return standing + ratio.where(inside, 0.0)
+    unscaled = combine(logits, standing)
+    confined = combine([log_softmax(t) if r.any() else t for t, r in zip(logits, ratio, strict=True)], ratio)
+    inside = unscaled >= nucleus_threshold(unscaled, top_p)[:, None]
+    return unscaled + confined.where(inside, 0.0)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from eft_serve.numerics.combine import _with_care, coefficients, combine, mask_padding
 from eft_serve.numerics.logprobs import log_softmax
-from eft_serve.numerics.truncate import truncate_weights
 
 NUM_ROWS, VOCAB = 3, 11
 knobs = st.floats(-3, 3)
@@ -182,30 +181,3 @@ def test_padding_is_masked() -> None:
 def test_log_softmax_of_nothing_possible_is_refused() -> None:
     with pytest.raises(ValueError, match=r"rows \[1\]"):
         log_softmax(torch.tensor([[0.0, 1.0], [-torch.inf, -torch.inf]]))
-
-
-@given(seeds, knobs)
-def test_truncating_at_one_is_the_plain_combination(seed: int, scale: float) -> None:
-    base, ref, tuned = some_terms(seed, 3)
-    plain = combine([base, ref, tuned], spread([scale, -scale, 1.0]))
-    truncated = truncate_weights(tuned, base, ref, torch.full((NUM_ROWS,), scale), torch.ones(NUM_ROWS))
-    torch.testing.assert_close(log_softmax(truncated), log_softmax(plain), atol=1e-4, rtol=1e-4)
-
-
-def test_the_ratio_counts_inside_the_nucleus_of_each_row_only() -> None:
-    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    tuned, base, ref = (probs.log().expand(3, 4), torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(3, 4), torch.zeros(3, 4))
-    got = truncate_weights(tuned, base, ref, torch.ones(3), torch.tensor([0.0, 0.7, 1.0]))
-    ratio = log_softmax(base) - log_softmax(ref)
-    inside = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
-    torch.testing.assert_close(got, tuned + ratio * inside)
-    with pytest.raises(ValueError, match="top_p"):
-        truncate_weights(tuned, base, ref, torch.ones(3), torch.tensor([0.0, 0.7, 1.1]))
-
-
-def test_truncating_survives_tokens_impossible_in_both_terms_of_the_ratio() -> None:
-    terms = some_terms(3, 3)
-    terms[1:, :, 4] = -torch.inf
-    got = truncate_weights(terms[0], terms[1], terms[2], torch.ones(NUM_ROWS), torch.ones(NUM_ROWS))
-    assert got[:, 4].isneginf().all()
-    assert not got.isnan().any()
