@@ -12,14 +12,6 @@ import torch
 from torch import Tensor
 
 
-def coefficients(scale: float, weights: Sequence[float]) -> list[float]:
-    """Coefficients of `ref + scale·(base − ref) + Σ weightᵢ·(tunedᵢ − refᵢ)`: base, ref, then tunedᵢ, refᵢ for each i.
-
-    A model that fills several roles gets the sum of its coefficients; one whose sum is 0 need not run.
-    """
-    return [scale, 1.0 - scale, *(signed for weight in weights for signed in (weight, -weight))]
-
-
 def combine(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """Σ_t coefficients[t, row] · logits[t][row], [num_rows, vocab_size] float32, not normalised.
 
@@ -41,21 +33,6 @@ def combine(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> Tensor:
     if doubtful:
         total[doubtful] = _with_care([logits[t][doubtful] for t in range(len(logits))], factors[:, doubtful], doubtful)
     return total
-
-
-def mask_padding(logits: Tensor, num_tokens: int) -> Tensor:
-    """Logits [..., vocab_size] with −inf for the ids from `num_tokens` on, which the output head has only as padding.
-
-    Terms with differently padded heads can be combined only when cut to the same `[..., :num_tokens]`.
-
-    Raises:
-        ValueError: the head has fewer rows than there are tokens.
-    """
-    if not 0 < num_tokens <= logits.shape[-1]:
-        raise ValueError(f"num_tokens: {num_tokens} tokens do not fit an output head of {logits.shape[-1]} rows")
-    if num_tokens == logits.shape[-1]:
-        return logits
-    return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= num_tokens, -torch.inf)
 
 
 def _check_shapes(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> None:
