@@ -7,48 +7,35 @@ checkpoints themselves (vocabularies, sizes) is checked by `eft_serve.config_che
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from eft_serve.config_base import Frozen, Name
+from eft_serve.config_recipes import RecipeConfig
 from eft_serve.errors import ConfigError
 
 ZOO_PREFIX = "zoo:"
 ZOO_CHECKPOINTS = Path(__file__).parent / "zoo" / "checkpoints"
-MAX_GUESSES = 16
-DRAFTERS = ("auto", "ngram", "none")  # beside the recipe's own models
-MAX_KNOB = 100.0  # far beyond any use; keeps |logit| * knob finite in fp32
 
 
-def _check_name(name: str) -> str:
-    if not name or not all(c.isalnum() or c in "-_." for c in name):
-        raise ValueError(f"name {name!r} may hold letters, digits, '-', '_' and '.' only")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_check_name)]
-Knob = Annotated[float, Field(ge=-MAX_KNOB, le=MAX_KNOB, allow_inf_nan=False)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Resources(_Frozen):
+class Resources(Frozen):
     """What one replica of a deployment takes from its node."""
 
     num_cpus: float = Field(default=1.0, ge=0)
     """CPU cores; Ray sets the math libraries' thread count from it."""
     num_gpus: float = Field(default=0.0, ge=0)
     """GPUs; a tensor-parallel model needs one per rank."""
-    node_labels: dict[str, str] = {}
+    node_labels: dict[str, str] = Field(default_factory=dict)
     """Ray node labels that the node must carry, e.g. `{eft-serve.io/role: base}`."""
-    custom: dict[str, float] = {}
+    custom: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources."""
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """One model: where its weights are and how its engine runs."""
 
     path: str
@@ -84,69 +71,7 @@ class ModelConfig(_Frozen):
         return Path(self.path).expanduser()
 
 
-class TunedConfig(_Frozen):
-    """One fine-tuning: the model that has it, and the one that it was tuned from."""
-
-    model: Name
-    reference: Name | None = None
-    """Default: the recipe's reference."""
-    weight: Knob = 1.0
-    """alpha: how much of this fine-tuning."""
-
-
-class SpeculativeConfig(_Frozen):
-    """How a recipe's tokens are guessed ahead (arXiv 2310.12962). No setting changes their distribution."""
-
-    draft: Name = "auto"
-    """Who guesses: `auto`, the tuned model of the largest weight; `ngram`, the text itself, by what followed its newest
-    tokens before; `none`, nobody; or a model of the recipe."""
-    num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
-    """Guesses at a time; when not set, as many as pay, by measure: none where none pay."""
-    method: Literal["keyed", "classic"] = "keyed"
-    """`keyed`: a guess stands when plain decoding with the same seed draws it, so tokens are the same with and without.
-    `classic`: rejection sampling; other tokens, of the same distribution."""
-    overlap: bool = True
-    """Guess on while guesses are verified."""
-
-
-class RecipeConfig(_Frozen):
-    """A named virtual model: `ref + scale * (base - ref) + sum_i weight_i * (tuned_i - ref_i)` (arXiv 2310.12962)."""
-
-    base: Name
-    """The model whose pre-training is wanted."""
-    reference: Name
-    """The pre-trained model that the fine-tuning started from."""
-    tuned: tuple[TunedConfig, ...] = Field(min_length=1)
-    """The fine-tunings, each with its weight."""
-    scale: Knob = 1.0
-    """beta: how much of the pre-training scale-up."""
-    speculative: SpeculativeConfig = SpeculativeConfig()
-    """How tokens are guessed ahead."""
-
-    @model_validator(mode="after")
-    def _drafter_is_known(self) -> Self:
-        if self.speculative.draft not in {*DRAFTERS, *self.models}:
-            raise ValueError(
-                f"speculative.draft: {self.speculative.draft!r} is not of this recipe; give one of "
-                f"{[*DRAFTERS, *self.models]}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _tuned_once(self) -> Self:
-        names = [t.model for t in self.tuned]
-        if len(set(names)) != len(names):
-            raise ValueError(f"tuned: a model is named twice in {names}; give each once, with the weight that you want")
-        return self
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Every model that the recipe may run, each once, base first."""
-        refs = [t.reference or self.reference for t in self.tuned]
-        return tuple(dict.fromkeys([self.base, self.reference, *(t.model for t in self.tuned), *refs]))
-
-
-class CoordinatorConfig(_Frozen):
+class CoordinatorConfig(Frozen):
     """The decode loop."""
 
     num_replicas: int = Field(default=1, ge=1)
@@ -165,7 +90,7 @@ class CoordinatorConfig(_Frozen):
     """How long a request waits for a model that has no replica before it fails."""
 
 
-class ServerConfig(_Frozen):
+class ServerConfig(Frozen):
     """The HTTP side."""
 
     tenants_file: Path | None = None
@@ -177,11 +102,11 @@ class ServerConfig(_Frozen):
     """Deadline of one request, from arrival to the last token."""
 
 
-class AppConfig(_Frozen):
+class AppConfig(Frozen):
     """One application: models, the recipes over them, and how they are served."""
 
     models: dict[Name, ModelConfig] = Field(min_length=1)
-    recipes: dict[Name, RecipeConfig] = {}
+    recipes: dict[Name, RecipeConfig] = Field(default_factory=dict)
     coordinator: CoordinatorConfig = CoordinatorConfig()
     server: ServerConfig = ServerConfig()
 

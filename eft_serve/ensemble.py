@@ -1,20 +1,21 @@
-"""Which models a request runs, and with which coefficient in the combined distribution.
+"""Which models a request runs, on which prompts, and with which coefficients in the combined distribution.
 
 EFT (arXiv 2310.12962) is `reference + scale * (base - reference) + sum_i weight_i * (tuned_i - reference_i)`. Collected
-by model, that is one coefficient per model; a model whose coefficient is zero need not run. This module knows the
-formula and the knobs. It does not know logits, tokens or replicas.
+by model and prompt, that is one coefficient for each term; a term that counts for nothing need not run. This module
+knows the formula and the knobs. It does not know logits, tokens or replicas.
 """
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eft_serve.config import DRAFTERS, MAX_KNOB, AppConfig, RecipeConfig
+from eft_serve.config import AppConfig
+from eft_serve.config_recipes import AS_ITSELF, DRAFTERS, Interval, PromptConfig, RecipeConfig, RoleConfig
 from eft_serve.errors import InvalidRequestError
-from eft_serve.types import Speculative
+from eft_serve.types import OWN_KNOBS, Knobs, Speculative
 
 ZERO = 1e-9  # a smaller coefficient is rounding left over from knobs that cancel
 
@@ -29,12 +30,12 @@ class Term:
     adapter: str | None = None  # of that deployment; None: the model as it is
     weight: float = 0.0  # alpha of the fine-tuning that it brings; 0 for the others
     ratio: float = 0.0  # the part of the coefficient that truncation confines to the nucleus
+    prompting: PromptConfig = AS_ITSELF  # what its prompt has that others have not
 
     @property
     def standing(self) -> float:
         """The other part: its coefficient outside the nucleus."""
-        rest = self.coefficient - self.ratio
-        return rest if abs(rest) >= ZERO else 0.0
+        return _rounded(self.coefficient - self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +53,20 @@ class Ensemble:
             return cls(name, recipe.models, recipe)
         return cls(name, (name,)) if name in config.models else None
 
-    def terms(self, scale: float | None = None, weights: Mapping[str, float] | None = None) -> tuple[Term, ...]:
-        """What runs for these knobs, see `coefficients`; a plain model is itself alone and takes no knobs."""
+    def terms(self, knobs: Knobs = OWN_KNOBS) -> tuple[Term, ...]:
+        """What runs for these knobs, see `recipe_terms`; a plain model is itself alone and takes no knobs."""
         if self.recipe is not None:
-            found = coefficients(self.recipe, scale, weights)
-            alphas = {t.model: t.weight for t in self.recipe.tuned} | dict(weights or {})
-            return tuple(Term(model, model, c, weight=alphas.get(model, 0.0)) for model, c in found.items())
-        if scale is not None or weights is not None:
+            return recipe_terms(self.recipe, knobs)
+        if knobs != OWN_KNOBS:
             raise InvalidRequestError(
-                f"model {self.name!r} is a plain model without scale and weights; name a recipe, or leave out eft",
+                f"model {self.name!r} is a plain model, which has no knobs; name a recipe, or leave out eft",
                 param="eft",
             )
         return (Term(self.name, self.name, 1.0),)
+
+    def truncate_top_p(self, knobs: Knobs = OWN_KNOBS) -> float:
+        """The nucleus that the terms' ratios are confined to; 1 does not confine them."""
+        return 1.0 if self.recipe is None else _truncate_top_p(self.recipe, knobs)
 
     def speculative(self, changes: Mapping[str, Any]) -> Speculative:
         """How tokens are guessed ahead: the recipe's settings with these changes. A plain model guesses when told to.
@@ -81,37 +84,75 @@ class Ensemble:
         return Speculative(**{**own, **changes})
 
 
-def coefficients(
-    recipe: RecipeConfig, scale: float | None = None, weights: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """The coefficient of every model that runs, in the recipe's order. They sum to 1, so there is always one.
+def recipe_terms(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS) -> tuple[Term, ...]:
+    """Every term that counts for something, in the recipe's order. Their coefficients sum to 1, so there is always one.
 
     Args:
-        recipe: names the models and the knobs' defaults.
-        scale: beta; None for the recipe's own.
-        weights: alpha by tuned model; those not named keep the recipe's own.
+        recipe: names the models and the knobs' own values and bounds.
+        knobs: None, or a weight not named: the recipe's own.
 
     Raises:
-        InvalidRequestError: a knob is not finite or beyond `MAX_KNOB`, or a weight names no tuned model of the recipe.
+        InvalidRequestError: a knob is out of its bounds, or a weight names no fine-tuning of the recipe.
     """
-    weights = weights or {}
-    tuned = [t.model for t in recipe.tuned]
+    weights = knobs.weights or {}
+    tuned = [t.knob for t in recipe.tuned]
     if unknown := sorted(set(weights) - set(tuned)):
         raise InvalidRequestError(
-            f"eft.weights: {unknown[0]!r} is not a tuned model of this recipe; those are {tuned}", param="eft.weights"
+            f"eft.weights: {unknown[0]!r} is not a fine-tuning of this recipe; those are {tuned}", param="eft.weights"
         )
-    beta = recipe.scale if scale is None else _checked(scale, "eft.scale")
-    total = dict.fromkeys(recipe.models, 0.0)
-    total[recipe.base] += beta
-    total[recipe.reference] += 1.0 - beta
+    beta = _within(knobs.scale, recipe.scale, recipe.bounds.scale, "eft.scale")
+    total: dict[RoleConfig, float] = defaultdict(float)
+    total[recipe.base.role] += beta
+    total[recipe.reference.role] -= beta
+    ratio = dict(total) if _truncate_top_p(recipe, knobs) < 1 else {}
+    total[recipe.reference.role] += 1.0
+    brought: dict[RoleConfig, float] = defaultdict(float)
     for each in recipe.tuned:
-        alpha = _checked(weights[each.model], "eft.weights") if each.model in weights else each.weight
-        total[each.model] += alpha
-        total[each.reference or recipe.reference] -= alpha
-    return {model: c for model, c in total.items() if abs(c) >= ZERO}
+        bounds, param = recipe.bounds.weight(each.knob), f"eft.weights.{each.knob}"
+        alpha = _within(weights.get(each.knob), each.weight, bounds, param)
+        total[each.role] += alpha
+        brought[each.role] += alpha
+        total[(each.reference or recipe.reference).role] -= alpha
+    return tuple(
+        Term(
+            name,
+            role.model,
+            _rounded(total[role]),
+            weight=brought.get(role, 0.0),
+            ratio=_rounded(ratio.get(role, 0.0)),
+            prompting=role.prompting,
+        )
+        for role, name in term_names(recipe).items()
+        if _rounded(total[role]) or _rounded(ratio.get(role, 0.0))
+    )
 
 
-def _checked(knob: float, param: str) -> float:
-    if not math.isfinite(knob) or abs(knob) > MAX_KNOB:
-        raise InvalidRequestError(f"{param}: {knob} must be a number from -{MAX_KNOB:g} to {MAX_KNOB:g}", param=param)
-    return float(knob)
+def term_names(recipe: RecipeConfig) -> dict[RoleConfig, str]:
+    """Every term that the recipe may run: the model's name, and its first role too where another prompt is the plain
+    one. Roles of equal model and prompt are one term."""
+    names: dict[RoleConfig, str] = {}
+    roles = [(label, role.role) for label, role in recipe.roles]
+    prompts = {model: {role for _, role in roles if role.model == model} for model in recipe.models}
+    for label, role in roles:
+        plain = len(prompts[role.model]) == 1 or role.prompting == AS_ITSELF
+        names.setdefault(role, role.model if plain else f"{role.model}@{label}")
+    return names
+
+
+def _truncate_top_p(recipe: RecipeConfig, knobs: Knobs) -> float:
+    bounds = recipe.bounds.truncate_top_p
+    return _within(knobs.truncate_top_p, recipe.truncate_top_p, bounds, "eft.truncate_top_p")
+
+
+def _within(asked: float | None, own: float, bounds: Interval, param: str) -> float:
+    """The value that holds; NaN is within no bounds."""
+    if asked is None:
+        return own
+    low, high = bounds
+    if not low <= asked <= high:
+        raise InvalidRequestError(f"{param}: {asked} is outside this recipe's bounds, {low:g} to {high:g}", param=param)
+    return float(asked)
+
+
+def _rounded(coefficient: float) -> float:
+    return coefficient if abs(coefficient) >= ZERO else 0.0

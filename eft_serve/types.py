@@ -67,6 +67,17 @@ class Speculative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     overlap: bool = True  # guess on while guesses are verified
 
 
+class Knobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a request wants its recipe combined; what is None is the recipe's own."""
+
+    scale: float | None = None  # beta
+    weights: dict[str, float] | None = None  # alpha by fine-tuning; those not named are the recipe's own
+    truncate_top_p: float | None = None
+
+
+OWN_KNOBS = Knobs()
+
+
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's part of one forward."""
 
@@ -139,8 +150,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     recipe: str
     prompts: dict[str, list[int]]  # by term; every term of the ensemble that runs
     sampling: SamplingParams
-    scale: float | None = None  # None: the recipe's own
-    weights: dict[str, float] | None = None  # by tuned model; None: the recipe's own
+    knobs: Knobs = OWN_KNOBS
     speculative: Speculative | None = None  # None: no guesses
     tenant: str = "anonymous"
     timeout_s: float = 600.0  # the coordinator ends it then, also when its reader has gone without a word

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -27,7 +27,7 @@ from eft_serve.api.metrics import TokenClock
 from eft_serve.api.prompts import Prompts
 from eft_serve.api.schemas import GenerationBody, choice_seed
 from eft_serve.api.streams import Indexed, checked, merged, while_connected
-from eft_serve.ensemble import Ensemble
+from eft_serve.ensemble import Ensemble, Term
 from eft_serve.errors import ContextLengthError, DeadlineError, EftServeError, InvalidRequestError
 from eft_serve.tenancy.tenants import Tenant
 from eft_serve.types import GenerationRequest
@@ -48,7 +48,7 @@ class Call:
     format: Format
     prompt_param: str
     default_max_tokens: int
-    render: Callable[[Iterable[str]], Awaitable[Prompts]]  # models -> their prompts
+    render: Callable[[Sequence[Term]], Awaitable[Prompts]]
     arrival: float  # seconds of the event loop's clock
 
 
@@ -127,12 +127,12 @@ class GenerationResponse(Response):
         await json_response(body)(scope, receive, send)
 
     async def _prepare(self) -> list[GenerationRequest]:
-        body, knobs = self._call.body, self._call.body.eft
-        terms = self._call.ensemble.terms(knobs.scale, knobs.weights)
-        speculative = self._call.ensemble.speculative(knobs.speculative.changes)
-        prompts = await self._call.render(term.name for term in terms)
-        max_tokens = self._max_tokens(prompts)
-        self._progress.num_prompt_tokens = len(next(iter(prompts.values())))
+        body, eft = self._call.body, self._call.body.eft
+        terms = self._call.ensemble.terms(eft.knobs)
+        speculative = self._call.ensemble.speculative(eft.speculative.changes)
+        prompts = await self._call.render(terms)
+        max_tokens = self._max_tokens(terms, prompts)
+        self._progress.num_prompt_tokens = len(prompts[terms[0].name])
         seeds = [choice_seed(body.seed, i) for i in range(body.num_choices)]
         return [
             GenerationRequest(
@@ -140,8 +140,7 @@ class GenerationResponse(Response):
                 recipe=self._call.ensemble.name,
                 prompts=prompts,
                 sampling=body.sampling(max_tokens, seed),
-                scale=knobs.scale,
-                weights=knobs.weights,
+                knobs=eft.knobs,
                 speculative=speculative,
                 tenant=self._call.tenant.name,
                 timeout_s=max(0.0, self._deadline - self._now()),
@@ -149,18 +148,19 @@ class GenerationResponse(Response):
             for i, seed in enumerate(seeds)
         ]
 
-    def _max_tokens(self, prompts: Prompts) -> int:
+    def _max_tokens(self, terms: Sequence[Term], prompts: Prompts) -> int:
         """The tokens asked for, or the default as far as every model's context has room for it."""
         param, requested = self._call.prompt_param, self._call.body.requested_tokens
-        room = {m: self._context.service.max_model_len(m) - len(ids) for m, ids in prompts.items()}
-        model = min(room, key=room.__getitem__)
-        where = f"{len(prompts[model])} tokens for {model!r}, whose context is {room[model] + len(prompts[model])}"
+        contexts = {term.name: self._context.service.max_model_len(term.model) for term in terms}
+        name = min(contexts, key=lambda name: contexts[name] - len(prompts[name]))
+        room = contexts[name] - len(prompts[name])
         if not all(prompts.values()):
             raise InvalidRequestError(f"{param}: must hold at least one token", param=param)
-        if room[model] < (requested or 1):
+        if room < (requested or 1):
+            where = f"{len(prompts[name])} tokens for {name!r}, whose context is {contexts[name]}"
             wanted = f" and max_tokens is {requested}" if requested else ""
             raise ContextLengthError(f"{param}: has {where}{wanted}; shorten one of them", param=param)
-        return requested or min(self._call.default_max_tokens, room[model])
+        return requested or min(self._call.default_max_tokens, room)
 
     async def _deltas(self, requests: list[GenerationRequest]) -> AsyncGenerator[Indexed, None]:
         """What the models say, within the deadline, noted in the progress as it comes."""

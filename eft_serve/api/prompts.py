@@ -1,7 +1,7 @@
-"""From messages or text to token ids, by each model's own tokenizer and chat template.
+"""From messages or text to token ids, by each term's own tokenizer, chat template and instructions.
 
-The models of a recipe may be prompted differently (a base model knows no chat template) but share one vocabulary. What
-is equal for several models is rendered and encoded once.
+The terms of a combination may be prompted differently (a base model knows no chat template, a recipe may instruct one
+and not another) but share one vocabulary. What is equal for several terms is rendered and encoded once.
 """
 
 from __future__ import annotations
@@ -9,13 +9,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eft_serve.config import AppConfig
-from eft_serve.errors import CheckpointError, InvalidRequestError
+from eft_serve.config_check.checkpoint import BrokenFileError
+from eft_serve.config_check.templates import read_template
+from eft_serve.config_recipes import PromptConfig
+from eft_serve.ensemble import Term
+from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,72 +74,128 @@ class ModelTokenizer:
 
     @property
     def template(self) -> str | None:
-        """The chat template, for telling whether two models render alike."""
+        """The model's own chat template, for telling whether two models render alike."""
         template = self.tokenizer.chat_template
         return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The chat as text; raises `InvalidRequestError` with the template's own words when it refuses."""
-        from jinja2 import TemplateError
+    def render(self, messages: Sequence[Message], template: str | None = None) -> str:
+        """The chat as text, by this template or else the model's own.
 
-        if self.template is None:
+        Raises:
+            InvalidRequestError: the template refuses the messages, in its own words, or breaks over them.
+        """
+        if template is None and self.template is None:
             return plain_chat(messages)
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
+                [dict(m) for m in messages], chat_template=template, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
-            raise InvalidRequestError(f"messages: the chat template refuses them: {error}", param="messages") from error
+        except Exception as error:  # a template may raise whatever Python does
+            message = f"messages: the chat template refuses them: {error}"
+            raise InvalidRequestError(message, param="messages") from error
         return str(text)
 
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How one term of a combination is prompted."""
+
+    tokenizer: ModelTokenizer
+    prompting: PromptConfig
+    template: str | None  # of a file; None: the model's own
+
+    @property
+    def key(self) -> Hashable:
+        """Readers of equal key make equal prompts."""
+        template = self.tokenizer.template if self.template is None else self.template
+        return self.tokenizer.fingerprint, template, self.prompting.system_prompt, self.prompting.response_prefix
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat; the template brings its special tokens, the plain format gets the tokenizer's."""
-        return self.encode(self.render(messages), add_special_tokens=self.template is None)
+        """Token ids of a chat; a template brings its special tokens, the plain format gets the tokenizer's."""
+        text = self.tokenizer.render(_instructed(messages, self.prompting.system_prompt), self.template)
+        is_plain = self.template is None and self.tokenizer.template is None
+        return self.tokenizer.encode(text + (self.prompting.response_prefix or ""), add_special_tokens=is_plain)
+
+    def encode_text(self, prompt: str) -> list[int]:
+        """Token ids of a text: the system prompt on a line before it, the answer's beginning right after it."""
+        before = f"{self.prompting.system_prompt}\n" if self.prompting.system_prompt else ""
+        text = before + prompt + (self.prompting.response_prefix or "")
+        return self.tokenizer.encode(text, add_special_tokens=True)
+
+
+def _instructed(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
+    """The chat with this system prompt; a system message that it begins with follows in the same message."""
+    if system_prompt is None:
+        return messages
+    own = [m["content"] for m in messages[:1] if m["role"] == "system"]
+    content = "\n\n".join(part for part in (system_prompt, *own) if part)
+    return [{"role": "system", "content": content}, *messages[len(own) :]]
 
 
 class PromptRenderer:
-    """The tokenizers of all models.
+    """The tokenizers of all models, and the chat templates of all recipes.
 
     Args:
         tokenizers: by model.
+        templates: text by file.
     """
 
-    def __init__(self, tokenizers: Mapping[str, ModelTokenizer]) -> None:
+    def __init__(self, tokenizers: Mapping[str, ModelTokenizer], templates: Mapping[Path, str] | None = None) -> None:
         self._tokenizers = dict(tokenizers)
+        self._templates = dict(templates or {})
 
     @classmethod
     def load(cls, config: AppConfig) -> PromptRenderer:
-        """Read the tokenizer of every model of the application; models of one directory share it."""
+        """Read the tokenizer of every model of the application; models of one directory share it.
+
+        Raises:
+            CheckpointError: a tokenizer cannot be read.
+            ConfigError: a recipe's chat template cannot be read.
+        """
         paths = {model.checkpoint for model in config.models.values()}
         loaded = {path: ModelTokenizer.load(path) for path in paths}
-        return cls({name: loaded[model.checkpoint] for name, model in config.models.items()})
+        tokenizers = {name: loaded[model.checkpoint] for name, model in config.models.items()}
+        files = {role.chat_template for recipe in config.recipes.values() for _, role in recipe.roles}
+        try:
+            templates = {path: read_template(path) for path in files if path is not None}
+        except BrokenFileError as error:
+            raise ConfigError(f"chat_template: {error}", param="recipes") from error
+        return cls(tokenizers, templates)
 
-    async def chat(self, models: Iterable[str], messages: Sequence[Message]) -> Prompts:
-        """Each model's prompt for a chat, by its own template (`plain_chat` where it has none).
+    async def chat(self, terms: Sequence[Term], messages: Sequence[Message]) -> Prompts:
+        """Each term's prompt for a chat: its own template (`plain_chat` where there is none) and its own instructions.
 
         Raises:
             InvalidRequestError: a template refuses the messages.
         """
         characters = sum(len(m["content"]) for m in messages)
-        return await self._each(models, lambda t: t.encode_chat(messages), characters, key=lambda t: t.template)
+        return await self._each(terms, lambda reader: reader.encode_chat(messages), characters)
 
-    async def completion(self, models: Iterable[str], prompt: str | Sequence[int]) -> Prompts:
-        """Each model's prompt for a text completion, with the special tokens that its tokenizer adds by default.
+    async def completion(self, terms: Sequence[Term], prompt: str | Sequence[int]) -> Prompts:
+        """Each term's prompt for a text completion, with the special tokens that its tokenizer adds by default.
 
         Raises:
-            InvalidRequestError: it is empty, or token ids are out of range or mean different things to the models.
+            InvalidRequestError: token ids are out of range, mean different things to the models, or cannot be
+                preceded or followed by a term's own text.
         """
-        models = list(models)
         if isinstance(prompt, str):
-            return await self._each(models, lambda t: t.encode(prompt, add_special_tokens=True), len(prompt))
-        self._check_ids(models, prompt)
-        return {model: list(prompt) for model in models}
+            return await self._each(terms, lambda reader: reader.encode_text(prompt), len(prompt))
+        self._check_ids(terms, prompt)
+        return {term.name: list(prompt) for term in terms}
 
-    def _check_ids(self, models: Sequence[str], ids: Sequence[int]) -> None:
-        tokenizers = [self._tokenizers[m] for m in models]
+    def _check_ids(self, terms: Sequence[Term], ids: Sequence[int]) -> None:
+        for term in terms:
+            if term.prompting.system_prompt or term.prompting.response_prefix:
+                raise InvalidRequestError(
+                    f"prompt: token ids leave no place for the system_prompt or response_prefix of {term.name!r}; "
+                    "send text",
+                    param="prompt",
+                )
+        tokenizers = [self._tokenizers[term.model] for term in terms]
         if len({t.vocabulary for t in tokenizers}) > 1:
+            models = [term.model for term in terms]
             raise InvalidRequestError(
-                f"prompt: token ids need one vocabulary, and the models {list(models)} have several; send text",
+                f"prompt: token ids need one vocabulary, and the models {models} have several; send text",
                 param="prompt",
             )
         num_ids = tokenizers[0].num_ids
@@ -143,25 +203,30 @@ class PromptRenderer:
         if wrong is not None:
             raise InvalidRequestError(f"prompt: token id {wrong} is not in 0..{num_ids - 1}", param="prompt")
 
-    async def _each(
-        self,
-        models: Iterable[str],
-        encode: Callable[[ModelTokenizer], list[int]],
-        characters: int,
-        key: Callable[[ModelTokenizer], Any] = lambda _: None,
-    ) -> Prompts:
-        """`encode` once for all models that agree in tokenizer and `key`; in a thread when there is much to encode."""
+    async def _each(self, terms: Sequence[Term], encode: Callable[[Reader], list[int]], characters: int) -> Prompts:
+        """`encode` once for all terms that are prompted alike; in a thread when there is much to encode."""
+        readers = {term.name: self._reader(term) for term in terms}
+        own = sum(
+            len(r.prompting.system_prompt or "") + len(r.prompting.response_prefix or "") for r in readers.values()
+        )
 
         def work() -> Prompts:
-            done: dict[tuple[str, Any], list[int]] = {}
+            done: dict[Hashable, list[int]] = {}
             prompts: Prompts = {}
-            for model in models:
-                tokenizer = self._tokenizers[model]
-                same = (tokenizer.fingerprint, key(tokenizer))
-                prompts[model] = done[same] if same in done else done.setdefault(same, encode(tokenizer))
+            for name, reader in readers.items():
+                key = reader.key
+                prompts[name] = done[key] if key in done else done.setdefault(key, encode(reader))
             return prompts
 
-        return work() if characters <= INLINE_CHARACTERS else await asyncio.to_thread(work)
+        return work() if characters + own <= INLINE_CHARACTERS else await asyncio.to_thread(work)
+
+    def _reader(self, term: Term) -> Reader:
+        template = term.prompting.chat_template
+        return Reader(
+            self._tokenizers[term.model],
+            term.prompting,
+            None if template is None else self._templates[template],
+        )
 
 
 def _digest(text: str) -> str:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from eft_serve.config import MAX_GUESSES
-from eft_serve.types import SamplingParams
+from eft_serve.config_recipes import MAX_GUESSES
+from eft_serve.types import Knobs, SamplingParams
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 16  # OpenAI takes 4; each is looked for in every token's text
@@ -72,15 +72,22 @@ class SpeculativeKnobs(_Strict):
 
 
 class EftKnobs(_Strict):
-    """The knobs of emulated fine-tuning; what is not given is the recipe's own."""
+    """The knobs of emulated fine-tuning, within the recipe's bounds; what is not given is the recipe's own."""
 
     scale: Annotated[float, Finite] | None = None
     """beta: how much of the pre-training scale-up."""
     weights: dict[str, Annotated[float, Finite]] | None = None
-    """alpha by tuned model: how much of each fine-tuning."""
+    """alpha by fine-tuning: how much of each."""
+    truncate_top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    """The scale-up counts only in this nucleus of what there is at scale 0; 1 counts it everywhere."""
     speculative: SpeculativeKnobs = SpeculativeKnobs()
     report: bool = False
     """`usage` also tells what became of the guesses."""
+
+    @property
+    def knobs(self) -> Knobs:
+        """As the coordinator takes them."""
+        return Knobs(scale=self.scale, weights=self.weights, truncate_top_p=self.truncate_top_p)
 
 
 class StreamOptions(_Strict):

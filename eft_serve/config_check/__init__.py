@@ -13,6 +13,7 @@ from eft_serve.config_check.problem import Problem
 from eft_serve.config_check.recipes import recipe_problems
 from eft_serve.config_check.resources import ClusterResources, resource_problems
 from eft_serve.config_check.server import server_problems
+from eft_serve.config_check.templates import template_problems
 
 __all__ = ["ClusterResources", "Problem", "check", "load_any"]
 
@@ -27,6 +28,7 @@ def check(config: AppConfig, cluster: ClusterResources | None = None) -> list[Pr
     return [
         *(problem for name, model in config.models.items() for problem in model_problems(name, model)),
         *recipe_problems(config),
+        *template_problems(config),
         *server_problems(config.server),
         *(resource_problems(config, cluster) if cluster else []),
     ]

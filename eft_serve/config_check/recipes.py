@@ -17,15 +17,14 @@ def recipe_problems(config: AppConfig) -> Iterator[Problem]:
     vocabularies = {name: _token_ids(path) for name, path in checkpoints.items()}
     ends = {name: _end_tokens(path) for name, path in checkpoints.items()}
     for name, recipe in config.recipes.items():
-        ours = vocabularies[recipe.base]
-        for other in recipe.models[1:]:
+        base, *others = recipe.models
+        ours = vocabularies[base]
+        for other in others:
             theirs = vocabularies[other]
-            if ours and theirs and (message := vocabulary_difference(recipe.base, ours, other, theirs)):
+            if ours and theirs and (message := vocabulary_difference(base, ours, other, theirs)):
                 yield Problem(f"recipes.{name}", message)
-            if ends[recipe.base] and ends[other] and ends[recipe.base].isdisjoint(ends[other]):
-                message = (
-                    f"{recipe.base} ends a text with {sorted(ends[recipe.base])}, {other} with {sorted(ends[other])}"
-                )
+            if ends[base] and ends[other] and ends[base].isdisjoint(ends[other]):
+                message = f"{base} ends a text with {sorted(ends[base])}, {other} with {sorted(ends[other])}"
                 yield Problem(
                     f"recipes.{name}",
                     f"{message}; a text will end at any of them; check their generation configs",

@@ -71,13 +71,12 @@ class Speculation:
 
 
 def _drafter(draft: str, terms: Sequence[Term]) -> str | None:
-    """`auto` is the tuned model of the largest weight; nobody drafts for a model that runs alone."""
+    """`auto` is the tuned model of the largest weight, as of several prompts of one model it is that of the largest;
+    nobody drafts for a model that runs alone."""
     if draft == NGRAM:
         return NGRAM
-    if draft == "auto":
-        drafting = [term for term in terms if term.weight > 0]
-        return max(drafting, key=lambda term: term.weight).name if len(terms) > 1 and drafting else None
-    return draft if len(terms) > 1 and any(term.name == draft for term in terms) else None
+    drafting = [t for t in terms if (t.weight > 0 if draft == "auto" else draft in (t.name, t.model))]
+    return max(drafting, key=lambda term: term.weight).name if len(terms) > 1 and drafting else None
 
 
 def look_up(tokens: Sequence[int], num_tokens: int, longest: int = 3) -> list[int]:

@@ -55,9 +55,10 @@ def load_vocabularies(config: AppConfig) -> dict[str, Vocabulary]:
     """
     vocabularies = {name: Vocabulary.load(model.checkpoint) for name, model in config.models.items()}
     for name, recipe in config.recipes.items():
-        for other in recipe.models[1:]:
-            ours, theirs = vocabularies[recipe.base].ids, vocabularies[other].ids
-            if message := vocabulary_difference(recipe.base, ours, other, theirs):
+        base, *others = recipe.models
+        for other in others:
+            ours, theirs = vocabularies[base].ids, vocabularies[other].ids
+            if message := vocabulary_difference(base, ours, other, theirs):
                 raise ConfigError(f"recipes.{name}: {message}", param=f"recipes.{name}")
     return vocabularies
 

@@ -86,9 +86,9 @@ class CoordinatorReplica:
         ensemble = Ensemble.find(self.config, generation.recipe)
         if ensemble is None:
             raise ModelNotFoundError(f"no recipe or model {generation.recipe!r}", param="model")
-        terms = ensemble.terms(generation.scale, generation.weights)
+        terms, truncate_top_p = ensemble.terms(generation.knobs), ensemble.truncate_top_p(generation.knobs)
         reader = self.readers[generation.request_id] = Reader(reply_to, self.event_loop.create_future())
-        self.decode_loop.submit(Request.create(generation, terms, now=time.monotonic()))
+        self.decode_loop.submit(Request.create(generation, terms, time.monotonic(), truncate_top_p))
         try:
             return await reader.done
         finally:

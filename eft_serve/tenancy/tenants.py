@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from eft_serve.config import Name
+from eft_serve.config_base import Name
 from eft_serve.errors import AuthenticationError, ConfigError
 from eft_serve.tenancy.keys import hash_key, same_hash
 

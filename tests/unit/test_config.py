@@ -46,6 +46,14 @@ def test_a_reference_of_its_own_is_one_of_the_recipes_models() -> None:
     assert config.recipes["eft"].models == ("large", "small", "chat", "other", "other-base")
 
 
+def test_a_bare_name_is_a_model_prompted_in_its_own_way() -> None:
+    written = {"base": "large", "reference": "small", "tuned": "chat"}
+    in_full = {"base": {"model": "large"}, "reference": {"model": "small"}, "tuned": [{"model": "chat"}]}
+    config = AppConfig.parse(app(recipes={"eft": written}))
+    assert config == AppConfig.parse(app(recipes={"eft": in_full}))
+    assert AppConfig.parse(config.model_dump(mode="json")) == config
+
+
 def test_a_zoo_path_is_inside_the_package() -> None:
     assert ModelConfig(path="zoo:base-small").checkpoint == ZOO_CHECKPOINTS / "base-small"
     assert ModelConfig(path="~/model").checkpoint == Path.home() / "model"
@@ -60,7 +68,45 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("unknown reference", app(recipes={"eft": RECIPE | {"reference": "smal"}}), "unknown model 'smal'"),
     ("unknown tuned", app(recipes={"eft": RECIPE | {"tuned": [{"model": "chatt"}]}}), "unknown model 'chatt'"),
     ("name clash", app(recipes={"large": RECIPE}), "recipes.large: a model has this name too"),
-    ("twice", app(recipes={"eft": RECIPE | {"tuned": [{"model": "chat"}] * 2}}), "a model is named twice"),
+    ("twice", app(recipes={"eft": RECIPE | {"tuned": [{"model": "chat"}] * 2}}), "a name is given twice"),
+    (
+        "a name of two",
+        app(recipes={"eft": RECIPE | {"tuned": ["chat", {"model": "small", "name": "chat"}]}}),
+        "given twice",
+    ),
+    (
+        "a role's name",
+        app(recipes={"eft": RECIPE | {"tuned": {"model": "chat", "name": "base"}}}),
+        "what a role is called",
+    ),
+    (
+        "bounds of nobody",
+        app(recipes={"eft": RECIPE | {"bounds": {"weights": {"large": [0, 1]}}}}),
+        "'large' is not among",
+    ),
+    ("bounds upside down", app(recipes={"eft": RECIPE | {"bounds": {"scale": [1, 0]}}}), "eft.bounds.scale: "),
+    ("bounds beyond use", app(recipes={"eft": RECIPE | {"bounds": {"scale": [0, 101]}}}), "eft.bounds.scale.1: "),
+    (
+        "a scale out of its bounds",
+        app(recipes={"eft": RECIPE | {"bounds": {"scale": [0, 0.5]}}}),
+        "scale: the recipe's own 1",
+    ),
+    (
+        "a weight out of its bounds",
+        app(recipes={"eft": RECIPE | {"bounds": {"weights": {"chat": [2, 3]}}}}),
+        "the weight of chat: the recipe's own 1 is outside its bounds, 2 to 3",
+    ),
+    (
+        "a truncation out of its bounds",
+        app(recipes={"eft": RECIPE | {"bounds": {"truncate_top_p": [0.5, 0.9]}}}),
+        "truncate_top_p: the recipe's own 1 is outside",
+    ),
+    ("no probability", app(recipes={"eft": RECIPE | {"truncate_top_p": 1.1}}), "recipes.eft.truncate_top_p: "),
+    (
+        "a typo in a role",
+        app(recipes={"eft": RECIPE | {"base": {"model": "large", "sytem_prompt": ""}}}),
+        "sytem_prompt",
+    ),
     ("no tuned", app(recipes={"eft": RECIPE | {"tuned": []}}), "recipes.eft.tuned: "),
     ("infinite scale", app(recipes={"eft": RECIPE | {"scale": float("inf")}}), "recipes.eft.scale: "),
     ("a scale that is no number", app(recipes={"eft": RECIPE | {"scale": float("nan")}}), "recipes.eft.scale: "),

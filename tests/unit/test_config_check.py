@@ -286,6 +286,35 @@ def test_models_that_end_a_text_differently_are_a_warning(tmp_path: Path) -> Non
     assert "base ends a text with [2], tuned with [1]" in problem.message
 
 
+GENERATION = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (GENERATION, None),
+        ("{% for m in messages %}", "is no chat template: Unexpected end of template"),
+        ("{{ m.content", "is no chat template"),
+        ("{{ 'x' | nobody }}", "No filter named 'nobody'"),
+        (None, "No such file"),
+    ],
+)
+def test_a_chat_template_that_does_not_parse(tmp_path: Path, template: str | None, said: str | None) -> None:
+    path = tmp_path / "chat.jinja"
+    if template is not None:
+        path.write_text(template)
+    config = recipe(**{name: checkpoint(tmp_path / name) for name in ("base", "reference", "tuned")})
+    tuned = {"model": "tuned", "name": "told", "chat_template": str(path)}
+    changed = config.model_dump() | {"recipes": {"eft": {"base": "base", "reference": "reference", "tuned": tuned}}}
+    found = check(AppConfig.parse(changed))
+    if said is None:
+        assert found == []
+    else:
+        assert only(found).path == "recipes.eft.told.chat_template"
+        assert str(path) in only(found).message
+        assert said in only(found).message
+
+
 def test_resources_that_are_not_there(tmp_path: Path) -> None:
     config = recipe(**{name: checkpoint(tmp_path / name) for name in ("base", "reference", "tuned")})
     assert check(config, ClusterResources(num_cpus=2.3)) == []  # three models of 0.1, coordinator and server of 1

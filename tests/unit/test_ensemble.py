@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eft_serve.config import MAX_KNOB, AppConfig, RecipeConfig
-from eft_serve.ensemble import Ensemble, Term, coefficients
+from eft_serve.config import AppConfig
+from eft_serve.config_recipes import MAX_KNOB, RecipeConfig
+from eft_serve.ensemble import Ensemble, Term, recipe_terms
 from eft_serve.errors import InvalidRequestError
+from eft_serve.types import Knobs
 
 KNOBS = st.floats(-MAX_KNOB, MAX_KNOB)
 UP_SCALING = RecipeConfig.model_validate({"base": "large", "reference": "small", "tuned": [{"model": "chat"}]})
@@ -22,6 +26,12 @@ TWO_TUNED = RecipeConfig.model_validate(
         "scale": 2.0,
     }
 )
+
+
+def coefficients(
+    recipe: RecipeConfig, scale: float | None = None, weights: dict[str, float] | None = None
+) -> dict[str, float]:
+    return {term.name: term.coefficient for term in recipe_terms(recipe, Knobs(scale=scale, weights=weights))}
 
 
 def test_up_scaling_runs_three_models_in_the_recipes_order() -> None:
@@ -72,14 +82,116 @@ def test_a_models_parts_add_up_and_what_cancels_does_not_run() -> None:
     assert coefficients(tuned_is_base, scale=0.1, weights={"b": -0.1}) == {"r": 1.0}
 
 
+def role(model: str, **fields: Any) -> dict[str, Any]:
+    return {"model": model, **fields}
+
+
+def names(base: object, reference: object, *tuned: object) -> list[str]:
+    recipe = RecipeConfig.model_validate({"base": base, "reference": reference, "tuned": tuned})
+    return [term.name for term in recipe_terms(recipe, Knobs(scale=0.3, weights={t.knob: 0.1 for t in recipe.tuned}))]
+
+
+def test_one_model_with_several_prompts_is_a_term_for_each() -> None:
+    told = {"system_prompt": "Be brief."}
+    assert names("m", "m", role("m", **told)) == ["m", "m@tuned"]
+    assert names("m", role("m", **told), "t") == ["m", "m@reference", "t"]
+    assert names(role("m", **told), "r", role("m", **told)) == ["m", "r"]
+    assert names(role("m", **told), role("m", response_prefix=" So"), "m") == ["m@base", "m@reference", "m"]
+    assert names("b", "r", role("t", name="brief", **told), role("t", name="plain")) == ["b", "r", "t@brief", "t"]
+    others = [role("t", reference=role("r", **told)), role("u", reference=role("r", response_prefix=" So"))]
+    assert names("b", "r", *others) == ["b", "r", "t", "u", "r@t/reference", "r@u/reference"]
+
+
+def test_context_steering_is_one_model_twice() -> None:
+    told = role("m", system_prompt="Be brief.")
+    recipe = RecipeConfig.model_validate({"base": "m", "reference": "m", "tuned": told})
+    plain, steered = recipe_terms(recipe, Knobs(weights={"m": 1.5}))
+    assert (plain.model, plain.coefficient, plain.prompting.system_prompt) == ("m", -0.5, None)
+    assert (steered.model, steered.coefficient, steered.prompting.system_prompt) == ("m", 1.5, "Be brief.")
+    assert recipe_terms(recipe, Knobs(weights={"m": 0.0})) == (Term("m", "m", 1.0),)
+
+
+PLAIN_TRUNCATION = [
+    ({}, {"large": (1, 1), "small": (-1, -1), "chat": (1, 0)}),
+    ({"scale": 0.0}, {"chat": (1, 0)}),
+    ({"scale": 0.5, "weights": {"chat": 0.0}}, {"large": (0.5, 0.5), "small": (0.5, -0.5)}),
+    ({"weights": {"chat": 0.0}}, {"large": (1, 1), "small": (0, -1)}),
+]
+
+
+@pytest.mark.parametrize(("knobs", "expected"), PLAIN_TRUNCATION)
+def test_truncation_runs_what_either_part_needs(
+    knobs: dict[str, Any], expected: dict[str, tuple[float, float]]
+) -> None:
+    terms = recipe_terms(UP_SCALING, Knobs(truncate_top_p=0.9, **knobs))
+    assert {term.name: (term.coefficient, term.ratio) for term in terms} == expected
+    assert all(term.ratio == 0 for term in recipe_terms(UP_SCALING, Knobs(truncate_top_p=1.0, **knobs)))
+
+
+@given(beta=KNOBS, alpha=KNOBS, gamma=KNOBS, top_p=st.sampled_from([0.9, 1.0]))
+def test_the_parts_of_a_truncated_combination(beta: float, alpha: float, gamma: float, top_p: float) -> None:
+    """Outside the nucleus it is the combination at scale 0; the rest is the ratio alone."""
+    knobs = Knobs(scale=beta, weights={"helpful": alpha, "harmless": gamma}, truncate_top_p=top_p)
+    terms = {term.name: term for term in recipe_terms(TWO_TUNED, knobs)}
+    plain = coefficients(TWO_TUNED, beta, {"helpful": alpha, "harmless": gamma})
+    assert {name: t.coefficient for name, t in terms.items() if t.coefficient} == plain
+    if top_p < 1:
+        unscaled = coefficients(TWO_TUNED, 0.0, {"helpful": alpha, "harmless": gamma})
+        standing = {name: t.standing for name, t in terms.items()}
+        assert standing == pytest.approx({name: unscaled.get(name, 0.0) for name in terms}, abs=1e-6)
+        assert set(unscaled) <= set(terms)
+        ratio = {name: t.ratio for name, t in terms.items() if t.ratio}
+        assert ratio == ({"large": beta, "small": -beta} if abs(beta) >= 1e-9 else {})
+
+
+BOUNDED = RecipeConfig.model_validate(
+    {
+        "base": "large",
+        "reference": "small",
+        "tuned": ["chat", {"model": "law", "name": "lawyer", "weight": 0.5}],
+        "truncate_top_p": 0.9,
+        "bounds": {"scale": [1, 1], "weights": {"lawyer": [0, 0.8]}, "truncate_top_p": [0.5, 1]},
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "param", "said"),
+    [
+        (Knobs(scale=1.01), "eft.scale", "1 to 1"),
+        (Knobs(weights={"lawyer": 0.81}), "eft.weights.lawyer", "0 to 0.8"),
+        (Knobs(weights={"lawyer": math.nan}), "eft.weights.lawyer", "0 to 0.8"),
+        (Knobs(weights={"law": 0.5}), "eft.weights", "not a fine-tuning of this recipe; those are ['chat', 'lawyer']"),
+        (Knobs(truncate_top_p=0.4), "eft.truncate_top_p", "0.5 to 1"),
+        (Knobs(truncate_top_p=math.nan), "eft.truncate_top_p", "0.5 to 1"),
+    ],
+)
+def test_a_recipe_bounds_what_requests_may_ask_for(knobs: Knobs, param: str, said: str) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(said)) as caught:
+        recipe_terms(BOUNDED, knobs)
+    assert caught.value.param == param
+
+
+def test_within_the_bounds_a_request_has_its_way() -> None:
+    terms = recipe_terms(BOUNDED, Knobs(scale=1.0, weights={"lawyer": 0.8, "chat": -3}, truncate_top_p=1.0))
+    assert [(t.name, t.coefficient) for t in terms] == [
+        ("large", 1.0),
+        ("small", pytest.approx(2.2)),
+        ("chat", -3.0),
+        ("law", 0.8),
+    ]
+    ensemble = Ensemble("bounded", BOUNDED.models, BOUNDED)
+    assert (ensemble.truncate_top_p(), ensemble.truncate_top_p(Knobs(truncate_top_p=0.5))) == (0.9, 0.5)
+
+
 @pytest.mark.parametrize("knob", [math.nan, math.inf, -math.inf, MAX_KNOB * 1.01, -MAX_KNOB * 1.01])
 def test_knobs_beyond_reason_are_refused(knob: float) -> None:
-    with pytest.raises(InvalidRequestError, match="must be a number") as scale:
+    with pytest.raises(InvalidRequestError, match="bounds, -100 to 100") as scale:
         coefficients(UP_SCALING, scale=knob)
     assert scale.value.param == "eft.scale"
-    with pytest.raises(InvalidRequestError, match="must be a number") as weight:
+    with pytest.raises(InvalidRequestError, match="bounds, -100 to 100") as weight:
         coefficients(UP_SCALING, weights={"chat": knob})
-    assert weight.value.param == "eft.weights"
+    assert weight.value.param == "eft.weights.chat"
 
 
 @pytest.mark.parametrize("name", ["large", "small", "nobody"])
@@ -96,12 +208,12 @@ def test_a_name_is_a_recipe_or_a_plain_model_or_nothing() -> None:
     recipe, plain = Ensemble.find(config, "up"), Ensemble.find(config, "small")
     assert recipe is not None
     assert recipe.models == ("large", "small", "chat")
-    assert recipe.terms(scale=0.0) == (Term("chat", "chat", 1.0, weight=1.0),)
+    assert recipe.terms(Knobs(scale=0.0)) == (Term("chat", "chat", 1.0, weight=1.0),)
     assert plain is not None
     assert plain.terms() == (Term("small", "small", 1.0),)
     assert Ensemble.find(config, "nobody") is None
     with pytest.raises(InvalidRequestError, match="plain model"):
-        plain.terms(scale=1.0)
+        plain.terms(Knobs(scale=1.0))
     with pytest.raises(InvalidRequestError, match="plain model") as caught:
-        plain.terms(weights={})
+        plain.terms(Knobs(weights={}))
     assert caught.value.param == "eft"

@@ -56,7 +56,7 @@ def make_config(tmp_path: Path, **server: Any) -> AppConfig:
             "models": {m: {"path": str(p)} for m, p in paths.items()},
             "recipes": {
                 "up": {"base": "large", "reference": "small", "tuned": tuned},
-                "down": {"base": "small", "reference": "large", "tuned": tuned},
+                "down": {"base": "small", "reference": "large", "tuned": tuned, "bounds": {"scale": [0, 2]}},
             },
             "server": server,
         }

@@ -8,7 +8,7 @@ import openai
 import pytest
 from api_fakes import Stack, chat, deltas, events, make_config
 
-from eft_serve.types import FinishReason, GenerationRequest, SamplingParams
+from eft_serve.types import FinishReason, GenerationRequest, Knobs, SamplingParams
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ async def test_every_model_that_runs_gets_its_own_prompt(stack: Stack) -> None:
     assert len(up.prompts["large"]) == 1 + len("User: hi\nAssistant:")
     assert len(up.prompts["small"]) == len("<|user|>hi\n<|assistant|>")
     assert up.prompts["small"] == up.prompts["small-chat"]
-    assert (list(chat_alone.prompts), chat_alone.scale) == (["small-chat"], 0.0)
+    assert (list(chat_alone.prompts), chat_alone.knobs.scale) == (["small-chat"], 0.0)
     assert (list(plain.prompts), plain.recipe) == (["small"], "small")
 
 
@@ -85,19 +85,20 @@ async def test_defaults_are_openais_and_the_configs(stack: Stack) -> None:
         await client.post("/v1/chat/completions", json=chat(seed=5))
     [request] = stack.service.requests
     assert request.sampling == SamplingParams(seed=5, max_tokens=77)
-    assert (request.scale, request.weights, request.tenant) == (None, None, "anonymous")
+    assert (request.knobs, request.tenant) == (Knobs(), "anonymous")
 
 
 async def test_all_parameters_arrive(stack: Stack) -> None:
     fields = {"temperature": 0, "top_p": 0.5, "top_k": 4, "min_p": 0.1, "seed": 9, "stop": ["a", "b"]}
-    request = chat(**fields, ignore_eos=True, max_completion_tokens=3, eft={"scale": 1.5, "weights": {"small-chat": 2}})
+    knobs = {"scale": 1.5, "weights": {"small-chat": 2}, "truncate_top_p": 0.9}
+    request = chat(**fields, ignore_eos=True, max_completion_tokens=3, eft=knobs)
     async with stack.client() as client:
         await client.post("/v1/chat/completions", json=request)
     [got] = stack.service.requests
     assert got.sampling == SamplingParams(
         temperature=0, top_p=0.5, top_k=4, min_p=0.1, seed=9, stop=("a", "b"), ignore_eos=True, max_tokens=3
     )
-    assert (got.scale, got.weights) == (1.5, {"small-chat": 2.0})
+    assert got.knobs == Knobs(scale=1.5, weights={"small-chat": 2.0}, truncate_top_p=0.9)
 
 
 async def test_each_choice_has_an_id_a_seed_and_a_stream_of_its_own(stack: Stack) -> None:
@@ -144,7 +145,7 @@ async def test_the_openai_client_reads_both(stack: Stack) -> None:
         model="up", messages=[{"role": "user", "content": "hi"}], extra_body={"eft": {"scale": 0.5}}
     )
     assert whole.choices[0].message.content == "Hello"
-    assert stack.service.requests[0].scale == 0.5
+    assert stack.service.requests[0].knobs.scale == 0.5
     stream = await client.chat.completions.create(
         model="up",
         messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from api_fakes import CHAT_TEMPLATE, save_tokenizer
@@ -13,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eft_serve.api.prompts import INLINE_CHARACTERS, ModelTokenizer, PromptRenderer, plain_chat
-from eft_serve.errors import CheckpointError, InvalidRequestError
+from eft_serve.config import AppConfig
+from eft_serve.config_recipes import PromptConfig
+from eft_serve.ensemble import Term
+from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -34,6 +38,10 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelToken
     }
 
 
+def terms(*models: str) -> list[Term]:
+    return [Term(model, model, 1.0) for model in models]
+
+
 def text_of(tokenizer: ModelTokenizer, ids: list[int]) -> str:
     return str(tokenizer.tokenizer.decode(ids))
 
@@ -43,7 +51,7 @@ def test_the_plain_format_is_one_line_a_turn() -> None:
 
 
 async def test_each_model_is_prompted_by_its_own_template(tokenizers: dict[str, ModelTokenizer]) -> None:
-    prompts = await PromptRenderer(tokenizers).chat(["base", "chat", "other"], MESSAGES)
+    prompts = await PromptRenderer(tokenizers).chat(terms("base", "chat", "other"), MESSAGES)
     assert list(prompts) == ["base", "chat", "other"]
     assert text_of(tokenizers["base"], prompts["base"]) == "<s>" + plain_chat(MESSAGES)
     rendered = "<|system|>Be brief.\n<|user|>Hi\n<|assistant|>Yes?\n<|user|>Bye\n<|assistant|>"
@@ -53,7 +61,7 @@ async def test_each_model_is_prompted_by_its_own_template(tokenizers: dict[str, 
 
 async def test_a_refusing_template_names_the_messages(tokenizers: dict[str, ModelTokenizer]) -> None:
     with pytest.raises(InvalidRequestError, match="system comes first") as caught:
-        await PromptRenderer(tokenizers).chat(["chat"], MESSAGES[1:] + MESSAGES[:1])
+        await PromptRenderer(tokenizers).chat(terms("chat"), MESSAGES[1:] + MESSAGES[:1])
     assert caught.value.param == "messages"
 
 
@@ -64,7 +72,7 @@ async def test_a_prompt_decodes_to_itself_after_the_special_token(
 ) -> None:
     if "<s>" in text:
         return
-    prompts = await PromptRenderer(tokenizers).completion(["base"], text)
+    prompts = await PromptRenderer(tokenizers).completion(terms("base"), text)
     assert text_of(tokenizers["base"], prompts["base"]) == "<s>" + text
 
 
@@ -81,21 +89,101 @@ async def test_long_prompts_leave_the_event_loop_free_and_encode_alike(
         return encode(tokenizer, text, add_special_tokens)
 
     monkeypatch.setattr(ModelTokenizer, "encode", noted)
-    several = await asyncio.gather(*(renderer.completion(["base", "chat"], text) for _ in range(4)))
+    several = await asyncio.gather(*(renderer.completion(terms("base", "chat"), text) for _ in range(4)))
     assert working_threads
     assert threading.get_ident() not in working_threads
     assert {len(ids) for prompts in several for ids in prompts.values()} == {len(text) + 1}
 
 
+def told(model: str, **prompting: Any) -> Term:
+    return Term(f"{model}@told", model, 1.0, prompting=PromptConfig(**prompting))
+
+
+async def test_each_term_has_its_own_instructions(tokenizers: dict[str, ModelTokenizer]) -> None:
+    instructed = told("chat", system_prompt="No jokes.", response_prefix=" Well")
+    for messages, system in ((MESSAGES, "No jokes.\n\nBe brief."), (MESSAGES[1:], "No jokes.")):
+        prompts = await PromptRenderer(tokenizers).chat([*terms("chat"), instructed], messages)
+        without, with_them = (text_of(tokenizers["chat"], ids) for ids in prompts.values())
+        rest = "<|user|>Hi\n<|assistant|>Yes?\n<|user|>Bye\n<|assistant|>"
+        assert without == ("<|system|>Be brief.\n" if messages is MESSAGES else "") + rest
+        assert with_them == f"<|system|>{system}\n{rest} Well"
+
+
+async def test_the_plain_format_is_instructed_alike(tokenizers: dict[str, ModelTokenizer]) -> None:
+    instructed = told("base", system_prompt="No jokes.", response_prefix=" Well")
+    prompts = await PromptRenderer(tokenizers).chat([instructed], MESSAGES[1:2])
+    assert text_of(tokenizers["base"], prompts["base@told"]) == "<s>System: No jokes.\nUser: Hi\nAssistant: Well"
+
+
+async def test_an_empty_system_prompt_is_a_system_message_all_the_same(tokenizers: dict[str, ModelTokenizer]) -> None:
+    """Templates that have a system prompt of their own give way to it."""
+    prompts = await PromptRenderer(tokenizers).chat([told("chat", system_prompt="")], MESSAGES[1:2])
+    assert text_of(tokenizers["chat"], prompts["chat@told"]) == "<|system|>\n<|user|>Hi\n<|assistant|>"
+
+
+async def test_a_text_is_told_on_the_line_before(tokenizers: dict[str, ModelTokenizer]) -> None:
+    instructed = told("base", system_prompt="No jokes.", response_prefix=" we")
+    prompts = await PromptRenderer(tokenizers).completion([*terms("base"), instructed], "Once")
+    assert text_of(tokenizers["base"], prompts["base"]) == "<s>Once"
+    assert text_of(tokenizers["base"], prompts["base@told"]) == "<s>No jokes.\nOnce we"
+
+
+@pytest.mark.parametrize("prompting", [{"system_prompt": "No jokes."}, {"response_prefix": " we"}])
+async def test_token_ids_cannot_be_told_anything(
+    tokenizers: dict[str, ModelTokenizer], prompting: dict[str, str]
+) -> None:
+    with pytest.raises(InvalidRequestError, match="base@told") as caught:
+        await PromptRenderer(tokenizers).completion([*terms("base"), told("base", **prompting)], [1, 2])
+    assert caught.value.param == "prompt"
+
+
+async def test_a_template_in_a_file_replaces_the_models_own(
+    tokenizers: dict[str, ModelTokenizer], tmp_path: Path
+) -> None:
+    path = tmp_path / "template.jinja"
+    template = "{% for m in messages %}{{ m.role[0] }}={{ m.content }};{% endfor %}"
+    renderer = PromptRenderer(tokenizers, {path: template})
+    prompts = await renderer.chat([told("chat", chat_template=path), *terms("chat")], MESSAGES[1:3])
+    assert text_of(tokenizers["chat"], prompts["chat@told"]) == "u=Hi;a=Yes?;"
+    assert text_of(tokenizers["chat"], prompts["chat"]) == "<|user|>Hi\n<|assistant|>Yes?\n<|assistant|>"
+    on_base = await renderer.chat([told("base", chat_template=path)], MESSAGES[1:3])
+    assert text_of(tokenizers["base"], on_base["base@told"]) == "u=Hi;a=Yes?;", "the template brings its special tokens"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages[0].content + 1 }}", "{{ 1 // 0 }}", "{{ ().__class__.__base__.__subclasses__() }}", "{{ nobody.x }}"],
+)
+async def test_a_template_that_breaks_over_a_chat_names_the_messages(
+    tokenizers: dict[str, ModelTokenizer], tmp_path: Path, template: str
+) -> None:
+    path = tmp_path / "template.jinja"
+    with pytest.raises(InvalidRequestError, match="messages: the chat template") as caught:
+        await PromptRenderer(tokenizers, {path: template}).chat([told("chat", chat_template=path)], MESSAGES)
+    assert caught.value.param == "messages"
+
+
+def test_the_templates_of_recipes_are_read_with_the_tokenizers(tmp_path: Path) -> None:
+    path = tmp_path / "template.jinja"
+    save_tokenizer(tmp_path / "m")
+    recipe = {"base": "m", "reference": "m", "tuned": {"model": "m", "chat_template": str(path)}}
+    config = AppConfig.parse({"models": {"m": {"path": str(tmp_path / "m")}}, "recipes": {"r": recipe}})
+    with pytest.raises(ConfigError, match=r"template\.jinja cannot be read"):
+        PromptRenderer.load(config)
+    path.write_text("{% for m in messages %}")
+    with pytest.raises(ConfigError, match=r"template\.jinja is no chat template"):
+        PromptRenderer.load(config)
+
+
 async def test_token_ids_need_one_vocabulary_and_its_range(tokenizers: dict[str, ModelTokenizer]) -> None:
     renderer = PromptRenderer(tokenizers)
-    assert await renderer.completion(["base", "other"], [0, 256]) == {"base": [0, 256], "other": [0, 256]}
-    assert await renderer.completion(["wider"], [257]) == {"wider": [257]}
+    assert await renderer.completion(terms("base", "other"), [0, 256]) == {"base": [0, 256], "other": [0, 256]}
+    assert await renderer.completion(terms("wider"), [257]) == {"wider": [257]}
     with pytest.raises(InvalidRequestError, match="one vocabulary"):
-        await renderer.completion(["base", "wider"], [1])
+        await renderer.completion(terms("base", "wider"), [1])
     for wrong in (-1, 257, 2**40):
         with pytest.raises(InvalidRequestError, match=str(wrong)):
-            await renderer.completion(["base", "other"], [1, wrong])
+            await renderer.completion(terms("base", "other"), [1, wrong])
 
 
 async def test_a_tokenizer_that_would_cut_does_not(tmp_path: Path) -> None:

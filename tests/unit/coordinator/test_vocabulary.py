@@ -15,9 +15,9 @@ from eft_serve.errors import CheckpointError, ConfigError
 SMALL = ZOO_CHECKPOINTS / "base-small"
 
 
-def config(tuned: Path) -> AppConfig:
-    recipe = {"base": "base", "reference": "small", "tuned": [{"model": "tuned"}]}
-    models = {"base": ZOO_CHECKPOINTS / "base-large", "small": SMALL, "tuned": tuned}
+def config(path: Path, tuned: object = "tuned") -> AppConfig:
+    recipe = {"base": "base", "reference": "small", "tuned": tuned}
+    models = {"base": ZOO_CHECKPOINTS / "base-large", "small": SMALL, "tuned": path}
     return AppConfig.parse({"models": {m: {"path": str(p)} for m, p in models.items()}, "recipes": {"up": recipe}})
 
 
@@ -40,7 +40,8 @@ def test_several_ends_are_read_from_the_generation_config(tmp_path: Path) -> Non
     assert Vocabulary.load(copy).eos_token_ids == {1, 7}
 
 
-def test_models_of_a_recipe_that_differ_in_a_token_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuned", ["tuned", {"model": "base", "reference": {"model": "tuned", "system_prompt": "x"}}])
+def test_models_of_a_recipe_that_differ_in_a_token_are_refused_by_name(tmp_path: Path, tuned: object) -> None:
     copy = copy_of_small(tmp_path)
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     ids = tokenizer["model"]["vocab"]
@@ -48,7 +49,7 @@ def test_models_of_a_recipe_that_differ_in_a_token_are_refused_by_name(tmp_path:
     ids[first], ids[second] = ids[second], ids[first]
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError) as refusal:
-        load_vocabularies(config(copy))
+        load_vocabularies(config(copy, tuned))
     for named in ("recipes.up", "base", "tuned", "2000"):
         assert named in refusal.value.message
 
