@@ -8,8 +8,8 @@ computed again later.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eft_serve.config import CoordinatorConfig
@@ -126,9 +126,9 @@ class Scheduler:
 
     def find_stalled(self, now: float, timeout_s: float) -> list[Request]:
         """Requests that have waited so long for a model that does not come, rather than for their turn."""
-        longest = self.replicas.longest_proven()
+        proven = self.replicas.proven()
         for request in self.waiting:
-            if could_hold(longest, request):
+            if could_hold(proven, request):
                 request.last_progress = now
         return [request for request in self.requests if now - request.last_progress > timeout_s]
 
@@ -178,9 +178,7 @@ class Scheduler:
                 if not missing:
                     self.waiting.remove(request)
                     self.running.append(request)
-                elif could_hold(
-                    self.replicas.longest_proven(), request
-                ):  # else it waits for a replica, and nobody waits for it
+                elif could_hold(self.replicas.proven(), request):  # else nobody waits for it
                     short |= missing
             else:
                 short |= request.models
@@ -190,13 +188,14 @@ class Scheduler:
         placed = [(s, s.replica_id) for s in request.sequences if s.replica_id is not None]
         if len(placed) < len(request.sequences):
             return
-        if not all(budgets[replica_id] for _, replica_id in placed):
+        wanted = _wanted(request, placed)
+        if request.guesses and any(wanted[replica_id] > budgets[replica_id] for replica_id in wanted):
+            request.drop_guesses()
+            wanted = _wanted(request, placed)
+        final = all(wanted[replica_id] <= budgets[replica_id] for replica_id in wanted)
+        if (not final and not request.is_prefilling) or not all(budgets[replica_id] for replica_id in wanted):
             request.last_progress = now  # it only waits for its turn
         num_guesses = len(request.guesses)
-        if num_guesses and any(num_guesses + 1 > budgets[replica_id] for _, replica_id in placed):
-            request.drop_guesses()
-            num_guesses = 0
-        final = all(request.num_pending(sequence) <= budgets[replica_id] for sequence, replica_id in placed)
         for sequence, replica_id in placed:
             # The last token waits for the slowest prefill: its logits are wanted from all models in the same step.
             pending = request.num_tokens(sequence) + num_guesses - sequence.num_computed - (not final)
@@ -204,8 +203,9 @@ class Scheduler:
             if count <= 0:
                 continue
             budgets[replica_id] -= count
+            wanted[replica_id] -= count
             num_logits = num_guesses + 1 - sequence.num_rows if final else 0
-            draft = _draft(request, sequence, budgets[replica_id]) if final else None
+            draft = _draft(request, sequence, budgets[replica_id] - wanted[replica_id]) if final else None
             if draft is not None:
                 budgets[replica_id] -= draft.num_tokens - 1
             step = _step(request, sequence, count, pending, num_logits, draft)
@@ -222,6 +222,14 @@ def _draft_forwards(plan: Plan, results: Mapping[str, StepResult]) -> Iterator[t
         if (sequence.term.name, sequence.model) in drafting and (result := results[replica_id]).failure is None:
             deepest = max(max(1, len(output.drafted)) for output in result.outputs)
             yield sequence.model, result.forward_seconds / deepest
+
+
+def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> Counter[str]:
+    """Tokens that each replica computes in its final step: one may hold several of its sequences."""
+    wanted: Counter[str] = Counter()
+    for sequence, replica_id in placed:
+        wanted[replica_id] += request.num_tokens(sequence) + len(request.guesses) - sequence.num_computed
+    return wanted
 
 
 def _draft(request: Request, sequence: SequenceState, budget: int) -> Draft | None:
