@@ -6,6 +6,7 @@ checkpoints themselves (vocabularies, sizes) is checked by `eft_serve.config_che
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -118,6 +119,18 @@ class AppConfig(Frozen):
             for model in recipe.models:
                 if model not in self.models:
                     raise ValueError(f"recipes.{name}: unknown model {model!r}; models are {sorted(self.models)}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_step_holds_a_token_of_every_prompt(self) -> Self:
+        budget = self.coordinator.max_num_batched_tokens
+        for name, recipe in self.recipes.items():
+            model, count = Counter(role.model for role in {role.role for _, role in recipe.roles}).most_common(1)[0]
+            if count > budget:
+                raise ValueError(
+                    f"coordinator.max_num_batched_tokens: {budget} is fewer than the {count} prompts "
+                    f"that {model} reads in recipes.{name}"
+                )
         return self
 
     @classmethod

@@ -22,7 +22,7 @@ from eft_serve.coordinator.backend import LogitsBackend
 from eft_serve.coordinator.gather import Gathered, gather
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.output import OutputStream, failed
-from eft_serve.coordinator.replicas import ReplicaTable
+from eft_serve.coordinator.replicas import ReplicaTable, longest_output
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import draw, tested
 from eft_serve.coordinator.scheduler import Plan, Scheduler
@@ -204,18 +204,19 @@ class DecodeLoop:
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
         left = request.generation.sampling.max_tokens
-        for sequence in request.sequences:
-            longest = self.replicas.longest_sequence(sequence.model)
-            if longest is None:
-                continue  # it may come back; the request waits for it
-            num_prompt_tokens = len(sequence.prompt_token_ids)
-            if num_prompt_tokens >= longest:
+        for model in sorted(request.models):
+            replicas = self.replicas.of(model)
+            if not replicas:
+                continue  # one may come back; the request waits for it
+            prompts = [len(sequence.prompt_token_ids) for sequence in request.sequences if sequence.model == model]
+            left = longest_output(replicas, prompts, left)
+            if not left:
+                longest = max(replica.longest_sequence for replica in replicas)
+                has = " and ".join(f"{num_tokens}" for num_tokens in prompts)
+                whose = "prompt has" if len(prompts) == 1 else "prompts that it reads side by side have"
                 raise ContextLengthError(
-                    f"model {sequence.model} holds {longest} tokens and the prompt has {num_prompt_tokens}; "
-                    "shorten the prompt",
-                    param="prompt",
+                    f"model {model} holds {longest} tokens and the {whose} {has}; shorten the prompt", param="prompt"
                 )
-            left = min(left, longest - num_prompt_tokens)
         return left
 
     def _end(self, request_id: str, reason: FinishReason, error: EftServeError | None = None) -> None:

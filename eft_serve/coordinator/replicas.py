@@ -5,6 +5,7 @@ Knows endpoints by name and size only; reaching them is the backend's work, find
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,19 +81,17 @@ class ReplicaTable:
     def proven_models(self) -> set[str]:
         return {replica.info.model for replica in list(self.replicas.values()) if replica.proven}
 
-    def longest_sequence(self, model: str) -> int | None:
-        """Tokens of the longest sequence that any replica of this model can hold; None when there is no replica."""
-        sizes = [replica.longest_sequence for replica in self.replicas.values() if replica.info.model == model]
-        return max(sizes, default=None)
+    def of(self, model: str) -> list[Replica]:
+        """Every replica of this model, whether it answers now or not."""
+        return [replica for replica in self.replicas.values() if replica.info.model == model]
 
-    def longest_proven(self) -> dict[str, int]:
-        """The same for every model of which a replica answers now."""
-        longest: dict[str, int] = {}
+    def proven(self) -> dict[str, list[Replica]]:
+        """Those that answer now, by model."""
+        found: dict[str, list[Replica]] = defaultdict(list)
         for replica in self.replicas.values():
             if replica.proven:
-                model = replica.info.model
-                longest[model] = max(longest.get(model, 0), replica.longest_sequence)
-        return longest
+                found[replica.info.model].append(replica)
+        return found
 
     def count_blocks(self, requests: Iterable[Request]) -> None:
         """Recount what running requests need once all their pending tokens and guesses are computed."""
@@ -104,13 +103,13 @@ class ReplicaTable:
                     self.replicas[sequence.replica_id].add(request.num_reserved(sequence))
 
     def place(self, request: Request, *, within_budget: bool) -> set[str]:
-        """Give each unplaced sequence the least loaded replica of its model, all or none.
+        """Give each unplaced sequence the least loaded replica of its model, the longest first; all or none.
 
         Returns the models that have no replica to offer; empty when the request is placed.
         """
         placed: list[SequenceState] = []
         missing: set[str] = set()
-        for sequence in request.sequences:
+        for sequence in sorted(request.sequences, key=request.num_tokens, reverse=True):
             if sequence.replica_id is None:
                 num_tokens = request.num_tokens(sequence)
                 replica_id = self._least_loaded(sequence.model, num_tokens if within_budget else 0)
@@ -161,6 +160,31 @@ class ReplicaTable:
             self.freed[replica_id] = [*sequence_ids, *self.freed[replica_id]]
 
 
-def could_hold(longest: Mapping[str, int], request: Request) -> bool:
-    """Whether replicas of these sizes, by model, could ever hold all its sequences, were they empty."""
-    return all(request.num_tokens(s) <= longest.get(s.model, 0) for s in request.sequences)
+def could_hold(replicas: Mapping[str, Sequence[Replica]], request: Request) -> bool:
+    """Whether these replicas, by model, could ever hold all its sequences, were they empty."""
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for sequence in request.sequences:
+        lengths[sequence.model].append(request.num_tokens(sequence))
+    return all(fit(replicas.get(model, ()), found) for model, found in lengths.items())
+
+
+def longest_output(replicas: Sequence[Replica], prompts: Sequence[int], wanted: int) -> int:
+    """Tokens, at most as many as are wanted, that sequences with so many prompt tokens each can grow by together."""
+    return bisect_left(range(1, wanted + 1), True, key=lambda n: not fit(replicas, [p + n for p in prompts]))
+
+
+def fit(replicas: Sequence[Replica], lengths: Sequence[int]) -> bool:
+    """Whether sequences of so many tokens find room in these replicas together; placed as `ReplicaTable.place` does."""
+    blocks = [0] * len(replicas)
+    for num_tokens in sorted(lengths, reverse=True):
+        loads = [
+            (blocks[index] / replica.capacity_blocks, index)
+            for index, replica in enumerate(replicas)
+            if num_tokens <= replica.info.max_model_len
+            and blocks[index] + replica.blocks_for(num_tokens) <= replica.capacity_blocks
+        ]
+        if not loads:
+            return False
+        chosen = min(loads)[1]
+        blocks[chosen] += replicas[chosen].blocks_for(num_tokens)
+    return True

@@ -118,6 +118,14 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("a name with a blank", app(models=MODELS | {"my model": {"path": "x"}}), "my model"),
     ("no ranks", app(models=MODELS | {"large": {"path": "x", "tensor_parallel": 0}}), "models.large.tensor_parallel: "),
     ("unknown dtype", app(models=MODELS | {"large": {"path": "x", "dtype": "int8"}}), "models.large.dtype: "),
+    (
+        "steps that cannot hold a token of every prompt",
+        app(
+            recipes={"eft": RECIPE | {"tuned": {"model": "small", "system_prompt": "x"}}},
+            coordinator={"max_num_batched_tokens": 1},
+        ),
+        "coordinator.max_num_batched_tokens: 1 is fewer than the 2 prompts that small reads in recipes.eft",
+    ),
     ("no time", app(coordinator={"step_timeout_s": 0}), "coordinator.step_timeout_s: "),
     ("negative CPUs", app(server={"resources": {"num_cpus": -1}}), "server.resources.num_cpus: "),
 ]

@@ -24,6 +24,7 @@ from eft_serve.numerics.sampling import SamplingRows, sample
 from eft_serve.types import Delta, Endpoint, FinishReason, GenerationRequest, SamplingParams, Speculative
 
 EFT = {"base": 1.0, "reference": -1.0, "tuned": 1.0}
+TOLD = "base@told"  # the base's second prompt
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def request(
         tenant=tenant,
         speculative=speculative,
     )
-    terms = [Term(model, model, c, weight=float(model == "tuned")) for model, c in coefficients.items()]
+    terms = [
+        Term(name, name.partition("@")[0], c, weight=float(name in ("tuned", TOLD))) for name, c in coefficients.items()
+    ]
     return Request.create(generation, terms, time.monotonic() if now is None else now)
 
 
@@ -187,6 +190,47 @@ def test_tokens_are_as_if_alone(seed: int, count: int, budget: int, kv_tokens: i
         assert harness.last(req.request_id).finish_reason in {FinishReason.STOP, FinishReason.LENGTH}
     assert not any(harness.backend.held.values()), "every sequence was freed"
     assert harness.backend.max_computed <= budget
+
+
+def two_prompts(rng: random.Random, request_id: str, longest: int = 12, **sampling: object) -> Request:
+    """One whose base reads two prompts."""
+    prompts = prompts_for(rng, longest) | {TOLD: [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))]}
+    coefficients = rng.choice([{"base": -0.5, TOLD: 1.5}, {TOLD: 1.2, "reference": -1.0, "base": 0.8}])
+    return request(request_id, prompts, coefficients, **sampling)  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.integers(1, 8), st.sampled_from([3, 5, 17, 1024]), st.sampled_from([64, 100, 4096]))
+def test_a_model_that_reads_two_prompts(seed: int, count: int, budget: int, kv_tokens: int) -> None:
+    rng = random.Random(seed)
+    harness = Harness(ToyBackend(three_models(kv_tokens=kv_tokens)), CoordinatorConfig(max_num_batched_tokens=budget))
+    requests = [two_prompts(rng, f"r{i}", max_tokens=rng.randint(1, 15)) for i in range(count)]
+    for req in requests:
+        harness.submit(req)
+    harness.drive()
+    for req in requests:
+        assert harness.tokens(req.request_id) == naive(req)
+
+
+def test_two_prompts_that_never_fit_one_replica_together_are_refused() -> None:
+    def served(num_replicas: int, num_tokens: int) -> Delta:
+        bases = {f"base-{i}": endpoint("base", f"base-{i}", kv_tokens=64) for i in range(num_replicas)}
+        harness = Harness(ToyBackend(bases))
+        prompts = {"base": [1] * num_tokens, TOLD: [2] * num_tokens}
+        harness.submit(request("r", prompts, {"base": 0.5, TOLD: 0.5}, ignore_eos=True, max_tokens=20))
+        harness.drive()
+        tokens = harness.tokens("r")
+        return harness.last("r") if not tokens else Delta(text="", token_ids=tokens)
+
+    refused = served(1, 32)
+    assert refused.failure is not None
+    assert (refused.failure.kind, refused.failure.param) == ("ContextLengthError", "prompt")
+    assert (
+        "model base holds 64 tokens and the prompts that it reads side by side have 32 and 32"
+        in refused.failure.message
+    )
+    assert len(served(1, 28).token_ids) == 4  # 2 · (28 + 4) = 64
+    assert len(served(2, 32).token_ids) == 20
 
 
 @settings(deadline=None, max_examples=40)
