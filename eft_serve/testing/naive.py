@@ -33,32 +33,41 @@ def emulated_logprobs(
     reference: torch.Tensor,
     tuned: Sequence[tuple[torch.Tensor, torch.Tensor, float]],  # (tuned_i, ref_i, alpha_i)
     scale: float,
+    truncate_top_p: float = 1.0,
 ) -> torch.Tensor:
-    """log π̃ = ref + β·(base − ref) + Σ αᵢ·(tunedᵢ − refᵢ), normalised (arXiv 2310.12962, eq. 5)."""
-    combined = reference + scale * (base - reference)
+    """log π̃ = ref + β·(base − ref) + Σ αᵢ·(tunedᵢ − refᵢ), normalised (arXiv 2310.12962, eq. 5).
+
+    Below `truncate_top_p` 1 the part with β counts only in the nucleus of the rest.
+    """
+    unscaled = reference
     for tuned_i, reference_i, weight in tuned:
-        combined = combined + weight * (tuned_i - reference_i)
-    return torch.log_softmax(combined, dim=-1)
+        unscaled = unscaled + weight * (tuned_i - reference_i)
+    ratio = scale * (base - reference)
+    if truncate_top_p < 1:
+        probs, token_ids = torch.softmax(unscaled.double(), dim=-1).sort(descending=True)
+        outside = token_ids[probs.cumsum(dim=-1) - probs >= truncate_top_p]
+        ratio[outside[outside != token_ids[0]]] = 0.0
+    return torch.log_softmax(unscaled + ratio, dim=-1)
 
 
 def generate_emulated(
     models: Mapping[str, PreTrainedModel],  # "base", "reference", "tuned"
-    prompt_token_ids: Sequence[int],
+    prompt_token_ids: Sequence[int] | Mapping[str, Sequence[int]],  # one for all, or for each role its own
     *,
     max_tokens: int,
     num_tokens: int,
     eos_token_ids: frozenset[int],
     scale: float = 1.0,
     weight: float = 1.0,
+    truncate_top_p: float = 1.0,
 ) -> list[int]:
     """Greedy tokens of the emulated model, the end token included."""
+    prompts = prompt_token_ids if isinstance(prompt_token_ids, Mapping) else dict.fromkeys(models, prompt_token_ids)
     output: list[int] = []
     while len(output) < max_tokens and not (output and output[-1] in eos_token_ids):
-        tokens = [*prompt_token_ids, *output]
-        terms = {role: next_logprobs(model, tokens, num_tokens) for role, model in models.items()}
-        logprobs = emulated_logprobs(
-            terms["base"], terms["reference"], [(terms["tuned"], terms["reference"], weight)], scale
-        )
+        terms = {role: next_logprobs(model, [*prompts[role], *output], num_tokens) for role, model in models.items()}
+        tuned = [(terms["tuned"], terms["reference"], weight)]
+        logprobs = emulated_logprobs(terms["base"], terms["reference"], tuned, scale, truncate_top_p)
         output.append(int(logprobs.argmax()))
     return output
 

@@ -25,6 +25,19 @@ ROOT = Path(__file__).parent.parent.parent
 READY_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 60.0
 NARROW_TOKENS = 1120
+SYSTEM_PROMPT = "Tell me about the currency of Peru."
+PREFIX = " It is"
+TOLD = {"model": "tuned-small", "name": "told", "system_prompt": SYSTEM_PROMPT}
+RECIPES: dict[str, Any] = {
+    "steered": {
+        "base": "base-large",
+        "reference": "base-large",
+        "tuned": {"model": "base-large", "system_prompt": SYSTEM_PROMPT, "response_prefix": PREFIX},
+    },
+    "told": {"base": "base-large", "reference": "base-small", "tuned": TOLD},
+    "interpolated": {"base": "base-large", "reference": "base-small", "tuned": ["tuned-small", TOLD]},
+    "same": {"base": "base-narrow", "reference": "base-large", "tuned": {"model": "base-narrow", "name": "itself"}},
+}
 
 
 @dataclass(frozen=True)
@@ -90,14 +103,15 @@ class Served:
 
 def write_config(directory: Path, tenants_file: Path) -> Path:
     """The embedded family with all that may multiply: one model twice, so that one can be killed, one split over two
-    ranks, two coordinators that share them all, and a recipe whose base has little room, so that requests of it are
-    preempted."""
+    ranks, two coordinators that share them all, a recipe whose base has little room, so that requests of it are
+    preempted, and recipes in which one model has several roles or prompts."""
     config: dict[str, Any] = load_any(ROOT / "deployments" / "zoo.yaml").model_dump(mode="json")
     config["models"]["tuned-small"]["num_replicas"] = 2
     config["models"]["base-small"]["tensor_parallel"] = 2
     config["models"]["base-narrow"] = {**config["models"].pop("tuned-large"), "path": "zoo:base-large"}
     config["models"]["base-narrow"]["kv_cache_tokens"] = NARROW_TOKENS
     config["recipes"]["narrow"] = {**config["recipes"]["eft"], "base": "base-narrow"}
+    config["recipes"] |= RECIPES
     config["coordinator"]["num_replicas"] = 2
     config["server"]["tenants_file"] = str(tenants_file)
     path = directory / "config.yaml"
