@@ -108,6 +108,7 @@ def test_context_steering_is_one_model_twice() -> None:
     plain, steered = recipe_terms(recipe, Knobs(weights={"m": 1.5}))
     assert (plain.model, plain.coefficient, plain.prompting.system_prompt) == ("m", -0.5, None)
     assert (steered.model, steered.coefficient, steered.prompting.system_prompt) == ("m", 1.5, "Be brief.")
+    assert (plain.weight, steered.weight) == (0.0, 1.5)
     assert recipe_terms(recipe, Knobs(weights={"m": 0.0})) == (Term("m", "m", 1.0),)
 
 

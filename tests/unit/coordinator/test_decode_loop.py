@@ -196,7 +196,7 @@ def two_prompts(rng: random.Random, request_id: str, longest: int = 12, **sampli
     """One whose base reads two prompts."""
     prompts = prompts_for(rng, longest) | {TOLD: [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))]}
     coefficients = rng.choice([{"base": -0.5, TOLD: 1.5}, {TOLD: 1.2, "reference": -1.0, "base": 0.8}])
-    return request(request_id, prompts, coefficients, **sampling)  # type: ignore[arg-type]
+    return request(request_id, prompts, coefficients, speculative=speculative(rng), **sampling)  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=40)
