@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from eft_serve.config import ZOO_CHECKPOINTS, AppConfig, ModelConfig
 from eft_serve.config_check import load_any
+from eft_serve.config_recipes import RecipeConfig
 from eft_serve.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -176,6 +177,17 @@ def test_the_documentations_example_is_valid_and_uses_every_field() -> None:
     data = yaml.safe_load(next(block for block in blocks if block.startswith("models:")))
     AppConfig.parse(data, source="docs/configuration.md")
     assert keys_of(data) >= {name for kind in sections(AppConfig) for name in kind.model_fields}
+
+
+def test_the_recipes_of_the_documentation_are_those_of_the_example() -> None:
+    document = (ROOT / "docs" / "recipes.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", document, re.DOTALL)
+    data = {name: recipe for block in blocks for name, recipe in yaml.safe_load(block).items()}
+    example = load_any(ROOT / "deployments" / "zoo-recipes.yaml")
+    written = {name: RecipeConfig.model_validate(recipe) for name, recipe in data.items()}
+    assert {name: recipe for name, recipe in written.items() if name != "guidance"} == example.recipes
+    named = set(re.findall(r"\| `([\w-]+)` \|$", document, re.MULTILINE))
+    assert named == set(example.recipes)
 
 
 def keys_of(data: Any) -> set[str]:
