@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eft_serve.engine.batch import BatchRow
 from eft_serve.engine.kv_cache import Sequence
-from eft_serve.numerics.sampling import SamplingRows, greedy, sample
+from eft_serve.numerics.sampling import SamplingRows, most_likely, sample
 from eft_serve.types import Draft
 
 
@@ -23,7 +23,7 @@ class Guesses:
 
     sequence: Sequence
     draft: Draft
-    rows: list[Tensor]  # each [vocab_size]; the newest is what the next guess is drawn from
+    rows: list[Tensor] = field(default_factory=list)  # each [vocab_size], of the guesses that were computed
     token_ids: list[int] = field(default_factory=list)
 
     @property
@@ -41,15 +41,20 @@ class Guesses:
         )
 
 
-def guess(guesses: SequenceOf[Guesses]) -> None:
-    """Draw everyone's next token. Rows must be finite."""
-    groups: dict[int, list[Guesses]] = {}
-    for each in guesses:
-        groups.setdefault(each.draft.num_ids, []).append(each)
-    for num_ids, group in groups.items():
-        logits = torch.stack([each.rows[-1][:num_ids] for each in group])
+def guess(guesses: SequenceOf[Guesses], logits: Tensor) -> None:
+    """Draw everyone's next token.
+
+    Args:
+        guesses: who draws.
+        logits: [len(guesses), vocab_size], everyone's newest row; finite.
+    """
+    num_ids = [each.draft.num_ids for each in guesses]
+    for width in set(num_ids):
+        places = [i for i, n in enumerate(num_ids) if n == width]
+        rows = (logits if len(places) == len(guesses) else logits[places])[:, :width]
+        group = [guesses[i] for i in places]
         is_random = any(each.draft.temperature for each in group)
-        drawn = sample(logits, _sampling_rows(group)) if is_random else greedy(logits)
+        drawn = sample(rows, _sampling_rows(group)) if is_random else most_likely(rows)
         for each, token_id in zip(group, drawn.tolist(), strict=True):
             each.token_ids.append(token_id)
 

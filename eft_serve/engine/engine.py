@@ -123,11 +123,11 @@ class Engine:
                     if bad:
                         sick.add(chunk.admitted.index)
             guesses = {
-                item.index: Guesses(item.sequence, item.step.draft, [pieces[item.index][-1][-1]])
+                item.index: Guesses(item.sequence, item.step.draft)
                 for item in admitted
                 if item.step.draft is not None and item.num_logits and item.index not in sick
             }
-            sick |= self._guess(guesses)
+            sick |= self._guess(guesses, pieces)
         finally:
             for item in admitted:  # after a failure there are blocks reserved for tokens that were not computed
                 self._cache.truncate(item.sequence, item.sequence.num_computed_tokens)
@@ -139,22 +139,25 @@ class Engine:
             for item in admitted
         }
 
-    def _guess(self, guesses: Mapping[int, Guesses]) -> set[int]:
+    def _guess(self, guesses: Mapping[int, Guesses], pieces: Mapping[int, list[Tensor]]) -> set[int]:
         """Everyone's guesses, one forward for all that want another; returns whose logits are no numbers."""
         sick: set[int] = set()
-        guess(list(guesses.values()))
+        if guesses:
+            guess(list(guesses.values()), torch.stack([pieces[index][-1][-1] for index in guesses]))
         while going_on := [
             i for i, each in guesses.items() if i not in sick and each.wants_more and self._extend(each)
         ]:
             for part in (going_on[i : i + self._most_rows] for i in range(0, len(going_on), self._most_rows)):
                 rows = [guesses[index].next_row() for index in part]
                 logits = self._run(rows)
-                for index, row, bad in zip(part, logits, _are_sick(rows, logits), strict=True):
+                are_sick = _are_sick(rows, logits)
+                for index, row, bad in zip(part, logits, are_sick, strict=True):
                     self._cache.commit(guesses[index].sequence, guesses[index].token_ids[-1:])
                     guesses[index].rows.append(row)
                     if bad:
                         sick.add(index)
-            guess([guesses[index] for index in going_on if index not in sick])
+                healthy = [i for i, bad in enumerate(are_sick) if not bad]
+                guess([guesses[part[i]] for i in healthy], logits if len(healthy) == len(part) else logits[healthy])
         return sick
 
     def _extend(self, guesses: Guesses) -> bool:
@@ -172,8 +175,8 @@ class Engine:
         if sick:
             self._cache.disown(item.sequence)
             return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
-        if guesses is not None and len(guesses.rows) > 1:
-            pieces = [*pieces, torch.stack(guesses.rows[1:])]
+        if guesses is not None and guesses.rows:
+            pieces = [*pieces, torch.stack(guesses.rows)]
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return StepOutput(step.sequence_id, logits=logits, drafted=guesses.token_ids if guesses is not None else ())
 

@@ -65,6 +65,7 @@ class Group:
     num_logits: list[int]  # wanted of each row, its last new tokens
     tables: Tensor  # [batch, num_blocks] int64, each row's blocks in order; the null block where it has no more
     positions: Tensor  # [batch, q_length] int64
+    slots: Tensor  # [batch, q_length] int64, where each new token's key and value go: block * BLOCK_SIZE + offset
     lanes: list[int] | None  # each row's, rising; None: these rows are gathered
     _lane_rows: dict[int, Tensor] = field(default_factory=dict)
     _parts: dict[tuple[int | None, Heads], list[Part]] = field(default_factory=dict)
@@ -82,10 +83,6 @@ class Group:
     def nothing_cached(self) -> bool:
         """All tokens of all rows are new."""
         return all(length == self.q_length for length in self.lengths)
-
-    def slots(self) -> Tensor:
-        """[batch, q_length] int64, where each new token's key and value go: block * BLOCK_SIZE + offset."""
-        return _slots(self.tables, self.positions)
 
     def lane_rows(self, kv_heads: int) -> Tensor:
         """[batch * q_length * kv_heads] int64, where the new tokens go in their lanes."""
@@ -197,8 +194,8 @@ class Layout:
         begun = [row.block_ids[-1] for row in batch.rows if _begins_last_block(row)]
         return cls(
             input_ids=torch.tensor(ids, device=device),
-            positions=torch.cat([group.positions.flatten() for group in groups]),
-            slots=torch.cat([group.slots().flatten() for group in groups]),
+            positions=_joined([group.positions.flatten() for group in groups]),
+            slots=_joined([group.slots.flatten() for group in groups]),
             logit_index=torch.tensor(wanted, dtype=torch.int64, device=device),
             begun=torch.tensor(begun, device=device) if begun else None,
             groups=groups,
@@ -229,6 +226,10 @@ def _begins_last_block(row: BatchRow) -> bool:
     return 0 < end % BLOCK_SIZE <= len(row.token_ids)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _slots(tables: Tensor, positions: Tensor) -> Tensor:
     return tables.gather(1, positions // BLOCK_SIZE) * BLOCK_SIZE + positions % BLOCK_SIZE
 
@@ -244,13 +245,15 @@ def _group(rows: Sequence[BatchRow], start: int, q_length: int, lanes: list[int]
     tables = np.full((len(rows), max(len(row.block_ids) for row in rows)), NULL_BLOCK)
     for table, row in zip(tables, rows, strict=True):
         table[: len(row.block_ids)] = row.block_ids
-    positions = torch.tensor([row.position for row in rows])[:, None] + torch.arange(q_length)
+    positions = np.array([row.position for row in rows])[:, None] + np.arange(q_length)
+    slots = np.take_along_axis(tables, positions // BLOCK_SIZE, axis=1) * BLOCK_SIZE + positions % BLOCK_SIZE
     return Group(
         start=start,
         q_length=q_length,
         lengths=[row.position + q_length for row in rows],
         num_logits=[row.num_logits for row in rows],
         tables=torch.from_numpy(tables).to(device),
-        positions=positions.to(device),
+        positions=torch.from_numpy(positions).to(device),
+        slots=torch.from_numpy(slots).to(device),
         lanes=lanes,
     )

@@ -56,7 +56,7 @@ class _PagedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Write [batch, kv_heads, q_length, head_dim], return [batch, kv_heads, kv_length, head_dim]."""
         new_key, new_value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
-        rows = head_rows(self._group.slots(), new_key.shape[1]).flatten()
+        rows = head_rows(self._group.slots, new_key.shape[1]).flatten()
         self._cache.write(self._layer, rows, new_key, new_value)
         key, value = self._cache.gather_slots(self._layer, self._aligned.slots)
         return key.transpose(1, 2), value.transpose(1, 2)
