@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+Copy = tuple[int, int]  # source and target block
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class ForwardBatch:
     """What every tensor-parallel rank computes in one forward."""
 
     rows: list[BatchRow]
+    copies: list[Copy] = field(default_factory=list)  # to be made before anything is read or written
 
     @property
     def num_tokens(self) -> int:

@@ -182,14 +182,16 @@ class Engine:
 
     def _run(self, rows: list[BatchRow]) -> Tensor:
         """One forward; logits [num_logits, vocab_size] of all rows in their order."""
-        batch = ForwardBatch(rows)
+        batch = ForwardBatch(rows, self._cache.copies)
         started = time.perf_counter()
         try:
             logits = self._group.forward(batch)
         except Exception as error:
+            self._cache.forget_copies()
             # Ranks may be out of step with one another now; one rank alone is where it was before.
             self._failure = str(error) if self._group.followers else None
             raise EngineError(f"{self.info.model}: {error}") from error
+        self._cache.copies = []
         self._metrics.forward_seconds.observe(time.perf_counter() - started)
         self._metrics.tokens_computed.inc(batch.num_tokens)
         return logits

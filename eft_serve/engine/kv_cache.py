@@ -2,7 +2,7 @@
 
 A sequence holds whole blocks in token order. A full block is named by a digest of its tokens, of all that stand before
 them and of the sequence's salt, so equal names mean equal keys and values, and a beginning that was computed once is
-found again. Shared blocks are full and only read: a sequence writes behind what it shares, or lets go of it.
+found again. Shared blocks are full and only read: a sequence writes behind what it shares, or into a copy of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
 
+from eft_serve.engine.batch import Copy
 from eft_serve.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
 
 
@@ -61,6 +62,7 @@ class KVCache:
 
     def __init__(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
+        self.copies: list[Copy] = []  # that the next forward has to make first; until then nobody writes a source
         self._sequences: OrderedDict[str, Sequence] = OrderedDict()
         self._digests = Digests()
         self._numbers = count(1)
@@ -95,20 +97,39 @@ class KVCache:
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
         """Forget every token from `num_tokens` on and let go of the blocks that no longer hold any.
 
-        Rows will be written from there on, so a block in the middle of which that is must be the sequence's own: when
-        others hold it too, its tokens are forgotten as well.
+        Rows will be written from there on, so a block in the middle of which that is must be the sequence's own: it is
+        copied when others hold it too, and forgotten as well when there is no room for a copy.
         """
         num_tokens = min(num_tokens, sequence.num_computed_tokens)
         num_full, num_left = divmod(num_tokens, BLOCK_SIZE)
-        if num_left:
-            last = sequence.block_ids[num_full]
-            if self.pool.num_references(last) > 1:
-                num_tokens -= num_left
-            else:
-                self.pool.unregister(last)
+        if num_left and not self._own(sequence, num_full):
+            num_tokens -= num_left
         keep = blocks_for(num_tokens)
         self.pool.release(sequence.block_ids[keep:])
         del sequence.block_ids[keep:], sequence.token_ids[num_tokens:], sequence.digests[1 + num_full :]
+
+    def _own(self, sequence: Sequence, index: int) -> bool:
+        """Make this block the sequence's alone, to be found by nobody; false when there is no room for a copy."""
+        source = sequence.block_ids[index]
+        if self.pool.num_references(source) == 1:
+            self.pool.unregister(source)
+            return True
+        if not self.pool.num_free:
+            return False
+        (target,) = self.pool.allocate(1)
+        self.pool.release([source])
+        sequence.block_ids[index] = target
+        self.copies.append((source, target))
+        return True
+
+    def forget_copies(self) -> None:
+        """Nobody knows whether they were made: those who rely on one forget what they have from there on."""
+        targets = {target for _, target in self.copies}
+        self.copies = []
+        for sequence in self:
+            if not targets.isdisjoint(sequence.block_ids):
+                first = next(i for i, block_id in enumerate(sequence.block_ids) if block_id in targets)
+                self.truncate(sequence, first * BLOCK_SIZE)
 
     def adopt(self, sequence: Sequence, salt: str | None, token_ids: list[int]) -> None:
         """Give an empty sequence its salt, and the blocks that hold the longest known beginning of `token_ids`."""

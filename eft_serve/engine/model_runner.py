@@ -221,6 +221,7 @@ class ModelRunner:
         """Logits [batch.num_logits, vocab_size] on the CPU, rows in the order of the batch."""
         if self._path is None:
             raise EngineError("forward before try_way")
+        self._cache.copy(batch.copies)
         lanes = self._lanes if self._path.attends_through_us else None
         layout = Layout.of(batch, self.device, lanes)
         self._cache.clear(layout.begun)

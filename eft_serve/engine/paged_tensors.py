@@ -7,11 +7,13 @@ over 140 tokens took 15.8 ms token by token and 9.4 ms so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eft_serve.engine.batch import Copy
 from eft_serve.engine.block_pool import BLOCK_SIZE
 
 
@@ -21,6 +23,15 @@ class PagedTensors:
 
     keys: list[Tensor]
     values: list[Tensor]
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy blocks in every layer: all are read before one is written, and a target's last source counts."""
+        if copies:
+            sources = {target: source for source, target in copies}
+            device = self.keys[0].device
+            source, target = (torch.tensor(list(ids), device=device) for ids in (sources.values(), sources))
+            for cache in (*self.keys, *self.values):
+                cache.index_copy_(0, target, cache.index_select(0, source))
 
     def clear(self, blocks: Tensor | None) -> None:
         """Zero these blocks in every layer, before a forward that begins them without filling them."""

@@ -146,8 +146,9 @@ class Scheduler:
             return StepOutput(step.sequence_id, error=mistake)
         sequence = self._cache.touch(step.sequence_id, now)
         self._cache.truncate(sequence, step.position)
-        if step.position == 0:  # the last token is always computed: its logits are in no cache
-            self._cache.adopt(sequence, step.salt, step.token_ids[: -max(1, step.num_logits)])
+        if step.position == 0:
+            self._cache.adopt(sequence, step.salt, step.token_ids)
+            self._cache.truncate(sequence, len(step.token_ids) - max(1, step.num_logits))  # logits are in no cache
         held = sequence.num_computed_tokens
         start = held - step.position
         stop = min(len(step.token_ids), start + (step.max_computed or len(step.token_ids)))

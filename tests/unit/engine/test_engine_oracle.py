@@ -136,6 +136,28 @@ def test_greedy_equals_generate(architecture: str, load: Load, references: Refer
     assert hits >= 16, "the second one found the first one's prompt"
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_known_prompt_costs_one_token_whether_its_last_block_is_taken_or_copied(
+    architecture: str, load: Load, references: References
+) -> None:
+    engine, tokens = load(architecture), tokens_of(5)
+    wanted = stock_logits(references(architecture), [*tokens[:32], 1, 2])
+    engine.forward([SequenceStep("first", 0, tokens[:32], 0, "known")])
+    engine.free(["first"])
+    for name in ("takes", "copies"):
+        computed = engine.registry.get_sample_value("eft_engine_tokens_computed_total", {"model": architecture})
+        (output,) = engine.forward([SequenceStep(name, 0, tokens[:32], 1, "known")])
+        assert output.logits is not None
+        torch.testing.assert_close(output.logits[0], wanted[31], atol=TOLERANCE, rtol=0)
+        after = engine.registry.get_sample_value("eft_engine_tokens_computed_total", {"model": architecture})
+        assert (after or 0) - (computed or 0) == 1
+    for position, token in ((32, 1), (33, 2)):
+        for output in engine.forward([SequenceStep(name, position, [token], 1) for name in ("takes", "copies")]):
+            assert output.logits is not None
+            torch.testing.assert_close(output.logits[0], wanted[position], atol=TOLERANCE, rtol=0)
+    engine.free(["takes", "copies"])
+
+
 def test_resending_a_step_changes_nothing(load: Load) -> None:
     engine = load("llama")
     tokens = tokens_of(0)

@@ -44,12 +44,17 @@ class MemoryGroup:
     followers: tuple[()] = ()
     forwards_until_failure: int | None = None
     num_computed: int = 0
+    num_copies: int = 0
 
     def forward(self, batch: ForwardBatch) -> Tensor:
+        copied = {(target, i): self.slots[source, i] for source, target in batch.copies for i in range(BLOCK_SIZE)}
+        self.slots |= copied
+        self.num_copies += len(batch.copies)
         owners = [self._write(row) for row in batch.rows]
         if self.forwards_until_failure is not None:
             self.forwards_until_failure -= 1
             if self.forwards_until_failure < 0:
+                self.slots |= dict.fromkeys(copied, ("nobody", -1))
                 raise EngineError("no memory")
         self.num_computed += batch.num_tokens
         rows = [logits for row, owner in zip(batch.rows, owners, strict=True) for logits in self._read(row, owner)]
@@ -251,7 +256,7 @@ def test_a_sequence_is_found_after_it_was_freed_with_what_it_generated(engine: E
     assert group.num_computed == 48 + 1
 
 
-@pytest.mark.parametrize(("count", "num_logits", "computed"), [(32, 1, 16), (33, 1, 1), (33, 0, 1), (40, 9, 24)])
+@pytest.mark.parametrize(("count", "num_logits", "computed"), [(32, 1, 1), (33, 1, 1), (33, 0, 1), (40, 9, 9)])
 def test_what_logits_are_wanted_of_is_always_computed(
     engine: Engine, group: MemoryGroup, count: int, num_logits: int, computed: int
 ) -> None:
@@ -286,15 +291,70 @@ def test_sending_a_first_step_again_is_harmless_and_cheap(engine: Engine, group:
     assert group.num_computed == 40 + 8
 
 
-def test_a_rollback_into_a_shared_block_falls_back_to_its_beginning(engine: Engine, group: MemoryGroup) -> None:
+def test_a_rollback_into_a_shared_block_goes_on_in_a_copy(engine: Engine, group: MemoryGroup) -> None:
     start(engine, "a", PROMPT)
     start(engine, "b", PROMPT)
-    assert engine.forward([SequenceStep("b", 20, [1], 1)])[0].held == 16
-    (output,) = engine.forward([SequenceStep("b", 16, [*PROMPT[16:20], 1], 1)])
+    (output,) = engine.forward([SequenceStep("b", 20, [1], 1)])
     assert output.logits is not None
     assert torch.equal(output.logits[0], fingerprint([*PROMPT[:20], 1]))
+    assert group.num_copies == 1
     (output,) = engine.forward([SequenceStep("a", 40, [1], 1)])
     assert output.logits is not None, "the other one kept its blocks"
+
+
+def test_without_room_for_a_copy_a_rollback_falls_back_to_the_blocks_beginning(
+    engine: Engine, group: MemoryGroup
+) -> None:
+    start(engine, "a", PROMPT)
+    start(engine, "b", PROMPT)
+    start(engine, "f", [0] * 48)
+    assert engine._cache.pool.num_free == 0
+    assert engine.forward([SequenceStep("b", 20, [1], 1), SequenceStep("f", 48, [1], 1)])[0].held == 16
+    assert group.num_copies == 0
+
+
+def test_a_whole_prompt_that_nobody_holds_any_more_is_taken_and_found_again(engine: Engine, group: MemoryGroup) -> None:
+    for name in ("a", "b", "c"):
+        output = start(engine, name, PROMPT[:32])
+        assert output.logits is not None
+        assert torch.equal(output.logits[0], fingerprint(PROMPT[:32]))
+        engine.free([name])
+    assert (group.num_computed, group.num_copies) == (32 + 1 + 1, 0)
+
+
+def test_a_whole_prompt_that_others_hold_is_copied_and_stays_theirs(engine: Engine, group: MemoryGroup) -> None:
+    start(engine, "a", PROMPT[:32])
+    start(engine, "b", PROMPT[:32])
+    assert (group.num_computed, group.num_copies) == (32 + 1, 1)
+    assert engine._cache.used_tokens == 3 * BLOCK_SIZE
+    for name in ("a", "b"):
+        (output,) = engine.forward([SequenceStep(name, 32, [1], 1)])
+        assert output.logits is not None
+        assert torch.equal(output.logits[0], fingerprint([*PROMPT[:32], 1]))
+
+
+def test_a_copy_that_failed_is_forgotten(engine: Engine, group: MemoryGroup) -> None:
+    start(engine, "a", PROMPT[:32])
+    group.forwards_until_failure = 0
+    with pytest.raises(EngineError):
+        start(engine, "b", PROMPT[:32])
+    group.forwards_until_failure = None
+    assert engine.forward([SequenceStep("b", 31, PROMPT[31:32], 1)])[0].held == 16
+    (output,) = engine.forward([SequenceStep("b", 16, PROMPT[16:32], 1)])
+    assert output.logits is not None
+    assert torch.equal(output.logits[0], fingerprint(PROMPT[:32]))
+
+
+def test_a_source_that_is_evicted_in_the_same_call_is_copied_as_it_was(engine: Engine, group: MemoryGroup) -> None:
+    start(engine, "a", PROMPT[:32])
+    engine.forward([SequenceStep("a", 32, [1] * 16, 1)])
+    steps = [SequenceStep("b", 0, PROMPT[:32], 1, "red"), SequenceStep("f", 0, [0] * 80, 1)]
+    first, second = engine.forward(steps)
+    assert counted(engine, "evictions") == 1
+    assert group.num_copies == 1
+    assert first.logits is not None
+    assert second.logits is not None
+    assert torch.equal(first.logits[0], fingerprint(PROMPT[:32]))
 
 
 def test_a_rollback_into_a_block_of_ones_own_takes_it_out_of_the_cache(engine: Engine, group: MemoryGroup) -> None:

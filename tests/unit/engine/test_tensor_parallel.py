@@ -65,6 +65,10 @@ def assert_equals_one_rank(engine: Engine, model: PreTrainedModel) -> None:
     assert b.logits is not None
     torch.testing.assert_close(a.logits, wanted[17:23], atol=1e-4, rtol=0)
     torch.testing.assert_close(b.logits, wanted[9:10], atol=1e-4, rtol=0)
+    for name in ("first", "copies"):  # the second one's last block, on every rank
+        (output,) = engine.forward([SequenceStep(name, 0, PROMPT[:16], 1, "known")])
+        assert output.logits is not None
+        torch.testing.assert_close(output.logits[0], wanted[15], atol=1e-4, rtol=0)
     ids = torch.tensor([PROMPT])
     generated = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
