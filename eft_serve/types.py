@@ -134,12 +134,17 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     attention: str  # the path taken, for the logs
 
 
-class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one model replica's engine listens, and the key that proves it."""
+class Listener(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a replica listens, and the key that proves it."""
 
     replica_id: str
     address: str  # a ZeroMQ address: tcp://host:port
     public_key: bytes  # CURVE, Z85
+
+
+class Endpoint(Listener, frozen=True, kw_only=True):
+    """A model replica's engine."""
+
     info: ModelInfo
 
 

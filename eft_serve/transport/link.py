@@ -1,8 +1,4 @@
-"""One replica's connection: at most one message under way, and what became of it.
-
-ZeroMQ reconnects by itself, save after a refusal; this only watches. IMMEDIATE keeps messages out of connections that
-do not exist yet, so that nothing old is delivered after a reconnect.
-"""
+"""One replica's connection: at most one message under way, and what became of it."""
 
 from __future__ import annotations
 
@@ -12,11 +8,10 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from eft_serve.transport import segment
+from eft_serve.transport.connection import Connection
 from eft_serve.transport.segment import Segment
-from eft_serve.transport.sockets import HANDSHAKE_TIMEOUT_MS, harden
 from eft_serve.transport.wire import (
     LEAST_SHARED_BYTES,
     MAX_REPLY_BYTES,
@@ -31,16 +26,6 @@ from eft_serve.types import Endpoint, SequenceStep, StepBatch, StepOutput, StepR
 logger = logging.getLogger(__name__)
 
 _WIDEST_ITEM_BYTES = 4  # of the logits' dtypes
-_BROKEN = {
-    zmq.EVENT_DISCONNECTED: "connection lost",
-    zmq.EVENT_CLOSED: "nothing listens there",
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "our key was refused",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "the handshake failed: not an engine, or another version",
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "the handshake failed: the engine's key is not the one expected",
-}
-_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED
-for _event in _BROKEN:
-    _WATCHED |= _event
 
 
 class Link:
@@ -51,18 +36,10 @@ class Link:
     ) -> None:
         self.endpoint = endpoint
         self._poller = poller
-        self._socket = context.socket(zmq.DEALER)
-        harden(self._socket, MAX_REPLY_BYTES)
-        self._socket.set(zmq.IMMEDIATE, 1)
-        self._socket.set(zmq.CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT_MS)
-        self._socket.set(zmq.CURVE_SERVERKEY, endpoint.public_key)
-        self._socket.set(zmq.CURVE_PUBLICKEY, public_key)
-        self._socket.set(zmq.CURVE_SECRETKEY, secret_key)
-        self._monitor = self._socket.get_monitor_socket(_WATCHED)
-        self._socket.connect(endpoint.address)
+        self._connection = Connection(context, endpoint, public_key, secret_key, MAX_REPLY_BYTES)
+        self._socket = self._connection.socket
         self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
-        self._broken: str | None = None  # why there is no connection, if one was tried and failed
+        self._poller.register(self._connection.monitor, zmq.POLLIN)
         self._message_id = 0
         self._steps: Sequence[SequenceStep] = ()
         self._segment: Segment | None = None
@@ -84,7 +61,7 @@ class Link:
     def broken(self) -> bool:
         """The connection, or the last attempt at one, failed."""
         self._watch()
-        return self._broken is not None
+        return self._connection.broken is not None
 
     def begin(self, message_id: int, batch: StepBatch, started: float) -> None:
         """Send a batch, or have it wait for the connection that is being made."""
@@ -103,7 +80,7 @@ class Link:
         if self._socket in ready:
             self._send()
             self._receive()
-        if self._monitor in ready:
+        if self._connection.monitor in ready:
             self._watch()
 
     def finish(self, timeout_s: float) -> StepResult:
@@ -117,10 +94,8 @@ class Link:
 
     def close(self) -> None:
         self._poller.unregister(self._socket)
-        self._poller.unregister(self._monitor)
-        self._socket.disable_monitor()
-        self._monitor.close(linger=0)
-        self._socket.close(linger=0)
+        self._poller.unregister(self._connection.monitor)
+        self._connection.close()
         self._drop_segment()
 
     def _grow(self, num_bytes: int) -> None:
@@ -145,8 +120,8 @@ class Link:
         try:
             self._socket.send(self._unsent, zmq.NOBLOCK)
         except zmq.Again:
-            if self._broken is not None:
-                self._result = self._failed(self._broken)
+            if self._connection.broken is not None:
+                self._result = self._failed(self._connection.broken)
             return
         self._unsent = None
         self._poller.register(self._socket, zmq.POLLIN)
@@ -176,16 +151,11 @@ class Link:
         )
 
     def _watch(self) -> None:
-        while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)["event"]
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._broken = None
-                continue
-            self._broken = self._broken or _BROKEN[event]  # the first reason is the one that says most
+        for reason in self._connection.breaks():
             if self.waiting:
                 self._receive()
             if self.waiting:
-                self._result = self._failed(self._broken)
+                self._result = self._failed(reason)
 
     def _failed(self, reason: str) -> StepResult:
         return StepResult(failure=f"{self.endpoint.address}: {reason}", seconds=time.monotonic() - self._started)

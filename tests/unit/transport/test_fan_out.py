@@ -132,7 +132,7 @@ def hold_two_clients(stage: Stage, first: StepBatch, second: StepBatch) -> list[
     time.sleep(0.2)
     engine.gate.set()
     for link in link_of:
-        eventually(lambda link=link: link.advance({link._socket, link._monitor}) or not link.waiting)  # type: ignore[misc]
+        eventually(lambda link=link: link.advance({link._socket, link._connection.monitor}) or not link.waiting)  # type: ignore[misc]
         assert link.finish(TIMEOUT_S).failure is None
     return engine.forwards[1:]
 

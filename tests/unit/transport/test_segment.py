@@ -298,7 +298,7 @@ def test_late_rows_never_land_on_those_of_a_later_message(stack: ExitStack) -> N
         link = client._links["base"]
         link.begin(1000 + token, StepBatch([SequenceStep("s0", 0, [token], 1)]), time.monotonic())
         engine.gate.set()
-        eventually(lambda link=link: link.advance({link._socket, link._monitor}) or not link.waiting)  # type: ignore[misc]
+        eventually(lambda link=link: link.advance({link._socket, link._connection.monitor}) or not link.waiting)  # type: ignore[misc]
         rows = [output.logits for output in link.finish(TIMEOUT_S).outputs if output.logits is not None]
         assert_rows(rows, token)
         time.sleep(0.02)
