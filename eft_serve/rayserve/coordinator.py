@@ -1,16 +1,14 @@
-"""The coordinator's deployment: the decode loop, fed by Serve calls and told of model replicas as they come and go."""
+"""The coordinator's deployment: the decode loop behind its desk, told of model replicas as they come and go."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import ray
 from prometheus_client import generate_latest
 from ray import serve
 from ray.exceptions import RayError
@@ -18,21 +16,19 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from eft_serve.config import AppConfig
-from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
-from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.vocabulary import load_vocabularies
-from eft_serve.ensemble import Ensemble
-from eft_serve.errors import ModelNotFoundError, UnavailableError
+from eft_serve.rayserve.desk import Desk
 from eft_serve.transport.client import FanOut
-from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
-from eft_serve.types import Delta, Endpoint, GenerationRequest, ModelInfo
+from eft_serve.transport.deltas import ReplyTo
+from eft_serve.types import Endpoint, Listener, ModelInfo
 
 logger = logging.getLogger(__name__)
 
 DISCOVERY_PERIOD_S = 1.0
 DISCOVERY_TIMEOUT_S = 5.0
 MAX_MISSES = 3  # rounds that a replica may stay silent while Serve still lists one that is
+DRAIN_S = 8.0  # of the time that Serve gives a replica to stop
 FIRST_PROOF_S = 3.0  # a coordinator that replaces another waits so long for the models that are there
 
 
@@ -41,15 +37,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
     missing: list[str]  # models of which no replica has answered a step
     models: dict[str, ModelInfo]  # those that have
-
-
-@dataclass(slots=True, eq=False)
-class Reader:
-    """Who wants a request's deltas."""
-
-    reply_to: ReplyTo
-    done: asyncio.Future[int]  # number of tokens sent, once the last delta has left
-    num_sent: int = 0  # tokens; the decode loop's thread alone counts
 
 
 class CoordinatorReplica:
@@ -64,36 +51,25 @@ class CoordinatorReplica:
         self.backend = FanOut()
         self.endpoints: dict[str, dict[str, Endpoint]] = {model: {} for model in models}  # by model, by replica id
         self.misses: dict[str, int] = {}  # by replica id
-        self.readers: dict[str, Reader] = {}  # by request id
-        self.sender = DeltaSender()  # the decode loop's thread's
         vocabularies = load_vocabularies(config)
-        self.decode_loop = DecodeLoop(
-            config.coordinator, self.backend, vocabularies, self._emit, self.coordinator_metrics
-        )
+        host = ray.util.get_node_ip_address()
+        self.desk = Desk(config, self.backend, vocabularies, self.coordinator_metrics, host)
+        self.decode_loop = self.desk.decode_loop
         context = serve.get_replica_context()
         self.process = f"{context.deployment}#{context.replica_id.unique_id}"
-        self.event_loop = asyncio.get_running_loop()
-        self.decode_loop.start()
+        self.listener = Listener(
+            replica_id=context.replica_id.unique_id,
+            address=self.desk.server.address,
+            public_key=self.desk.server.public_key,
+        )
+        self.desk.start()
         await self._meet_models()
         self.discovery = asyncio.create_task(self._discover())
 
-    async def generate(self, encoded: bytes, reply_to: ReplyTo) -> int:
-        """Decode one request (a msgpack `GenerationRequest`); its deltas go straight to the ingress that asked.
-
-        Returns the number of tokens once the last delta has left. Cancelling aborts the request in every model.
-        """
-        generation = msgspec.msgpack.decode(encoded, type=GenerationRequest)
-        ensemble = Ensemble.find(self.config, generation.recipe)
-        if ensemble is None:
-            raise ModelNotFoundError(f"no recipe or model {generation.recipe!r}", param="model")
-        terms, truncate_top_p = ensemble.terms(generation.knobs), ensemble.truncate_top_p(generation.knobs)
-        reader = self.readers[generation.request_id] = Reader(reply_to, self.event_loop.create_future())
-        self.decode_loop.submit(Request.create(generation, terms, time.monotonic(), truncate_top_p))
-        try:
-            return await reader.done
-        finally:
-            del self.readers[generation.request_id]
-            self.decode_loop.abort(generation.request_id)
+    async def connect(self, public_key: bytes, reply_to: ReplyTo) -> Listener:
+        """Let this ingress submit requests, whose deltas go there; idempotent."""
+        self.desk.meet(public_key, reply_to)
+        return self.listener
 
     async def status(self) -> Status:
         """Which models are ready, as this coordinator sees them."""
@@ -105,16 +81,19 @@ class CoordinatorReplica:
         return self.process, generate_latest(self.coordinator_metrics.registry).decode()
 
     def check_health(self) -> None:
-        """Raises when the decode loop or the discovery has died, so that Serve replaces the replica."""
+        """Raises when the decode loop, its desk or the discovery has died, so that Serve replaces the replica."""
+        self.desk.server.check()
         if self.decode_loop.error is not None:
             raise RuntimeError("the decode loop died") from self.decode_loop.error
         if self.discovery.done():
             raise RuntimeError("the discovery of model replicas died") from self.discovery.exception()
 
     async def __del__(self) -> None:
+        deadline = time.monotonic() + DRAIN_S
+        while self.desk.readers and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
         self.discovery.cancel()
-        self.decode_loop.close()
-        self.sender.close()
+        self.desk.close()
 
     async def _meet_models(self) -> None:
         """Know the models that are there before the first request comes; those that still load are found later."""
@@ -125,25 +104,6 @@ class CoordinatorReplica:
             if there.isdisjoint(self.decode_loop.missing_models):
                 return
             await asyncio.sleep(0.02)
-
-    def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
-        """From the decode loop's thread: one message to each ingress for all deltas of a step."""
-        parts: dict[str, list[Part]] = defaultdict(list)  # by address
-        concerned: dict[str, list[Reader]] = defaultdict(list)
-        finished: list[Reader] = []
-        for request_id, delta in deltas:
-            if reader := self.readers.get(request_id):  # none: its reader has gone away
-                parts[reader.reply_to.address].append((request_id, reader.num_sent, delta))
-                concerned[reader.reply_to.address].append(reader)
-                reader.num_sent += len(delta.token_ids)
-                if delta.finish_reason is not None:
-                    finished.append(reader)
-        for address, readers in concerned.items():
-            if not self.sender.send(readers[0].reply_to, parts[address]):
-                logger.error("%s does not take its tokens", address)
-                self.event_loop.call_soon_threadsafe(_lose, readers)
-        if finished:
-            self.event_loop.call_soon_threadsafe(_finish, finished)
 
     async def _discover(self) -> None:
         """Ask every model deployment for its replicas, again and again; the decode loop takes it from there."""
@@ -180,15 +140,3 @@ class CoordinatorReplica:
         self.endpoints[model] = kept | found
         for replica_id in found.keys() | (known.keys() - kept.keys()):
             self.misses.pop(replica_id, None)
-
-
-def _finish(readers: Sequence[Reader]) -> None:
-    for reader in readers:
-        if not reader.done.done():
-            reader.done.set_result(reader.num_sent)
-
-
-def _lose(readers: Sequence[Reader]) -> None:
-    for reader in readers:
-        if not reader.done.done():
-            reader.done.set_exception(UnavailableError("the tokens could not be sent; send the request again"))

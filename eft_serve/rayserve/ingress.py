@@ -26,7 +26,7 @@ class IngressReplica:
         self.watch = asyncio.create_task(self.service.watch())
 
     def check_health(self) -> None:
-        """Raises when tokens no longer arrive or nobody learns what models there are: Serve replaces the replica."""
+        """Raises when tokens no longer arrive or nobody looks for coordinators: Serve replaces the replica."""
         self.service.receiver.check()
         if self.watch.done() and (error := self.watch.exception()):
             raise RuntimeError("the watch over the coordinators died") from error

@@ -1,17 +1,17 @@
-"""The API's `Service`: a request goes to a coordinator by Serve handle, its deltas come back by the data plane."""
+"""The API's `Service`: requests and their deltas travel on the data plane, Serve handles only say who is there."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-import msgspec
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import EftServeError, UnavailableError
@@ -19,13 +19,15 @@ from eft_serve.rayserve.coordinator import Status
 from eft_serve.rayserve.mailbox import Mailbox
 from eft_serve.rayserve.metrics import merge
 from eft_serve.transport.deltas import DeltaReceiver, Part
-from eft_serve.types import Delta, GenerationRequest, ModelInfo
+from eft_serve.transport.submitter import Submitter
+from eft_serve.types import Delta, GenerationRequest, Listener, ModelInfo
 
 logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 3.0
 METRICS_TIMEOUT_S = 3.0
-LATE_DELTAS_S = 5.0  # after the coordinator said that it has sent the last
+DISCOVERY_TIMEOUT_S = 5.0
+FIND_TIMEOUT_S = 5.0  # a coordinator may just be starting
 
 
 class ServeService:
@@ -40,26 +42,36 @@ class ServeService:
         self.infos: dict[str, ModelInfo] = {}
         self.mailboxes: dict[str, Mailbox] = {}  # by request id
         self.event_loop = asyncio.get_running_loop()
+        self.coordinators: dict[str, Listener] = {}  # by replica id
+        self.submitter = Submitter(self._fail)
         self.receiver = DeltaReceiver(self._receive, host=ray.util.get_node_ip_address())
 
     def close(self) -> None:
-        """Listen no longer."""
+        """Neither send nor listen any longer."""
+        self.submitter.close()
         self.receiver.close()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """See `eft_serve.api.service.Service.generate`."""
+        await self._find_coordinator()
         mailbox = self.mailboxes[request.request_id] = Mailbox()
-        response = self.coordinator.generate.remote(msgspec.msgpack.encode(request), self.receiver.reply_to)
-        assert isinstance(response, DeploymentResponse)
-        watch = asyncio.create_task(_watch(response, mailbox))
         try:
+            self.submitter.submit(request, self.receiver.reply_to.address)
             async for delta in mailbox.read():
                 yield delta
         finally:
             del self.mailboxes[request.request_id]
-            watch.cancel()
-            if not mailbox.complete:
-                response.cancel()
+            self.submitter.end(request.request_id, complete=mailbox.complete)
+
+    async def _find_coordinator(self) -> None:
+        """Return when one is connected, or after a while: then the request is refused."""
+        deadline = time.monotonic() + FIND_TIMEOUT_S
+        while not self.submitter.ready and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def _fail(self, request_id: str, error: EftServeError) -> None:
+        if mailbox := self.mailboxes.get(request_id):  # none: its reader has gone away
+            mailbox.fail(error)
 
     def _receive(self, parts: Sequence[Part]) -> None:
         """From the receiver's thread: one hop to the event loop for all deltas of a step."""
@@ -84,17 +96,39 @@ class ServeService:
         for status in statuses:
             self.infos |= status.models
         fewest = min((status.missing for status in statuses), key=len)  # one that can serve is enough
+        if not self.submitter.ready:
+            raise UnavailableError("no coordinator is connected yet")
         if fewest:
             raise UnavailableError(f"no replica has answered a step yet of: {', '.join(sorted(fewest))}")
 
     async def watch(self, period_s: float = 1.0) -> None:
-        """Learn what the models are, until all are known; to be run as a task."""
-        while self.infos.keys() != self.models.keys():
-            try:
-                await self.check_ready()
-            except UnavailableError as error:
-                logger.debug("not ready: %s", error)
+        """Keep up with the coordinators, and learn what the models are; to be run as a task."""
+        while True:
+            await self._discover()
+            if self.infos.keys() != self.models.keys():
+                try:
+                    await self.check_ready()
+                except UnavailableError as error:
+                    logger.debug("not ready: %s", error)
             await asyncio.sleep(period_s)
+
+    async def _discover(self) -> None:
+        """Connect to the coordinators that answer now.
+
+        One that is silent, or could not be asked, is kept: its connection says whether it is there.
+        """
+        try:
+            answers = await self.coordinator.broadcast(
+                "connect", self.submitter.public_key, self.receiver.reply_to
+            ).results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
+        except DeploymentUnavailableError:
+            answers = []  # Serve knows of none
+        except (TimeoutError, RayError) as error:
+            logger.warning("the coordinators could not be asked: %r", error)
+            return
+        found = {answer.replica_id: answer for answer in answers if isinstance(answer, Listener)}
+        self.coordinators = self.coordinators | found if len(found) < len(answers) else found
+        self.submitter.set_coordinators(self.coordinators)
 
     async def metrics(self) -> bytes:
         """Every model's and coordinator's metrics; a replica that does not answer in time is counted as silent."""
@@ -117,20 +151,6 @@ class ServeService:
         if info is None:
             raise UnavailableError(f"model {model} is not ready")
         return info.max_model_len
-
-
-async def _watch(response: DeploymentResponse[int], mailbox: Mailbox) -> None:
-    """Tell the reader when the coordinator ends without having sent all."""
-    try:
-        await response
-        await asyncio.sleep(LATE_DELTAS_S)
-        mailbox.fail(UnavailableError("the last tokens were lost; send the request again"))
-    except RayTaskError as error:
-        mailbox.fail(error.cause if isinstance(error.cause, EftServeError) else error)
-    except (RayActorError, DeploymentUnavailableError):
-        mailbox.fail(UnavailableError("the coordinator is being replaced; send the request again"))
-    except Exception as error:  # the reader's to raise, whatever it is
-        mailbox.fail(error)
 
 
 async def _replica_metrics(handle: DeploymentHandle[Any]) -> list[tuple[str, str]]:

@@ -1,0 +1,138 @@
+"""A coordinator's desk: requests are taken here from the ingresses, and the deltas of each go to the one that asked.
+
+It runs in the threads of the submission server and of the decode loop, and lends each to the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from eft_serve.config import AppConfig
+from eft_serve.coordinator.backend import LogitsBackend
+from eft_serve.coordinator.decode_loop import DecodeLoop
+from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.ensemble import Ensemble
+from eft_serve.errors import ModelNotFoundError, UnavailableError, to_failure
+from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
+from eft_serve.transport.submissions import Notice, SubmissionServer, Submit
+from eft_serve.types import Delta
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Reader:
+    """Who wants a request's deltas."""
+
+    request_id: str
+    client: bytes  # of the submission server
+    reply_to: ReplyTo
+    num_sent: int = 0  # tokens; the decode loop's thread alone counts
+
+
+class Desk:
+    """Owns the decode loop and both ways to the ingresses.
+
+    Args:
+        config: what may be asked for, and how many requests may be open.
+        host: the interface to listen on.
+    """
+
+    def __init__(
+        self,
+        config: AppConfig,
+        backend: LogitsBackend,
+        vocabularies: Mapping[str, Vocabulary],  # by model
+        metrics: CoordinatorMetrics,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.config = config
+        self.readers: dict[str, Reader] = {}  # by request id
+        self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics)
+        self.server = SubmissionServer(self, host)
+        self._sender = DeltaSender()  # the decode loop's thread's
+        self._ingresses: dict[str, ReplyTo] = {}  # by address
+
+    # From any thread.
+
+    def start(self) -> None:
+        self.decode_loop.start()
+        self.server.start()
+
+    def meet(self, public_key: bytes, reply_to: ReplyTo) -> None:
+        """Take requests of this ingress; idempotent."""
+        self._ingresses[reply_to.address] = reply_to
+        self.server.allow(public_key)
+
+    def close(self) -> None:
+        """End what is left with an error, say so, and stop; idempotent."""
+        self.decode_loop.close()
+        self._sender.close()
+        self.server.close()
+
+    # The submission server's thread.
+
+    def submit(self, client: bytes, submission: Submit) -> None:
+        """See `RequestHandler.submit`."""
+        generation, limits = submission.request, self.config.coordinator
+        if len(self.readers) >= limits.max_num_seqs + limits.max_waiting:
+            raise UnavailableError(f"more than {limits.max_waiting} requests are waiting; try again later")
+        if (reply_to := self._ingresses.get(submission.reply_address)) is None:
+            raise UnavailableError("the coordinator has not met this ingress yet; try again later")
+        if (ensemble := Ensemble.find(self.config, generation.recipe)) is None:
+            raise ModelNotFoundError(f"no recipe or model {generation.recipe!r}", param="model")
+        terms, truncate_top_p = ensemble.terms(generation.knobs), ensemble.truncate_top_p(generation.knobs)
+        request = Request.create(generation, terms, time.monotonic(), truncate_top_p)
+        self.readers[generation.request_id] = Reader(generation.request_id, client, reply_to)
+        self.decode_loop.submit(request)
+
+    def abort(self, request_id: str) -> None:
+        """See `RequestHandler.abort`."""
+        if self.readers.pop(request_id, None) is not None:
+            self.decode_loop.abort(request_id)
+
+    def clients(self) -> set[bytes]:
+        """See `RequestHandler.clients`."""
+        return {reader.client for reader in list(self.readers.values())}
+
+    def lose(self, client: bytes) -> None:
+        """See `RequestHandler.lose`."""
+        lost = [reader.request_id for reader in list(self.readers.values()) if reader.client == client]
+        if lost:
+            logger.warning("an ingress is gone, and %d requests with it", len(lost))
+        for request_id in lost:
+            self.abort(request_id)
+
+    # The decode loop's thread.
+
+    def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
+        """One message to each ingress for all deltas of a step."""
+        parts: dict[str, list[Part]] = defaultdict(list)  # by address
+        concerned: dict[str, list[Reader]] = defaultdict(list)
+        finished: list[Reader] = []
+        for request_id, delta in deltas:
+            if reader := self.readers.get(request_id):  # none: its reader has gone away
+                parts[reader.reply_to.address].append((request_id, reader.num_sent, delta))
+                concerned[reader.reply_to.address].append(reader)
+                reader.num_sent += len(delta.token_ids)
+                if delta.finish_reason is not None:
+                    finished.append(reader)
+        for address, readers in concerned.items():
+            if not self._sender.send(readers[0].reply_to, parts[address]):
+                logger.error("%s does not take its tokens", address)
+                self._lose_tokens(readers)
+        for reader in finished:
+            self.readers.pop(reader.request_id, None)
+        self.server.notify((reader.client, Notice(reader.request_id, finished=True)) for reader in finished)
+
+    def _lose_tokens(self, readers: Sequence[Reader]) -> None:
+        failure = to_failure(UnavailableError("the tokens could not be sent; send the request again"))
+        self.server.notify((reader.client, Notice(reader.request_id, failure)) for reader in readers)
+        for reader in readers:
+            self.abort(reader.request_id)

@@ -1,0 +1,274 @@
+"""A coordinator's desk on real sockets, with a real decode loop over a model that draws one token after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+from eft_serve.config import AppConfig
+from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.errors import EftServeError, InvalidRequestError, ModelNotFoundError, UnavailableError
+from eft_serve.rayserve.desk import Desk
+from eft_serve.rayserve.mailbox import Mailbox
+from eft_serve.transport import submissions
+from eft_serve.transport.deltas import DeltaReceiver, Part, ReplyTo
+from eft_serve.transport.submitter import Submitter
+from eft_serve.types import (
+    Delta,
+    Endpoint,
+    FinishReason,
+    GenerationRequest,
+    Knobs,
+    Listener,
+    ModelInfo,
+    SamplingParams,
+    StepBatch,
+    StepOutput,
+    StepResult,
+)
+
+VOCAB_SIZE = 8
+LENGTH = 100_000
+CONFIG: dict[str, Any] = {
+    "models": {"base": {"path": "none"}, "tuned": {"path": "none"}},
+    "recipes": {"eft": {"base": "base", "reference": "tuned", "tuned": [{"model": "tuned"}], "scale": 0.5}},
+}
+
+
+@dataclass(frozen=True)
+class DigitVocabulary:
+    """A token is its digit."""
+
+    num_tokens: int = VOCAB_SIZE
+    eos_token_ids: frozenset[int] = frozenset()
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(map(str, token_ids))
+
+
+@dataclass
+class CountingBackend:
+    """Every model's next token is one more than the last; steps wait while the gate is shut."""
+
+    gate: threading.Event = field(default_factory=threading.Event)
+    stepped: set[str] = field(default_factory=set)
+    freed: set[str] = field(default_factory=set)
+
+    def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self.gate.set()
+
+    def close(self) -> None:
+        pass
+
+    def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
+        assert self.gate.wait(timeout_s)
+        for batch in batches.values():
+            self.freed |= set(batch.freed)
+            self.stepped |= {step.sequence_id for step in batch.steps}
+        one_hot = torch.eye(VOCAB_SIZE)
+        return {
+            replica_id: StepResult(
+                outputs=[
+                    StepOutput(s.sequence_id, logits=10 * one_hot[(s.token_ids[-1:] * s.num_logits,)].roll(1, dims=1))
+                    for s in batch.steps
+                ]
+            )
+            for replica_id, batch in batches.items()
+        }
+
+    @property
+    def held(self) -> set[str]:
+        return {name for name in self.stepped - self.freed if not name.startswith("probe/")}
+
+
+@dataclass
+class Ingress:
+    """What an ingress has of the data plane."""
+
+    mailboxes: dict[str, Mailbox] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.submitter = Submitter(self._fail)
+        self.receiver = DeltaReceiver(self._receive)
+
+    def _fail(self, request_id: str, error: EftServeError) -> None:
+        self.mailboxes[request_id].fail(error)
+
+    def _receive(self, parts: Sequence[Part]) -> None:
+        self.loop.call_soon_threadsafe(self._deliver, parts)
+
+    def _deliver(self, parts: Sequence[Part]) -> None:
+        for request_id, num_before, delta in parts:
+            self.mailboxes[request_id].put(num_before, delta)
+
+    async def meet(self, desk: Desk, reply_to: ReplyTo | None = None) -> None:
+        desk.meet(self.submitter.public_key, reply_to or self.receiver.reply_to)
+        listener = Listener(replica_id="one", address=desk.server.address, public_key=desk.server.public_key)
+        self.submitter.set_coordinators({"one": listener})
+        await eventually(lambda: self.submitter.ready)
+
+    def submit(self, request_id: str = "r", *, reply_to: ReplyTo | None = None, **changes: Any) -> AsyncIterator[Delta]:
+        request = GenerationRequest(
+            request_id=request_id,
+            recipe="eft",
+            prompts={"base": [0, 1], "tuned": [1]},
+            sampling=SamplingParams(temperature=0, max_tokens=5),
+        )
+        self.mailboxes[request_id] = Mailbox()
+        address = (reply_to or self.receiver.reply_to).address
+        self.submitter.submit(msgspec.structs.replace(request, **changes), address)
+        return self.mailboxes[request_id].read()
+
+    def close(self) -> None:
+        self.submitter.close()
+        self.receiver.close()
+
+
+@pytest.fixture
+def backend() -> CountingBackend:
+    return CountingBackend()
+
+
+@pytest.fixture
+def desk(backend: CountingBackend, request: pytest.FixtureRequest) -> Iterator[Desk]:
+    config = AppConfig.parse({**CONFIG, "coordinator": getattr(request, "param", {})})
+    desk = Desk(config, backend, dict.fromkeys(config.models, DigitVocabulary()), CoordinatorMetrics())  # type: ignore[arg-type]
+    desk.start()
+    desk.decode_loop.set_replicas({model: endpoint(model) for model in config.models})
+    yield desk
+    backend.gate.set()
+    desk.close()
+
+
+@pytest.fixture
+async def ingress(desk: Desk) -> AsyncIterator[Ingress]:
+    ingress = Ingress()
+    await ingress.meet(desk)
+    yield ingress
+    ingress.close()
+
+
+def endpoint(model: str) -> Endpoint:
+    info = ModelInfo(
+        model=model,
+        vocab_size=VOCAB_SIZE,
+        max_model_len=LENGTH,
+        kv_capacity_tokens=10 * LENGTH,
+        kv_block_size=16,
+        dtype="float32",
+        tensor_parallel=1,
+        attention="none",
+    )
+    return Endpoint(replica_id=model, address="tcp://127.0.0.1:1", public_key=b"k" * 40, info=info)
+
+
+async def eventually(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never became true"
+        await asyncio.sleep(0.005)
+
+
+def endless() -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=LENGTH // 2)
+
+
+async def test_a_request_is_answered_and_nothing_is_left(
+    desk: Desk, ingress: Ingress, backend: CountingBackend
+) -> None:
+    deltas = [delta async for delta in ingress.submit()]
+    assert [token for delta in deltas for token in delta.token_ids] == [2, 3, 4, 5, 6]
+    assert deltas[-1].finish_reason == FinishReason.LENGTH
+    await eventually(lambda: not desk.readers)
+    await eventually(lambda: backend.stepped and not backend.held)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "param"),
+    [
+        ({"recipe": "nobody"}, ModelNotFoundError, "model"),
+        ({"knobs": Knobs(scale=1e9)}, InvalidRequestError, "eft.scale"),
+        ({"knobs": Knobs(weights={"nobody": 1.0})}, InvalidRequestError, "eft.weights"),
+    ],
+)
+async def test_what_cannot_be_served_is_refused_with_its_error(
+    desk: Desk, ingress: Ingress, changes: dict[str, Any], kind: type[EftServeError], param: str
+) -> None:
+    with pytest.raises(kind) as refusal:
+        await anext(ingress.submit(**changes))
+    assert refusal.value.param == param
+    assert not desk.readers
+
+
+async def test_an_address_that_was_never_introduced_gets_nothing(desk: Desk, ingress: Ingress) -> None:
+    elsewhere = msgspec.structs.replace(ingress.receiver.reply_to, address="tcp://127.0.0.1:9")
+    with pytest.raises(UnavailableError, match="not met this ingress"):
+        await anext(ingress.submit(reply_to=elsewhere))
+    assert not desk.readers
+
+
+@pytest.mark.parametrize("desk", [{"max_num_seqs": 1, "max_waiting": 2}], indirect=True)
+async def test_no_more_are_open_than_may_run_and_wait(desk: Desk, ingress: Ingress, backend: CountingBackend) -> None:
+    await eventually(lambda: not desk.decode_loop.missing_models)
+    backend.gate.clear()  # the decode loop takes nothing in meanwhile
+    for name in "abc":
+        ingress.submit(name)
+    with pytest.raises(UnavailableError, match="more than 2 requests are waiting"):
+        await anext(ingress.submit("d"))
+    assert desk.readers.keys() == set("abc")
+
+
+async def test_an_aborted_request_is_freed_in_every_model(
+    desk: Desk, ingress: Ingress, backend: CountingBackend
+) -> None:
+    await anext(ingress.submit(sampling=endless()))
+    assert backend.held == {"r/base", "r/tuned"}
+    ingress.submitter.end("r", complete=False)
+    await eventually(lambda: not backend.held)
+    assert not desk.readers
+
+
+async def test_a_vanished_ingress_takes_its_requests_with_it_and_nobody_elses(
+    desk: Desk, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submissions, "LOOK_INTERVAL_S", 0.05)
+    gone = Ingress()
+    await gone.meet(desk)
+    await anext(ingress.submit("stays", sampling=endless()))
+    await anext(gone.submit("goes", sampling=endless()))
+    gone.close()
+    await eventually(lambda: backend.held == {"stays/base", "stays/tuned"})
+    assert desk.readers.keys() == {"stays"}
+
+
+async def test_tokens_that_cannot_be_sent_fail_the_request(
+    desk: Desk, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eft_serve.transport.sockets.QUEUE_MESSAGES", 3)
+    public_key, secret_key = zmq.curve_keypair()
+    nobody = ReplyTo(address="tcp://127.0.0.1:9", server_key=public_key, public_key=public_key, secret_key=secret_key)
+    await ingress.meet(desk, nobody)
+    with pytest.raises(UnavailableError, match="could not be sent"):
+        await anext(ingress.submit(reply_to=nobody, sampling=endless()))
+    await eventually(lambda: not backend.held)
+    assert not desk.readers
+
+
+async def test_a_stopping_coordinator_says_so(desk: Desk, ingress: Ingress) -> None:
+    deltas = ingress.submit(sampling=endless())
+    await anext(deltas)
+    closing = asyncio.get_running_loop().run_in_executor(None, desk.close)
+    rest = [delta async for delta in deltas]
+    assert rest[-1].failure is not None
+    assert "stopping" in rest[-1].failure.message
+    await closing
