@@ -100,7 +100,8 @@ class Lanes:
         blocks = torch.tensor(row.block_ids[first:last])
         for lanes, caches in ((self.keys, self._paged.keys), (self.values, self._paged.values)):
             for lane, cache in zip(lanes, caches, strict=True):
-                lane[index, :, first * BLOCK_SIZE : last * BLOCK_SIZE] = cache[blocks].transpose(0, 1).flatten(1, 2)
+                by_block = lane[index].unflatten(1, (-1, BLOCK_SIZE))
+                by_block[:, first:last] = cache.index_select(0, blocks).transpose(0, 1)
 
 
 def lane_rows(lanes: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
