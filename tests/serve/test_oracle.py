@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import openai
 import pytest
 from harness import NARROW_TOKENS, Served
 from transformers import PreTrainedModel
@@ -165,3 +167,38 @@ def test_a_killed_replica_changes_no_token(
     found = asyncio.run(kill_half_way())
     assert served.total(failures, model="tuned-small") > before, "the victim was idle"
     assert found == [expected_tokens(case, models, vocabulary) for case in wanted]
+
+
+def test_a_killed_coordinator_fails_its_requests_at_once_and_nobody_elses(
+    served: Served, models: dict[str, PreTrainedModel], vocabulary: Vocabulary
+) -> None:
+    wanted = [Case(case.prompt_token_ids[-40:], max_tokens=150) for case in cases(vocabulary, 8, seed=3)]
+
+    async def one(client: openai.AsyncOpenAI, case: Case) -> tuple[list[int] | openai.APIStatusError, float]:
+        body = case.body
+        body["extra_body"]["ignore_eos"] = True
+        try:
+            completion = await client.completions.create(**body)
+        except openai.APIStatusError as error:
+            return error, time.monotonic()
+        return (completion.choices[0].model_extra or {})["token_ids"], time.monotonic()
+
+    async def kill_half_way() -> tuple[list[tuple[list[int] | openai.APIStatusError, float]], float]:
+        async with served.async_client() as client:
+            answers = [asyncio.create_task(one(client, case)) for case in wanted]
+            await asyncio.sleep(0.6)
+            assert not any(answer.done() for answer in answers), "too fast to be disturbed: ask for more"
+            killed = time.monotonic()
+            served.replicas("coordinator")[0].kill()
+            return list(await asyncio.gather(*answers)), killed
+
+    found, killed = asyncio.run(kill_half_way())
+    failed = [(error, at) for error, at in found if isinstance(error, openai.APIStatusError)]
+    assert 0 < len(failed) < len(wanted)
+    for error, at in failed:
+        assert error.status_code == 503
+        assert "being replaced" in error.message
+        assert at - killed < 3.0
+    assert all(len(tokens) == 150 for tokens, _ in found if isinstance(tokens, list))
+    short = [replace(case, max_tokens=8) for case in wanted[:3]]  # the other one is there
+    assert asyncio.run(served_tokens(served, short)) == [expected_tokens(case, models, vocabulary) for case in short]

@@ -238,6 +238,7 @@ async def test_an_aborted_request_is_freed_in_every_model(
     assert not desk.readers
 
 
+@pytest.mark.parametrize("desk", [{"max_num_seqs": 1}], indirect=True)
 async def test_a_vanished_ingress_takes_its_requests_with_it_and_nobody_elses(
     desk: Desk, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,10 +246,12 @@ async def test_a_vanished_ingress_takes_its_requests_with_it_and_nobody_elses(
     gone = Ingress()
     await gone.meet(desk)
     await anext(ingress.submit("stays", sampling=endless()))
-    await anext(gone.submit("goes", sampling=endless()))
+    gone.submit("waits for its turn", sampling=endless())
+    await eventually(lambda: desk.decode_loop.num_requests == 2)
     gone.close()
-    await eventually(lambda: backend.held == {"stays/base", "stays/tuned"})
+    await eventually(lambda: desk.decode_loop.num_requests == 1)
     assert desk.readers.keys() == {"stays"}
+    assert backend.held == {"stays/base", "stays/tuned"}
 
 
 async def test_tokens_that_cannot_be_sent_fail_the_request(
@@ -259,7 +262,8 @@ async def test_tokens_that_cannot_be_sent_fail_the_request(
     nobody = ReplyTo(address="tcp://127.0.0.1:9", server_key=public_key, public_key=public_key, secret_key=secret_key)
     await ingress.meet(desk, nobody)
     with pytest.raises(UnavailableError, match="could not be sent"):
-        await anext(ingress.submit(reply_to=nobody, sampling=endless()))
+        async with asyncio.timeout(10):
+            await anext(ingress.submit(reply_to=nobody, sampling=endless()))
     await eventually(lambda: not backend.held)
     assert not desk.readers
 
