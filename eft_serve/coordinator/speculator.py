@@ -17,6 +17,7 @@ from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.speculation import NGRAM, look_up
 
 DEPTHS = (0, 2, 3, 4, 6, 8, 12, 16)  # guesses at a time
+LEAST_GAIN = 1.02  # times plain decoding; less is not worth what it is not known well enough
 FIRST_ACCEPTANCE = 0.7  # believed of requests of which nothing is known
 TRIAL_STEPS = (
     4  # a depth is tried for so many steps, the first of which is not counted: it ends what the last one began
@@ -59,16 +60,21 @@ class _Times:
         known = self.forward or seconds
         self.forward = _KEPT * known + (1 - _KEPT) * min(seconds, _OUTLIER * known)
 
+    def within_reach(self) -> list[int]:
+        """Depths that were timed, and the next deeper one: costs that nobody has seen are approached step by step."""
+        deepest = max(self.known)
+        return [depth for depth in DEPTHS if depth <= deepest] + [depth for depth in DEPTHS if depth > deepest][:1]
+
     def expect(self, depth: int) -> float:
         """What is known, or what follows from it; a plain step has been timed."""
         if depth in self.known:
             return self.known[depth]
-        nearest = min(self.known, key=lambda known: abs(known - depth))
-        return self._alone(depth) * self.known[nearest] / self._alone(nearest)
-
-    def _alone(self, depth: int) -> float:
-        """Had every model a device of its own, and did rows to verify cost nothing."""
-        return max(self.known[0], depth * self.forward)
+        below = max(known for known in self.known if known < depth)
+        slope = max(0.0, self.known[below] - self.known[0]) / below if below else 0.0
+        alone = max(
+            self.known[0], depth * self.forward
+        )  # had every model a device of its own, and were rows for nothing
+        return max(alone, self.known[below] + slope * (depth - below))
 
 
 class Speculator:
@@ -78,6 +84,7 @@ class Speculator:
         self._times: dict[int, _Times] = defaultdict(_Times)  # by batch size, in powers of two
         self._acceptance: dict[str, float] = {}  # of a recipe's requests
         self._step = 0
+        self._best = 0  # depth, as far as is known
         self._depth = 0  # of the present step
         self._held_for = 0  # steps in a row at this depth
         self._trial_every = FIRST_TRIAL
@@ -139,21 +146,24 @@ class Speculator:
         if 0 not in times.known:
             self._hold(0)
             return
-        best = max(DEPTHS, key=lambda depth: self._rate(requests, times, depth))
+        best = max(times.within_reach(), key=lambda depth: self._rate(requests, times, depth))
+        if self._rate(requests, times, best) < LEAST_GAIN * self._rate(requests, times, 0):
+            best = 0
         slope = (times.expect(best) - times.expect(0)) / best if best else 0.0
         self._least_chance = slope / batch * self._rate(requests, times, best)
-        depth = best
+        if best != self._best:
+            self._best, self._trial_every = best, FIRST_TRIAL
+            self._next_trial = min(self._next_trial, self._step + FIRST_TRIAL)
         if self._trial_left:
             self._trial_left -= 1
-            depth = self._depth
+            self._hold(self._depth)
         elif self._step >= self._next_trial:
-            depth = self._another(best)
+            self._hold(self._another(best))
             self._trial_left = TRIAL_STEPS - 1
-            self._next_trial = self._step + self._trial_every
             self._trial_every = min(LAST_TRIAL, 2 * self._trial_every)
-        elif best != self._depth:
-            self._trial_every = FIRST_TRIAL
-        self._hold(depth)
+            self._next_trial = self._step + self._trial_every
+        else:
+            self._hold(best)
 
     def _hold(self, depth: int) -> None:
         self._held_for = self._held_for + 1 if depth == self._depth else 0
