@@ -88,6 +88,7 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     salt: str | None = None  # at position 0: sequences of equal salt share equal beginnings; None: nobody shares
     max_computed: int | None = None  # compute at most so many; the other `token_ids` only say what follows
     draft: Draft | None = None  # go on by itself once the step's end is computed; wants `num_logits`
+    adapter: str | None = None  # at position 0: whose low-rank updates are added; None: the model as it is
 
 
 @dataclass(frozen=True, slots=True)

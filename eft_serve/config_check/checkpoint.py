@@ -42,8 +42,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def tensor_names(path: Path) -> set[str]:
-    """Names of the tensors of a safetensors file that is whole.
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a safetensors file that is whole, by name.
 
     Raises:
         BrokenFileError: it is truncated or corrupt.
@@ -65,7 +65,7 @@ def tensor_names(path: Path) -> set[str]:
         end = stop
     if 8 + length + end != size:
         raise BrokenFileError(f"{path} is truncated or corrupt: {size} bytes, its header tells of {8 + length + end}")
-    return set(tensors)
+    return {name: tuple(header[name]["shape"]) for name in tensors}
 
 
 def _extent(tensor: dict[str, Any]) -> tuple[int, int]:
@@ -74,6 +74,18 @@ def _extent(tensor: dict[str, Any]) -> tuple[int, int]:
     if bits is not None and math.prod(tensor["shape"]) * bits != (stop - start) * 8:
         raise ValueError(f"{stop - start} bytes for {tensor['shape']} of {tensor['dtype']}")
     return int(start), int(stop)
+
+
+def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The same of all tensors of a checkpoint.
+
+    Raises:
+        BrokenFileError: a file is missing, truncated or corrupt.
+    """
+    if (directory / SINGLE).is_file():
+        return tensor_shapes(directory / SINGLE)
+    shards = sorted(set(_weight_map(directory).values()))
+    return {name: shape for shard in shards for name, shape in tensor_shapes(directory / shard).items()}
 
 
 def weight_mistakes(directory: Path) -> Iterator[str]:
@@ -85,15 +97,20 @@ def weight_mistakes(directory: Path) -> Iterator[str]:
         yield f"{directory} has neither {SINGLE} nor {INDEX}"
         return
     try:
-        weight_map = read_json(directory / INDEX).get("weight_map")
+        weight_map = _weight_map(directory)
     except BrokenFileError as error:
         yield str(error)
         return
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        yield f"{directory / INDEX} has no weight_map of tensors to files"
-        return
     for shard in sorted(set(weight_map.values())):
         yield from _shard_mistakes(directory / shard, {tensor for tensor, file in weight_map.items() if file == shard})
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor → file of a checkpoint of several files."""
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise BrokenFileError(f"{directory / INDEX} has no weight_map of tensors to files")
+    return weight_map
 
 
 def _shard_mistakes(path: Path, wanted: set[str]) -> Iterator[str]:
@@ -101,7 +118,7 @@ def _shard_mistakes(path: Path, wanted: set[str]) -> Iterator[str]:
         yield f"{path} is missing, and {INDEX} names it"
         return
     try:
-        if lacking := wanted - tensor_names(path):
+        if lacking := wanted - tensor_shapes(path).keys():
             yield f"{path} lacks {len(lacking)} tensors of {INDEX}, such as {min(lacking)}"
     except BrokenFileError as error:
         yield str(error)

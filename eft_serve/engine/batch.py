@@ -16,6 +16,7 @@ class BatchRow:
     block_ids: list[int]  # blocks of the sequence, enough for position + len(token_ids) tokens
     num_logits: int  # logits wanted, of the last so many new tokens
     owner: int  # the sequence; a new number each time that one begins
+    adapter: str | None = None  # None: the model as it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ happens inside `o_proj`, `down_proj` and `lm_head`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from eft_serve.engine.adapters import Adapters, Update
 from eft_serve.engine.attention import Attention
 from eft_serve.engine.layout import Layout
 from eft_serve.engine.paged_tensors import PagedTensors
@@ -65,12 +66,33 @@ class _Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class _Joined:
+    """Matrices with one input as one product."""
+
+    weight: Tensor  # [num_outputs of all, num_inputs]
+    bias: Tensor | None
+    adapters: Adapters
+    updates: Mapping[str, Update]  # by adapter
+
+    @classmethod
+    def of(cls, modules: Sequence[Any], adapters: Adapters) -> _Joined:
+        """The modules' weights and biases become views of the joined ones."""
+        weight = _stack([module.weight for module in modules])
+        biases = [module.bias for module in modules]
+        if len({bias is None for bias in biases}) > 1:
+            raise UnsupportedModelError("some of the joined projections have a bias and some have none")
+        return cls(weight, None if biases[0] is None else _stack(biases), adapters, adapters.joined(modules))
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self.adapters.add(self.updates, states, linear(states, self.weight, self.bias))
+
+
+@dataclass(frozen=True, slots=True)
 class _Layer:
     """One decoder layer, its matrices joined."""
 
     norm: _Norm
-    qkv: Tensor  # [(heads + 2 * kv_heads) * head_dim, hidden]
-    qkv_bias: Tensor | None
+    qkv: _Joined  # hidden to (heads + 2 * kv_heads) * head_dim
     query_norm: _Norm | None
     key_norm: _Norm | None
     heads: int
@@ -80,21 +102,17 @@ class _Layer:
     window: int | None
     output: nn.Module
     mlp_norm: _Norm
-    gate_up: Tensor  # [2 * intermediate, hidden]
-    gate_up_bias: Tensor | None
+    gate_up: _Joined  # hidden to 2 * intermediate
     activation: nn.Module
     down: nn.Module
 
     @classmethod
-    def of(cls, module: Any, window: int | None) -> _Layer:
+    def of(cls, module: Any, window: int | None, adapters: Adapters) -> _Layer:
         attention, mlp = module.self_attn, module.mlp
-        qkv, qkv_bias = _join([attention.q_proj, attention.k_proj, attention.v_proj])
-        gate_up, gate_up_bias = _join([mlp.gate_proj, mlp.up_proj])
         has_norms = hasattr(attention, "q_norm")
         return cls(
             norm=_Norm.of(module.input_layernorm),
-            qkv=qkv,
-            qkv_bias=qkv_bias,
+            qkv=_Joined.of([attention.q_proj, attention.k_proj, attention.v_proj], adapters),
             query_norm=_Norm.of(attention.q_norm) if has_norms else None,
             key_norm=_Norm.of(attention.k_norm) if has_norms else None,
             heads=attention.q_proj.weight.shape[0] // attention.head_dim,
@@ -104,15 +122,14 @@ class _Layer:
             window=window,
             output=attention.o_proj,
             mlp_norm=_Norm.of(module.post_attention_layernorm),
-            gate_up=gate_up,
-            gate_up_bias=gate_up_bias,
+            gate_up=_Joined.of([mlp.gate_proj, mlp.up_proj], adapters),
             activation=mlp.act_fn,
             down=mlp.down_proj,
         )
 
     def project(self, states: Tensor, rotary: _Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Query [num_tokens, heads, head_dim], key and value [num_tokens, kv_heads, head_dim], turned."""
-        qkv = linear(self.norm(states), self.qkv, self.qkv_bias).view(len(states), -1, self.head_dim)
+        qkv = self.qkv(self.norm(states)).view(len(states), -1, self.head_dim)
         turned = qkv[:, : self.heads + self.kv_heads]
         if self.query_norm is not None and self.key_norm is not None:
             query, key = turned.split([self.heads, self.kv_heads], dim=1)
@@ -122,7 +139,7 @@ class _Layer:
 
     def feed_forward(self, states: Tensor) -> Tensor:
         """[num_tokens, hidden]."""
-        gate, up = linear(self.mlp_norm(states), self.gate_up, self.gate_up_bias).chunk(2, dim=1)
+        gate, up = self.gate_up(self.mlp_norm(states)).chunk(2, dim=1)
         out: Tensor = self.down(self.activation(gate).mul_(up))
         return out
 
@@ -157,19 +174,21 @@ class CompactPath:
     name = "compact"
     attends_through_us = True
 
-    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
+    def __init__(self, model: PreTrainedModel, attention: Attention, adapters: Adapters) -> None:
         window_of = _SAME_LAYER.get(type(model))
         if window_of is None:
             raise UnsupportedModelError(f"{type(model).__name__} has layers of another kind")
         self._model: Any = model
         self._attention = attention
-        self._layers = [_Layer.of(layer, window_of(layer.self_attn)) for layer in self._model.model.layers]
+        self._adapters = adapters
+        self._layers = [_Layer.of(layer, window_of(layer.self_attn), adapters) for layer in self._model.model.layers]
         self._norm = _Norm.of(self._model.model.norm)
         self._rotary_table = self._whole_rotary_table()
         self._packed = PackedHead(model.lm_head.weight) if PackedHead.suits(model.lm_head) else None
 
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor:
         """Logits [num_logits, vocab_size] in the order of `layout.logit_index`."""
+        self._adapters.select(layout.groups)
         states = self._model.model.embed_tokens(layout.input_ids)
         rotary = _Rotary.of(self._rotary(states, layout.positions))
         for index, layer in enumerate(self._layers):
@@ -201,17 +220,6 @@ class CompactPath:
             return self._packed(states)
         logits: Tensor = self._model.lm_head(states[None])[0]  # a split head takes three dimensions
         return logits
-
-
-def _join(modules: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-    """Weights and biases of modules with one input, stacked; the modules' own become views of them."""
-    weights = _stack([module.weight for module in modules])
-    biases = [module.bias for module in modules]
-    if all(bias is None for bias in biases):
-        return weights, None
-    if any(bias is None for bias in biases):
-        raise UnsupportedModelError("some of the joined projections have a bias and some have none")
-    return weights, _stack(biases)
 
 
 def _stack(parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -38,6 +38,7 @@ class Guesses:
             block_ids=list(self.sequence.block_ids),
             num_logits=1,
             owner=self.sequence.number,
+            adapter=self.sequence.adapter,
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from prometheus_client import CollectorRegistry
@@ -22,6 +24,8 @@ from eft_serve.engine.worker_group import WorkerGroup
 from eft_serve.errors import EngineError
 from eft_serve.types import ModelInfo, SequenceStep, StepOutput
 
+NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
+
 
 class Engine:
     """Holds one model's sequences and computes their steps. Not thread-safe: call it from one thread.
@@ -31,6 +35,7 @@ class Engine:
         group: the started ranks.
         config: limits, lease and budget.
         vocab_size: token ids run below this.
+        adapters: names that a step may give.
         clock: seconds, monotonic.
     """
 
@@ -40,6 +45,7 @@ class Engine:
         group: WorkerGroup,
         config: ModelConfig,
         vocab_size: int,
+        adapters: Iterable[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info = info
@@ -49,25 +55,38 @@ class Engine:
         self._clock = clock
         self._failure: str | None = None
         self._cache = KVCache(info.kv_capacity_tokens // BLOCK_SIZE)
-        self._scheduler = Scheduler(self._cache, Limits(vocab_size, info.max_model_len, config.max_num_batched_tokens))
+        limits = Limits(vocab_size, info.max_model_len, config.max_num_batched_tokens, frozenset(adapters))
+        self._scheduler = Scheduler(self._cache, limits)
         self._metrics = EngineMetrics(info.model)
         self._metrics.kv_capacity_tokens.set(info.kv_capacity_tokens)
 
     @classmethod
-    def load(cls, name: str, config: ModelConfig, clock: Callable[[], float] = time.monotonic) -> Engine:
+    def load(
+        cls,
+        name: str,
+        config: ModelConfig,
+        adapters: Mapping[str, Path] = NO_ADAPTERS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Engine:
         """Load a model on all its ranks and check that it computes what the checkpoint does.
 
+        Args:
+            name: of the model, for messages and metrics.
+            config: where it is and how it runs.
+            adapters: name → PEFT directory with a LoRA; sequences may use any of them.
+            clock: seconds, monotonic.
+
         Raises:
-            CheckpointError: the model directory is not one that can be served.
+            CheckpointError: the model directory, or an adapter's, is not one that can be served.
             EngineError: a rank failed, or nothing was ready within `startup_timeout_s`.
         """
-        group = WorkerGroup(config)
+        group = WorkerGroup(config, adapters)
         try:
             info, vocab_size = within(config.startup_timeout_s, lambda: start(name, config, group), name)
         except BaseException:
             group.close()
             raise
-        return cls(info, group, config, vocab_size, clock)
+        return cls(info, group, config, vocab_size, adapters, clock)
 
     @property
     def registry(self) -> CollectorRegistry:

@@ -1,8 +1,9 @@
 """Which sequence holds which blocks, and what is in them: accounting only; knows no tensors, no model and no clock.
 
 A sequence holds whole blocks in token order. A full block is named by a digest of its tokens, of all that stand before
-them and of the sequence's salt, so equal names mean equal keys and values, and a beginning that was computed once is
-found again. Shared blocks are full and only read: a sequence writes behind what it shares, or into a copy of its own.
+them and of the sequence's salt and adapter, so equal names mean equal keys and values, and a beginning that was
+computed once is found again. Shared blocks are full and only read: a sequence writes behind what it shares, or into a
+copy of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Sequence:
     number: int  # never given twice; another one each time that the sequence begins anew
     token_ids: array[int] = field(default_factory=token_array)  # int64; those whose keys and values are in the cache
     block_ids: list[int] = field(default_factory=list)  # may reach beyond the computed tokens while a step runs
-    digests: list[bytes] = field(default_factory=list)  # of the salt, then of each full block; empty: nobody shares
+    digests: list[bytes] = field(default_factory=list)  # of the root, then of each full block; empty: nobody shares
+    adapter: str | None = None  # that computes it; None: the model as it is
     last_step_time: float = 0.0  # seconds on the engine's clock
 
     @property
@@ -46,11 +48,13 @@ class Digests:
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
 
-    def of_salt(self, salt: str) -> bytes:
-        return blake2b(salt.encode(), digest_size=16, key=self._key, person=b"salt").digest()
+    def of_root(self, salt: str, adapter: str | None) -> bytes:
+        """What every beginning of this salt and adapter descends from."""
+        root = repr((salt, adapter)).encode()
+        return blake2b(root, digest_size=16, key=self._key, person=b"root").digest()
 
     def of_blocks(self, parent: bytes, token_ids: array[int]) -> Iterator[bytes]:
-        """The digest of each full block of `token_ids`, which follow the block (or the salt) called `parent`."""
+        """The digest of each full block of `token_ids`, which follow the block (or the root) called `parent`."""
         for stop in range(BLOCK_SIZE, len(token_ids) + 1, BLOCK_SIZE):
             block = parent + token_ids[stop - BLOCK_SIZE : stop].tobytes()
             parent = blake2b(block, digest_size=16, key=self._key, person=b"block").digest()
@@ -131,10 +135,14 @@ class KVCache:
                 first = next(i for i, block_id in enumerate(sequence.block_ids) if block_id in targets)
                 self.truncate(sequence, first * BLOCK_SIZE)
 
-    def adopt(self, sequence: Sequence, salt: str | None, token_ids: list[int]) -> None:
-        """Give an empty sequence its salt, and the blocks that hold the longest known beginning of `token_ids`."""
+    def adopt(self, sequence: Sequence, salt: str | None, token_ids: list[int], adapter: str | None = None) -> None:
+        """Give an empty sequence its salt and adapter, and the blocks that hold a known beginning of `token_ids`.
+
+        It is the longest that there is.
+        """
         sequence.number = next(self._numbers)  # whoever knew the old one knew other tokens
-        sequence.digests = [] if salt is None else [self._digests.of_salt(salt)]
+        sequence.adapter = adapter
+        sequence.digests = [] if salt is None else [self._digests.of_root(salt, adapter)]
         if salt is None:
             return
         tokens = token_array(token_ids)
@@ -147,7 +155,7 @@ class KVCache:
         sequence.token_ids = tokens[: len(sequence.block_ids) * BLOCK_SIZE]
 
     def commit(self, sequence: Sequence, token_ids: list[int]) -> None:
-        """Count tokens as computed; from now on the blocks that they fill can be found by others of the salt."""
+        """Count tokens as computed; from now on the blocks that they fill can be found by others of the root."""
         sequence.token_ids.extend(token_ids)
         if not sequence.digests:
             return

@@ -67,6 +67,7 @@ class Group:
     positions: Tensor  # [batch, q_length] int64
     slots: Tensor  # [batch, q_length] int64, where each new token's key and value go: block * BLOCK_SIZE + offset
     lanes: list[int] | None  # each row's, rising; None: these rows are gathered
+    adapters: list[str | None]  # each row's
     _lane_rows: dict[int, Tensor] = field(default_factory=dict)
     _parts: dict[tuple[int | None, Heads], list[Part]] = field(default_factory=dict)
 
@@ -256,4 +257,5 @@ def _group(rows: Sequence[BatchRow], start: int, q_length: int, lanes: list[int]
         positions=torch.from_numpy(positions).to(device),
         slots=torch.from_numpy(slots).to(device),
         lanes=lanes,
+        adapters=[row.adapter for row in rows],
     )

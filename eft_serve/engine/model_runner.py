@@ -9,7 +9,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from eft_serve.config import ModelConfig
 from eft_serve.engine import checkpoint, varlen_attention
+from eft_serve.engine.adapters import Adapters
 from eft_serve.engine.attention import GroupedAttention
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE
@@ -41,6 +42,8 @@ PATHS: dict[str, type[CompactPath] | type[RaggedPath] | type[PaddedPath]] = {
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # of one all-reduce; a dead peer shows at once, a stopped one after this
 PROBE_TOKENS = 8
 PROBE_BLOCKS = 2
+
+Probes = dict[str | None, Tensor]  # logits [num_tokens, vocab_size] by adapter; None is the model as it is
 
 
 class ForwardPath(Protocol):
@@ -78,9 +81,10 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 class ModelRunner:
     """One rank. `load`, `split`, `allocate` and `try_way` in this order, then `forward` as often as wanted."""
 
-    def __init__(self, config: ModelConfig, rank: int) -> None:
+    def __init__(self, config: ModelConfig, rank: int, adapters: Mapping[str, Path] | None = None) -> None:
         self._config = config
         self._rank = rank
+        self._directories = adapters or {}
         self.device = resolve_device(config, rank)
         self.dtype = resolve_dtype(config, self.device)
         self._cache = PagedTensors([], [])
@@ -88,28 +92,31 @@ class ModelRunner:
         self._path: ForwardPath | None = None
         self._joined = False
 
-    def load(self) -> Tensor | None:
-        """Read the checkpoint; rank 0 returns the unsplit model's probe logits [num_tokens, vocab_size]."""
+    def load(self) -> Probes | None:
+        """Read the checkpoint and its adapters; rank 0 returns the unsplit, uncached model's probe logits."""
         path = self._config.checkpoint
         self.hf_config = checkpoint.read_config(path)
         checkpoint.check_served(self.hf_config, self._config)
         self.max_model_len = checkpoint.context_limit(self.hf_config, self._config)
         self.model: PreTrainedModel = checkpoint.load_model(path, self.hf_config, self.dtype)
+        self._adapters = Adapters.load(self._directories, self.model)
         self._stock_attention = self.model.config._attn_implementation
         self.num_embeddings = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-        return self._stock_logits() if self._rank == 0 else None
+        if self._rank > 0:
+            return None
+        return {adapter: self._stock_logits(adapter) for adapter in (None, *self._adapters.names)}
 
     def probe_ids(self) -> list[int]:
         """A short prompt that any vocabulary has."""
         return [(7 * i + 3) % self.num_embeddings for i in range(PROBE_TOKENS)]
 
     @torch.no_grad()
-    def _stock_logits(self) -> Tensor:
-        logits: Tensor = self.model(torch.tensor([self.probe_ids()]), use_cache=False).logits[0]
+    def _stock_logits(self, adapter: str | None) -> Tensor:
+        with self._adapters.merged(self.model, adapter):
+            logits: Tensor = self.model(torch.tensor([self.probe_ids()]), use_cache=False).logits[0]
         if not logits.isfinite().all():
-            raise CheckpointError(
-                f"path: {self._config.path} computes infinities or NaN in {self.dtype}; try dtype float32"
-            )
+            what = f"path: {self._config.path}" if adapter is None else f"adapter: {self._directories[adapter]}"
+            raise CheckpointError(f"{what} computes infinities or NaN in {self.dtype}; try dtype float32")
         return logits
 
     def split(self, store: Path | None) -> None:
@@ -125,6 +132,7 @@ class ModelRunner:
             try:
                 self.model = self._init_inference(world_size)
                 store_input_major(self.model)
+                self._adapters.attach(self.model, self.device)
                 self._read_cache_shapes()
             except (EftServeError, torch.OutOfMemoryError):
                 raise
@@ -201,20 +209,26 @@ class ModelRunner:
         attentions.append(GroupedAttention.name)
         return [f"{path}+{attention}" for path in ("compact", "ragged") for attention in attentions] + ["padded"]
 
-    def try_way(self, way: str) -> Tensor | str:
-        """Run the probe in pieces beside a second sequence; the logits of the last pieces, or why there are none."""
-        ids, cut = self.probe_ids(), PROBE_TOKENS // 2
-        first = [BatchRow(ids[:cut], 0, [1], 0, owner=-1), BatchRow(ids[:1], 0, [2], 0, owner=-2)]
-        second = [BatchRow(ids[cut:], cut, [1], PROBE_TOKENS - cut, owner=-1), BatchRow(ids[1:2], 1, [2], 1, owner=-2)]
+    def try_way(self, way: str) -> Probes | str:
+        """The probe's last logits, see `_probe`, or why there are none."""
         path, _, attention = way.partition("+")
+        attend = VarlenAttention() if attention == VarlenAttention.name else GroupedAttention()
         try:
             if self.model.config._attn_implementation != self._stock_attention:
                 self.model.set_attn_implementation(self._stock_attention)
-            self._path = PATHS[path](self.model, VarlenAttention() if attention == "varlen" else GroupedAttention())
-            self.forward(ForwardBatch(first))
-            return self.forward(ForwardBatch(second))
+            self._path = PATHS[path](self.model, attend, self._adapters)
+            return {adapter: self._probe(adapter) for adapter in (None, *self._adapters.names)}
         except Exception as error:  # models of any kind fail here in any way; the caller decides what that means
             return f"{type(error).__name__}: {error}"
+
+    def _probe(self, adapter: str | None) -> Tensor:
+        """Logits of the probe's second half, run in two pieces, then of a plain sequence's second token beside it."""
+        ids, cut = self.probe_ids(), PROBE_TOKENS // 2
+        rest = PROBE_TOKENS - cut
+        first = [BatchRow(ids[:cut], 0, [1], 0, -1, adapter), BatchRow(ids[:1], 0, [2], 0, owner=-2)]
+        second = [BatchRow(ids[cut:], cut, [1], rest, -1, adapter), BatchRow(ids[1:2], 1, [2], 1, owner=-2)]
+        self.forward(ForwardBatch(first))
+        return self.forward(ForwardBatch(second))
 
     @torch.inference_mode()  # a seventh quicker than no_grad on a small model
     def forward(self, batch: ForwardBatch) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from eft_serve.engine.adapters import Adapters
 from eft_serve.engine.attention import Attention
 from eft_serve.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
 from eft_serve.engine.layout import Group, Layout
@@ -77,8 +78,9 @@ class PaddedPath:
     name = "padded"
     attends_through_us = False
 
-    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
+    def __init__(self, model: PreTrainedModel, attention: Attention, adapters: Adapters) -> None:
         self._model = model
+        self._adapters = adapters
 
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor:
         """Logits [num_logits, vocab_size] in the order of `layout.logit_index`."""
@@ -87,6 +89,7 @@ class PaddedPath:
         return logits[rank]
 
     def _forward_group(self, layout: Layout, group: Group, cache: PagedTensors) -> Tensor:
+        self._adapters.select([group])
         most = max(1, *group.num_logits)
         aligned = _Aligned.of(group)
         output = self._model(

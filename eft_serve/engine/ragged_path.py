@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from eft_serve.engine.adapters import Adapters
 from eft_serve.engine.attention import Attention
 from eft_serve.engine.layout import Layout
 from eft_serve.engine.paged_tensors import PagedTensors
@@ -44,7 +45,7 @@ class RaggedPath:
     name = "ragged"
     attends_through_us = True
 
-    def __init__(self, model: PreTrainedModel, attention: Attention) -> None:
+    def __init__(self, model: PreTrainedModel, attention: Attention, adapters: Adapters) -> None:
         layer_types = set(getattr(model.config, "layer_types", None) or ())
         if not model._can_set_attn_implementation():
             raise UnsupportedModelError(f"{type(model).__name__} does not take an attention implementation")
@@ -52,11 +53,13 @@ class RaggedPath:
             raise UnsupportedModelError(f"layers of type {', '.join(sorted(layer_types - _LAYER_TYPES))}")
         self._model = model
         self._attention = attention
+        self._adapters = adapters
         self._wants_window = _wants_window(model, layer_types)
         model.set_attn_implementation(RAGGED)
 
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor:
         """Logits [num_logits, vocab_size] in the order of `layout.logit_index`."""
+        self._adapters.select(layout.groups)
         context = RaggedContext(layout, cache, self._attention)
         output = self._model(
             input_ids=layout.input_ids[None],

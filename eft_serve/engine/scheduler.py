@@ -24,6 +24,7 @@ class Limits:
     vocab_size: int
     max_model_len: int
     max_num_batched_tokens: int
+    adapters: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Chunk:
             block_ids=self.admitted.sequence.block_ids[: blocks_for(end)],
             num_logits=self.num_logits,
             owner=self.admitted.sequence.number,
+            adapter=self.admitted.sequence.adapter,
         )
 
 
@@ -98,8 +100,11 @@ def find_mistake(step: SequenceStep, limits: Limits, capacity_tokens: int) -> st
         return f"draft: wants num_logits, and num_ids of 1 to {limits.vocab_size}; num_ids is {step.draft.num_ids}"
     if step.draft is not None and step.draft.num_tokens < 1:
         return f"draft.num_tokens: {step.draft.num_tokens}; at least one is guessed"
-    if step.salt is not None and step.position > 0:
-        return f"salt: given at position {step.position}; a sequence gets it at position 0 and keeps it"
+    for field in ("salt", "adapter"):
+        if getattr(step, field) is not None and step.position > 0:
+            return f"{field}: given at position {step.position}; a sequence gets it at position 0 and keeps it"
+    if step.adapter is not None and step.adapter not in limits.adapters:
+        return f"adapter: {step.adapter!r} is none of this model's; those are {sorted(limits.adapters)}"
     if min(step.token_ids) < 0 or max(step.token_ids) >= limits.vocab_size:
         bad = next(t for t in step.token_ids if not 0 <= t < limits.vocab_size)
         return f"token_ids: {bad} is outside the vocabulary of {limits.vocab_size}"
@@ -147,7 +152,7 @@ class Scheduler:
         sequence = self._cache.touch(step.sequence_id, now)
         self._cache.truncate(sequence, step.position)
         if step.position == 0:
-            self._cache.adopt(sequence, step.salt, step.token_ids)
+            self._cache.adopt(sequence, step.salt, step.token_ids, step.adapter)
             self._cache.truncate(sequence, len(step.token_ids) - max(1, step.num_logits))  # logits are in no cache
         held = sequence.num_computed_tokens
         start = held - step.position

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from eft_serve.engine.block_pool import BLOCK_SIZE, blocks_for
 from eft_serve.engine.worker_group import WorkerGroup
 from eft_serve.errors import CheckpointError, EftServeError, EngineError
 from eft_serve.types import ModelInfo
+
+if TYPE_CHECKING:
+    from eft_serve.engine.model_runner import Probes
 
 logger = logging.getLogger(__name__)
 
@@ -30,16 +33,16 @@ def start(name: str, config: ModelConfig, group: WorkerGroup) -> tuple[ModelInfo
 
     Raises:
         CheckpointError: the model directory is not one that can be served.
-        EngineError: a rank failed, or the cache does not fit.
+        EngineError: a rank failed, the cache does not fit, or adapters would have to be split.
     """
-    reference = group.start()
+    references = group.start()
     num_blocks = _num_blocks(name, config, group.call("max_blocks"))
     group.call("allocate", num_blocks)
-    path = _choose_path(config, group, reference)
+    path = _choose_path(config, group, references)
     runner, capacity = group.runner, num_blocks * BLOCK_SIZE
     info = ModelInfo(
         model=name,
-        vocab_size=reference.shape[-1],
+        vocab_size=references[None].shape[-1],
         max_model_len=min(runner.max_model_len or capacity, capacity),
         kv_capacity_tokens=capacity,
         kv_block_size=BLOCK_SIZE,
@@ -66,34 +69,50 @@ def _num_blocks(name: str, config: ModelConfig, most: list[int | None]) -> int:
     return num_blocks
 
 
-def _choose_path(config: ModelConfig, group: WorkerGroup, reference: Tensor) -> str:
-    """The first way of running the model that gives the logits of the unsplit, uncached model."""
-    tolerance = _TOLERANCE[group.runner.dtype]
+def _choose_path(config: ModelConfig, group: WorkerGroup, references: Probes) -> str:
+    """The first way of running the model that gives the logits of the unsplit, uncached model and of its adapters."""
     tried: list[str] = []
     for name in group.runner.ways():
-        outcome: Tensor | str = group.call("try_way", name)[0]
-        if isinstance(outcome, str):
-            tried.append(f"{name}: {outcome}")
-            continue
-        deviation = _deviation(outcome, reference)
-        if deviation <= tolerance:
+        outcome: Probes | str = group.call("try_way", name)[0]
+        mistake = outcome if isinstance(outcome, str) else _mistake(outcome, references, group.runner.dtype)
+        if mistake is None:
             for reason in tried:
                 logger.info("%s: %s", config.path, reason)
             return name
-        tried.append(f"{name}: logits deviate by {deviation:.2g}")
+        tried.append(f"{name}: {mistake}")
     raise CheckpointError(
         f"path: {config.path} at tensor_parallel {config.tensor_parallel} does not compute what the checkpoint does "
         f"({'; '.join(tried)}); try tensor_parallel: 1 or a supported architecture"
     )
 
 
-def _deviation(logits: Tensor, reference: Tensor) -> float:
-    """Relative distance of the probe's last rows, logits being free up to a constant."""
-    count = logits.shape[0] - 1
-    wanted = torch.cat([reference[-count:], reference[1:2]]).float()
-    wanted = wanted - wanted.mean(-1, keepdim=True)
-    found = logits.float() - logits.float().mean(-1, keepdim=True)
-    return float((found - wanted).norm() / wanted.norm())
+def _mistake(found: Probes, references: Probes, dtype: torch.dtype) -> str | None:
+    """What deviates by more than rounding does; None when nothing does.
+
+    An adapter may change little. So it is also held to be nearer to what it should be than to the plain model.
+    """
+    plain, tolerance = _wanted(references, None, found), _TOLERANCE[dtype]
+    noise = _distance(found[None], plain)
+    if not noise <= tolerance:  # nor is NaN
+        return f"logits deviate by {noise:.2g}"
+    for adapter in (name for name in references if name is not None):
+        wanted = _wanted(references, adapter, found)
+        effect, distance = _distance(plain, wanted), _distance(found[adapter], wanted)
+        if not distance <= min(tolerance, effect / 10 + 4 * max(noise, torch.finfo(dtype).eps)):
+            return f"logits of adapter {adapter} deviate by {distance:.2g}, and it changes them by {effect:.2g}"
+    return None
+
+
+def _wanted(references: Probes, adapter: str | None, found: Probes) -> Tensor:
+    """The reference's rows that the probe gives: its last ones, and the second of the plain sequence beside it."""
+    count = len(found[adapter]) - 1
+    return torch.cat([references[adapter][-count:], references[None][1:2]])
+
+
+def _distance(logits: Tensor, wanted: Tensor) -> float:
+    """Relative, logits being free up to a constant."""
+    logits, wanted = (each.float() - each.float().mean(-1, keepdim=True) for each in (logits, wanted))
+    return float((logits - wanted).norm() / wanted.norm())
 
 
 def within(seconds: float, work: Callable[[], T], name: str) -> T:

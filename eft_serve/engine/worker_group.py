@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from eft_serve.types import Failure
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from eft_serve.engine.model_runner import ModelRunner
+    from eft_serve.engine.model_runner import ModelRunner, Probes
 
 logger = logging.getLogger(__name__)
 
@@ -122,17 +123,22 @@ class WorkerGroup:
 
     runner: ModelRunner
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, adapters: Mapping[str, Path]) -> None:
         self._config = config
+        self._adapters = adapters
         self._deadline = time.monotonic() + config.startup_timeout_s
         self._directory: Path | None = None
         self._closed = False
         self.followers: list[Follower] = []
 
-    def start(self) -> Tensor:
-        """Load the model on every rank and split it; the unsplit model's probe logits [num_tokens, vocab_size]."""
+    def start(self) -> Probes:
+        """Load the model on every rank and split it; the probe logits of the unsplit model, plain and adapted."""
         store = None
         if self._config.tensor_parallel > 1:
+            if self._adapters:
+                raise EngineError(
+                    f"tensor_parallel: adapters ({', '.join(self._adapters)}) are not split; set tensor_parallel: 1"
+                )
             if torch.distributed.is_initialized():
                 raise EngineError("tensor_parallel: a process holds one tensor-parallel model; start another process")
             os.environ.update(loopback_only())
@@ -143,10 +149,10 @@ class WorkerGroup:
                 self.followers[-1].send((self._config, rank))
         from eft_serve.engine.model_runner import ModelRunner  # seconds of imports, beside the followers' own
 
-        self.runner = ModelRunner(self._config, rank=0)
-        reference: Tensor = self.call("load")[0]
+        self.runner = ModelRunner(self._config, rank=0, adapters=self._adapters)
+        references: Probes = self.call("load")[0]
         self.call("split", store)
-        return reference
+        return references
 
     def call(self, method: str, *args: Any) -> list[Any]:
         """Run a runner's method on every rank; the answers, ours first.

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from eft_serve.config import AppConfig
 from eft_serve.config_check import ClusterResources, Problem, check, load_any
-from eft_serve.config_check.checkpoint import INDEX, SINGLE, BrokenFileError, tensor_names
+from eft_serve.config_check.checkpoint import INDEX, SINGLE, BrokenFileError, tensor_shapes
 from eft_serve.config_cli import app as cli
 from eft_serve.errors import ConfigError
 
@@ -144,7 +144,7 @@ def test_a_header_that_contradicts_itself_or_the_file(tmp_path: Path, header: An
     text = json.dumps(header).encode()
     (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(BrokenFileError, match=SINGLE):
-        tensor_names(tmp_path / SINGLE)
+        tensor_shapes(tmp_path / SINGLE)
 
 
 @given(st.binary(max_size=64))
@@ -152,7 +152,7 @@ def test_no_bytes_break_the_check_itself(tmp_path_factory: pytest.TempPathFactor
     file = tmp_path_factory.getbasetemp() / "any.safetensors"
     file.write_bytes(data)
     with suppress(BrokenFileError):
-        assert tensor_names(file) == set()
+        assert tensor_shapes(file) == {}
 
 
 def test_every_broken_shard_is_named(tmp_path: Path) -> None:

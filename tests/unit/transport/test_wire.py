@@ -31,7 +31,8 @@ def steps(draw: st.DrawFn) -> SequenceStep:
     token_ids = draw(tokens)
     num_logits = draw(st.integers(0, len(token_ids)))
     salt, max_computed = draw(st.none() | names), draw(st.none() | st.integers(1, 2**40))
-    return SequenceStep(draw(names), draw(counts), token_ids, num_logits, salt, max_computed)
+    adapter = draw(st.none() | names)
+    return SequenceStep(draw(names), draw(counts), token_ids, num_logits, salt, max_computed, adapter=adapter)
 
 
 segments = st.none() | st.builds(SegmentName, counts, counts, st.binary(max_size=16))
