@@ -7,10 +7,11 @@ checkpoints themselves (vocabularies, sizes) is checked by `eft_serve.config_che
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from eft_serve.config_base import Frozen, Name
 from eft_serve.config_recipes import RecipeConfig
@@ -72,6 +73,33 @@ class ModelConfig(Frozen):
         return Path(self.path).expanduser()
 
 
+class AdapterConfig(Frozen):
+    """A fine-tuning that shares the weights of another model of the application, in its deployment."""
+
+    model: Name
+    """The model that it adapts; one with a `path`."""
+    adapter: str
+    """A PEFT directory with a LoRA: `adapter_config.json` and `adapter_model.safetensors`."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the adapter's files are."""
+        return Path(self.adapter).expanduser()
+
+
+_MODEL, _ADAPTER = "<model>", "<adapter>"  # no name looks so
+
+
+def _kind_of(value: Any) -> str:
+    is_adapter = "adapter" in value if isinstance(value, Mapping) else isinstance(value, AdapterConfig)
+    return _ADAPTER if is_adapter else _MODEL
+
+
+AnyModel = Annotated[
+    Annotated[ModelConfig, Tag(_MODEL)] | Annotated[AdapterConfig, Tag(_ADAPTER)], Discriminator(_kind_of)
+]
+
+
 class CoordinatorConfig(Frozen):
     """The decode loop."""
 
@@ -106,26 +134,32 @@ class ServerConfig(Frozen):
 class AppConfig(Frozen):
     """One application: models, the recipes over them, and how they are served."""
 
-    models: dict[Name, ModelConfig] = Field(min_length=1)
+    models: dict[Name, AnyModel] = Field(min_length=1)
     recipes: dict[Name, RecipeConfig] = Field(default_factory=dict)
     coordinator: CoordinatorConfig = CoordinatorConfig()
     server: ServerConfig = ServerConfig()
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Self:
+        for name, model in self.models.items():
+            if isinstance(model, AdapterConfig) and model.model not in self.deployments:
+                known = f"models with a path are {sorted(self.deployments)}"
+                kind = "is an adapter itself" if model.model in self.models else "is unknown"
+                raise ValueError(f"models.{name}.model: {model.model!r} {kind}; {known}")
         for name, recipe in self.recipes.items():
             if name in self.models:
                 raise ValueError(f"recipes.{name}: a model has this name too; rename the recipe")
-            for model in recipe.models:
-                if model not in self.models:
-                    raise ValueError(f"recipes.{name}: unknown model {model!r}; models are {sorted(self.models)}")
+            for wanted in recipe.models:
+                if wanted not in self.models:
+                    raise ValueError(f"recipes.{name}: unknown model {wanted!r}; models are {sorted(self.models)}")
         return self
 
     @model_validator(mode="after")
     def _a_step_holds_a_token_of_every_prompt(self) -> Self:
         budget = self.coordinator.max_num_batched_tokens
         for name, recipe in self.recipes.items():
-            model, count = Counter(role.model for role in {role.role for _, role in recipe.roles}).most_common(1)[0]
+            roles = {role.role for _, role in recipe.roles}
+            model, count = Counter(self.deployment_of(role.model) for role in roles).most_common(1)[0]
             if count > budget:
                 raise ValueError(
                     f"coordinator.max_num_batched_tokens: {budget} is fewer than the {count} prompts "
@@ -133,13 +167,35 @@ class AppConfig(Frozen):
                 )
         return self
 
+    @property
+    def deployments(self) -> dict[str, ModelConfig]:
+        """The models that have weights of their own."""
+        return {name: model for name, model in self.models.items() if isinstance(model, ModelConfig)}
+
+    def deployment_of(self, name: str) -> str:
+        """The deployment that computes this model: its own, or that of the model that it adapts."""
+        model = self.models[name]
+        return model.model if isinstance(model, AdapterConfig) else name
+
+    def adapters_of(self, deployment: str) -> dict[str, Path]:
+        """Name → directory of the adapters that this deployment computes."""
+        adapters = {name: model for name, model in self.models.items() if isinstance(model, AdapterConfig)}
+        return {name: adapter.directory for name, adapter in adapters.items() if adapter.model == deployment}
+
+    def checkpoint_of(self, name: str) -> Path:
+        """The directory with this model's configuration and tokenizer; an adapter has those of what it adapts."""
+        return self.deployments[self.deployment_of(name)].checkpoint
+
     @classmethod
     def parse(cls, data: Any, source: str = "config") -> AppConfig:
         """Validate plain data; raises `ConfigError` that names every mistake, one a line."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            lines = [
-                f"{source}: {'.'.join(str(p) for p in e['loc']) or '(top level)'}: {e['msg']}" for e in error.errors()
-            ]
+            lines = [f"{source}: {_place(e['loc'])}: {e['msg']}" for e in error.errors()]
             raise ConfigError("\n".join(lines)) from error
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """A field as the file spells it: without the kind of model that was tried."""
+    return ".".join(str(part) for part in location if part not in (_MODEL, _ADAPTER)) or "(top level)"

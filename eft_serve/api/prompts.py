@@ -152,9 +152,9 @@ class PromptRenderer:
             CheckpointError: a tokenizer cannot be read.
             ConfigError: a recipe's chat template cannot be read.
         """
-        paths = {model.checkpoint for model in config.models.values()}
-        loaded = {path: ModelTokenizer.load(path) for path in paths}
-        tokenizers = {name: loaded[model.checkpoint] for name, model in config.models.items()}
+        paths = {name: config.checkpoint_of(name) for name in config.models}
+        loaded = {path: ModelTokenizer.load(path) for path in set(paths.values())}
+        tokenizers = {name: loaded[path] for name, path in paths.items()}
         files = {role.chat_template for recipe in config.recipes.values() for _, role in recipe.roles}
         try:
             templates = {path: read_template(path) for path in files if path is not None}

@@ -7,6 +7,7 @@ torch nor Ray. Whether a kind of model can be served is the engine's word.
 from __future__ import annotations
 
 from eft_serve.config import AppConfig
+from eft_serve.config_check.adapters import adapter_problems
 from eft_serve.config_check.files import load_any
 from eft_serve.config_check.models import model_problems
 from eft_serve.config_check.problem import Problem
@@ -26,7 +27,8 @@ def check(config: AppConfig, cluster: ClusterResources | None = None) -> list[Pr
         cluster: what there is to place the application on; None when that is not known.
     """
     return [
-        *(problem for name, model in config.models.items() for problem in model_problems(name, model)),
+        *(problem for name, model in config.deployments.items() for problem in model_problems(name, model)),
+        *adapter_problems(config),
         *recipe_problems(config),
         *template_problems(config),
         *server_problems(config.server),

@@ -13,7 +13,7 @@ from eft_serve.config_check.problem import Problem
 
 def recipe_problems(config: AppConfig) -> Iterator[Problem]:
     """Each recipe's models compared with its base; a model whose files are broken is reported elsewhere."""
-    checkpoints = {name: model.checkpoint for name, model in config.models.items()}
+    checkpoints = {name: config.checkpoint_of(name) for name in config.models}
     vocabularies = {name: _token_ids(path) for name, path in checkpoints.items()}
     ends = {name: _end_tokens(path) for name, path in checkpoints.items()}
     for name, recipe in config.recipes.items():

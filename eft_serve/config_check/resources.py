@@ -22,7 +22,7 @@ class ClusterResources:
 
 def wanted(config: AppConfig) -> Iterator[tuple[str, Resources, int]]:
     """(field, resources of one replica, replicas) of every deployment."""
-    for name, model in config.models.items():
+    for name, model in config.deployments.items():
         yield f"models.{name}", model.resources, model.num_replicas
     yield "coordinator", config.coordinator.resources, config.coordinator.num_replicas
     yield "server", config.server.resources, NUM_INGRESS_REPLICAS

@@ -47,15 +47,15 @@ class Vocabulary:
 
 
 def load_vocabularies(config: AppConfig) -> dict[str, Vocabulary]:
-    """Every model's vocabulary.
+    """The vocabulary of every deployment; its adapters have no other.
 
     Raises:
         CheckpointError: a tokenizer cannot be loaded.
         ConfigError: two models of one recipe differ in a token; the message names both and the first difference.
     """
-    vocabularies = {name: Vocabulary.load(model.checkpoint) for name, model in config.models.items()}
+    vocabularies = {name: Vocabulary.load(model.checkpoint) for name, model in config.deployments.items()}
     for name, recipe in config.recipes.items():
-        base, *others = recipe.models
+        base, *others = dict.fromkeys(map(config.deployment_of, recipe.models))
         for other in others:
             ours, theirs = vocabularies[base].ids, vocabularies[other].ids
             if message := vocabulary_difference(base, ours, other, theirs):

@@ -1,4 +1,4 @@
-"""The application graph: every model its own deployment, the coordinator over them, the ingress over that."""
+"""The application graph: each model with weights its own deployment, the coordinator over them, then the ingress."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from eft_serve.rayserve.options import deployment_options, model_options
 def build(config: AppConfig) -> Application:
     """Bind the deployments of one application; starts nothing."""
     models = {
-        name: serve.deployment(name=f"model-{name}", **model_options(model))(ModelReplica).bind(name, model)
-        for name, model in config.models.items()
+        name: serve.deployment(name=f"model-{name}", **model_options(model))(ModelReplica).bind(
+            name, model, config.adapters_of(name)
+        )
+        for name, model in config.deployments.items()
     }
     coordinator = serve.deployment(
         name="coordinator",

@@ -7,6 +7,7 @@ never pass through here.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import ray
 from prometheus_client import generate_latest
@@ -21,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class ModelReplica:
-    """One replica of one model."""
+    """One replica of one model and its adapters."""
 
-    def __init__(self, name: str, config: ModelConfig) -> None:
-        self.engine = Engine.load(name, config)
+    def __init__(self, name: str, config: ModelConfig, adapters: dict[str, Path]) -> None:
+        self.engine = Engine.load(name, config, adapters)
         self.server = StepServer(self.engine, host=ray.util.get_node_ip_address())
         self.server.start()
         context = serve.get_replica_context()

@@ -220,7 +220,7 @@ def test_the_tenants_file_is_mounted_where_the_ingress_runs(ray_service: Manifes
 
 def test_checkpoints_are_mounted_where_they_are_read(ray_service: Manifest) -> None:
     config = config_of(ray_service)
-    mounted = any(model.path.startswith("/models/") for model in config.models.values())
+    mounted = any(model.path.startswith("/models/") for model in config.deployments.values())
     for group in groups(ray_service):
         mounts = {m["mountPath"] for m in group["template"]["spec"]["containers"][0]["volumeMounts"]}
         assert ("/models" in mounts) == mounted

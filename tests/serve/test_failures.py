@@ -60,7 +60,7 @@ def test_beyond_loopback_only_with_tenants(tmp_path: Path) -> None:
 def test_a_model_that_dies_while_loading_fails_with_its_own_message(tmp_path: Path) -> None:
     """The check reads headers only; here the weights do not fit the config, which shows when they are loaded."""
     broken = tmp_path / "broken"
-    shutil.copytree(load_any(ROOT / "deployments" / "zoo.yaml").models["base-small"].checkpoint, broken)
+    shutil.copytree(load_any(ROOT / "deployments" / "zoo.yaml").deployments["base-small"].checkpoint, broken)
     config = (broken / "config.json").read_text()
     hidden = yaml.safe_load(config)["intermediate_size"]
     (broken / "config.json").write_text(

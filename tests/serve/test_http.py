@@ -143,7 +143,7 @@ def test_one_scrape_shows_every_process_and_counts_each_token_once(served: Serve
         "eft_e2e_request_latency_seconds",
     ):
         assert served.total(f"{name}_count") > 0
-    replicas = sum(model.num_replicas for model in served.config.models.values())
+    replicas = sum(model.num_replicas for model in served.config.deployments.values())
     assert served.total("eft_process_up") == replicas + served.config.coordinator.num_replicas
 
 

@@ -109,13 +109,13 @@ def test_the_knobs_matter(served: Served) -> None:
 
 @pytest.fixture(scope="module")
 def vocabulary(served: Served) -> Vocabulary:
-    return Vocabulary.load(served.config.models["base-large"].checkpoint)
+    return Vocabulary.load(served.config.checkpoint_of("base-large"))
 
 
 @pytest.fixture(scope="module")
 def models(served: Served) -> dict[str, PreTrainedModel]:
     names = ("base-large", "base-small", "tuned-small")
-    return {name: naive.load(served.config.models[name].checkpoint) for name in names}
+    return {name: naive.load(served.config.checkpoint_of(name)) for name in names}
 
 
 def naively(

@@ -47,12 +47,12 @@ class Case:
 
 @pytest.fixture(scope="module")
 def vocabulary(served: Served) -> Vocabulary:
-    return Vocabulary.load(served.config.models["base-large"].checkpoint)
+    return Vocabulary.load(served.config.checkpoint_of("base-large"))
 
 
 @pytest.fixture(scope="module")
 def models(served: Served) -> dict[str, PreTrainedModel]:
-    return {role: naive.load(served.config.models[name].checkpoint) for role, name in ROLES.items()}
+    return {role: naive.load(served.config.checkpoint_of(name)) for role, name in ROLES.items()}
 
 
 def expected_tokens(case: Case, models: dict[str, PreTrainedModel], vocabulary: Vocabulary) -> list[int]:

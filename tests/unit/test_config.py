@@ -33,7 +33,7 @@ def test_a_configuration_has_its_defaults_and_cannot_be_changed() -> None:
     assert config.recipes["eft"].models == ("large", "small", "chat")
     assert config.coordinator.num_replicas == 1
     with pytest.raises(ValidationError):
-        config.models["large"].path = "elsewhere"
+        config.deployments["large"].path = "elsewhere"
 
 
 def test_one_model_without_a_recipe_is_enough() -> None:
@@ -60,9 +60,48 @@ def test_a_zoo_path_is_inside_the_package() -> None:
     assert ModelConfig(path="~/model").checkpoint == Path.home() / "model"
 
 
+def test_an_adapter_shares_what_its_model_has() -> None:
+    adapters = {
+        "law": {"model": "small", "adapter": "/adapters/law"},
+        "terse": {"model": "small", "adapter": "~/terse"},
+    }
+    recipe = RECIPE | {"tuned": [{"model": "law"}]}
+    config = AppConfig.parse({"models": MODELS | adapters, "recipes": {"eft": recipe}})
+    assert list(config.deployments) == ["large", "small", "chat"]
+    assert [config.deployment_of(name) for name in config.models] == ["large", "small", "chat", "small", "small"]
+    assert config.adapters_of("small") == {"law": Path("/adapters/law"), "terse": Path.home() / "terse"}
+    assert config.adapters_of("large") == {}
+    assert config.checkpoint_of("law") == config.checkpoint_of("small") == Path("/models/small")
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("unknown key", app(model={}), "model: Extra inputs"),
     ("unknown key of a model", app(models=MODELS | {"large": {"path": "x", "tp": 2}}), "models.large.tp: Extra inputs"),
+    (
+        "an adapter of nobody",
+        app(models=MODELS | {"law": {"model": "smal", "adapter": "x"}}),
+        "models.law.model: 'smal' is unknown; models with a path are ['chat', 'large', 'small']",
+    ),
+    (
+        "an adapter of an adapter",
+        app(models=MODELS | {"a": {"model": "small", "adapter": "x"}, "b": {"model": "a", "adapter": "x"}}),
+        "models.b.model: 'a' is an adapter itself; models with a path are ['chat', 'large', 'small']",
+    ),
+    ("an adapter of no model", app(models=MODELS | {"law": {"adapter": "x"}}), "models.law.model: Field required"),
+    (
+        "an adapter with a path",
+        app(models=MODELS | {"law": {"model": "small", "adapter": "x", "path": "y"}}),
+        "models.law.path: Extra inputs",
+    ),
+    (
+        "a step that does not hold a token of an adapter and of its model",
+        app(
+            models=MODELS | {"law": {"model": "small", "adapter": "x"}},
+            recipes={"eft": RECIPE | {"tuned": [{"model": "law"}]}},
+            coordinator={"max_num_batched_tokens": 1},
+        ),
+        "coordinator.max_num_batched_tokens: 1 is fewer than the 2 prompts that small reads in recipes.eft",
+    ),
     ("no models", app(models={}, recipes={}), "models: "),
     ("a model without a path", app(models=MODELS | {"large": {}}), "models.large.path: Field required"),
     ("unknown model", app(recipes={"eft": RECIPE | {"base": "larg"}}), "recipes.eft: unknown model 'larg'"),

@@ -418,7 +418,7 @@ def test_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
     path = tmp_path / "file.yaml"
     path.write_text("models:\n  a: &a {path: x, dtype: float32}\n  b: {<<: *a, path: y}\n  c: {<<: *a, path: z}\n")
     config = load_any(path)
-    assert [(m.path, m.dtype) for m in config.models.values()] == [(p, "float32") for p in "xyz"]
+    assert [(m.path, m.dtype) for m in config.deployments.values()] == [(p, "float32") for p in "xyz"]
 
 
 def test_the_command_says_ok_or_what_is_wrong(tmp_path: Path, model: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from eft_serve.api.prompts import INLINE_CHARACTERS, ModelTokenizer, PromptRenderer, plain_chat
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import PromptConfig
-from eft_serve.ensemble import Term
+from eft_serve.ensemble import Ensemble, Term
 from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
 
 MESSAGES = [
@@ -57,6 +57,17 @@ async def test_each_model_is_prompted_by_its_own_template(tokenizers: dict[str, 
     rendered = "<|system|>Be brief.\n<|user|>Hi\n<|assistant|>Yes?\n<|user|>Bye\n<|assistant|>"
     assert text_of(tokenizers["chat"], prompts["chat"]) == rendered
     assert text_of(tokenizers["other"], prompts["other"]) == rendered.replace("|", "!")
+
+
+async def test_an_adapter_is_prompted_like_the_model_that_it_adapts(tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path / "small")
+    models = {"small": {"path": str(path)}, "law": {"model": "small", "adapter": str(tmp_path / "law")}}
+    config = AppConfig.parse({"models": models})
+    ensembles = [Ensemble.find(config, name) for name in models]
+    both = [term for ensemble in ensembles if ensemble is not None for term in ensemble.terms()]
+    prompts = await PromptRenderer.load(config).chat(both, MESSAGES)
+    assert list(prompts) == ["small", "law"]
+    assert prompts["law"] == prompts["small"]
 
 
 async def test_a_refusing_template_names_the_messages(tokenizers: dict[str, ModelTokenizer]) -> None:

@@ -60,3 +60,11 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         (copy / name).unlink()
     with pytest.raises(CheckpointError, match=str(copy)):
         Vocabulary.load(copy)
+
+
+def test_an_adapter_has_the_vocabulary_of_its_deployment() -> None:
+    models = {"base": {"path": "zoo:base-large"}, "small": {"path": "zoo:base-small"}}
+    recipe = {"base": "base", "reference": "small", "tuned": [{"model": "law"}]}
+    adapter = {"law": {"model": "small", "adapter": "/nowhere"}}
+    loaded = load_vocabularies(AppConfig.parse({"models": models | adapter, "recipes": {"up": recipe}}))
+    assert list(loaded) == ["base", "small"]
