@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eft_serve.config import AppConfig
@@ -45,24 +45,33 @@ class Ensemble:
     name: str
     models: tuple[str, ...]  # every model that it may run, base first
     recipe: RecipeConfig | None = None  # None: a plain model
+    adapted: Mapping[str, str] = field(default_factory=dict)  # adapter → the deployment that computes it
 
     @classmethod
     def find(cls, config: AppConfig, name: str) -> Ensemble | None:
         """The recipe or plain model of this name; None when there is neither."""
-        if recipe := config.recipes.get(name):
-            return cls(name, recipe.models, recipe)
-        return cls(name, (name,)) if name in config.models else None
+        recipe = config.recipes.get(name)
+        if recipe is None and name not in config.models:
+            return None
+        models = recipe.models if recipe else (name,)
+        adapted = {model: config.deployment_of(model) for model in models if model not in config.deployments}
+        return cls(name, models, recipe, adapted)
 
     def terms(self, knobs: Knobs = OWN_KNOBS) -> tuple[Term, ...]:
         """What runs for these knobs, see `recipe_terms`; a plain model is itself alone and takes no knobs."""
         if self.recipe is not None:
-            return recipe_terms(self.recipe, knobs)
+            return tuple(map(self._placed, recipe_terms(self.recipe, knobs)))
         if knobs != OWN_KNOBS:
             raise InvalidRequestError(
                 f"model {self.name!r} is a plain model, which has no knobs; name a recipe, or leave out eft",
                 param="eft",
             )
-        return (Term(self.name, self.name, 1.0),)
+        return (self._placed(Term(self.name, self.name, 1.0)),)
+
+    def _placed(self, term: Term) -> Term:
+        """The term where it is computed: an adapter's in the deployment of the model that it adapts."""
+        deployment = self.adapted.get(term.model)
+        return term if deployment is None else replace(term, model=deployment, adapter=term.model)
 
     def truncate_top_p(self, knobs: Knobs = OWN_KNOBS) -> float:
         """The nucleus that the terms' ratios are confined to; 1 does not confine them."""

@@ -263,6 +263,7 @@ def _step(
         salt=request.cache_salt,
         max_computed=count if count < pending else None,
         draft=draft,
+        adapter=sequence.term.adapter,
     )
 
 

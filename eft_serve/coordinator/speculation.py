@@ -75,7 +75,7 @@ def _drafter(draft: str, terms: Sequence[Term]) -> str | None:
     nobody drafts for a model that runs alone."""
     if draft == NGRAM:
         return NGRAM
-    drafting = [t for t in terms if (t.weight > 0 if draft == "auto" else draft in (t.name, t.model))]
+    drafting = [t for t in terms if (t.weight > 0 if draft == "auto" else draft in (t.name, t.adapter or t.model))]
     return max(drafting, key=lambda term: term.weight).name if len(terms) > 1 and drafting else None
 
 

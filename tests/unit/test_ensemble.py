@@ -218,3 +218,17 @@ def test_a_name_is_a_recipe_or_a_plain_model_or_nothing() -> None:
     with pytest.raises(InvalidRequestError, match="plain model") as caught:
         plain.terms(Knobs(weights={}))
     assert caught.value.param == "eft"
+
+
+def test_an_adapter_is_a_term_of_the_deployment_that_it_shares() -> None:
+    models = {"large": {"path": "l"}, "small": {"path": "s"}, "chat": {"model": "small", "adapter": "c"}}
+    config = AppConfig.parse({"models": models, "recipes": {"up": UP_SCALING.model_dump()}})
+    recipe, alone = Ensemble.find(config, "up"), Ensemble.find(config, "chat")
+    assert recipe is not None
+    assert recipe.terms() == (
+        Term("large", "large", 1.0),
+        Term("small", "small", -1.0),
+        Term("chat", "small", 1.0, adapter="chat", weight=1.0),
+    )
+    assert alone is not None
+    assert alone.terms() == (Term("chat", "small", 1.0, adapter="chat"),)

@@ -16,9 +16,9 @@ VOCAB_SIZE = 61
 EOS = 60
 
 
-def toy_logits(model: str, token_ids: Sequence[int]) -> Tensor:
+def toy_logits(model: str, token_ids: Sequence[int], adapter: str | None = None) -> Tensor:
     """Next-token logits [VOCAB_SIZE] that depend on every token; what depends on the model is the lesser part."""
-    logits = 3 * _noise(f"{list(token_ids)}") + _noise(f"{model}:{list(token_ids)}")
+    logits = 3 * _noise(f"{list(token_ids)}") + _noise(f"{model}+{adapter}:{list(token_ids)}")
     logits[EOS] -= 3.0
     return logits
 
@@ -42,6 +42,9 @@ def endpoint(model: str, replica_id: str, *, kv_tokens: int = 4096, max_len: int
     return Endpoint(replica_id=replica_id, address="tcp://127.0.0.1:1", public_key=b"k" * 40, info=info)
 
 
+Root = tuple[str, str, str | None]  # replica, salt, adapter
+
+
 @dataclass
 class ToyBackend:
     """Holds every sequence's tokens by replica, and checks that nobody steps what it may not."""
@@ -49,8 +52,9 @@ class ToyBackend:
     endpoints: Mapping[str, Endpoint]
     connected: Mapping[str, Endpoint] = field(default_factory=dict)
     held: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # replica → sequence → tokens
-    cached: dict[tuple[str, str], set[tuple[int, ...]]] = field(default_factory=dict)  # (replica, salt) → beginnings
+    cached: dict[Root, set[tuple[int, ...]]] = field(default_factory=dict)  # → beginnings
     salts: dict[str, str | None] = field(default_factory=dict)  # by sequence
+    adapters: dict[str, str | None] = field(default_factory=dict)  # by sequence
     num_computed: int = 0  # tokens, all models together
     max_computed: int = 0  # the most that one replica computed in one step
     dead: set[str] = field(default_factory=set)
@@ -92,19 +96,22 @@ class ToyBackend:
         if len(tokens) < step.position:
             return StepOutput(step.sequence_id, held=len(tokens))
         assert step.position + len(new) <= info.max_model_len
-        assert step.salt is None or step.position == 0
+        assert (step.salt, step.adapter) == (None, None) or step.position == 0
         if step.position == 0:
             self.salts[step.sequence_id] = step.salt
+            self.adapters[step.sequence_id] = step.adapter
+        adapter = self.adapters[step.sequence_id]
         found = self._find(replica_id, step, info.kv_block_size)
         computed = new[found:] if step.max_computed is None else new[found : found + step.max_computed]
         self.num_computed += len(computed)
         tokens = held[step.sequence_id] = tokens[: step.position] + new[: found + len(computed)]
         if salt := self.salts[step.sequence_id]:
             ends = range(info.kv_block_size, len(tokens) + 1, info.kv_block_size)
-            self.cached.setdefault((replica_id, salt), set()).update(tuple(tokens[:end]) for end in ends)
+            self.cached.setdefault((replica_id, salt, adapter), set()).update(tuple(tokens[:end]) for end in ends)
         if found + len(computed) < len(new):
             return StepOutput(step.sequence_id, held=len(tokens))
-        rows = [toy_logits(info.model, tokens[: len(tokens) - back]) for back in reversed(range(step.num_logits))]
+        ends = range(len(tokens) - step.num_logits + 1, len(tokens) + 1)
+        rows = [toy_logits(info.model, tokens[:end], adapter) for end in ends]
         drafted = self._guess(info, held, step, rows) if step.draft is not None else []
         return StepOutput(
             step.sequence_id, logits=torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE), drafted=drafted
@@ -132,11 +139,11 @@ class ToyBackend:
                 return drafted
             tokens.append(drafted[-1])
             self.num_computed += 1
-            rows.append(toy_logits(info.model, tokens))
+            rows.append(toy_logits(info.model, tokens, self.adapters[step.sequence_id]))
 
     def _find(self, replica_id: str, step: SequenceStep, block_size: int) -> int:
         """Tokens of a first step that this replica has cached; what logits are wanted of is computed."""
         most = len(step.token_ids) - max(1, step.num_logits)
-        beginnings = self.cached.get((replica_id, step.salt), ()) if step.salt is not None else ()
+        beginnings = self.cached.get((replica_id, step.salt, step.adapter), ()) if step.salt is not None else ()
         ends = range(0, most + 1, block_size)
         return max((end for end in ends if tuple(step.token_ids[:end]) in beginnings), default=0)

@@ -98,6 +98,7 @@ def request(
     now: float | None = None,
     tenant: str = "anonymous",
     speculative: Speculative | None = None,
+    adapted: Mapping[str, str] | None = None,
     **sampling: object,
 ) -> Request:
     generation = GenerationRequest(
@@ -108,8 +109,16 @@ def request(
         tenant=tenant,
         speculative=speculative,
     )
+    adapted = adapted or {}
     terms = [
-        Term(name, name.partition("@")[0], c, weight=float(name in ("tuned", TOLD))) for name, c in coefficients.items()
+        Term(
+            name,
+            model=adapted.get(name, name.partition("@")[0]),
+            coefficient=c,
+            adapter=name if name in adapted else None,
+            weight=float(name in ("tuned", TOLD)),
+        )
+        for name, c in coefficients.items()
     ]
     return Request.create(generation, terms, time.monotonic() if now is None else now)
 
@@ -121,7 +130,7 @@ def naive(req: Request) -> list[int]:
     while len(output) < sampling.max_tokens and not (output and output[-1] == EOS and not sampling.ignore_eos):
         combined = torch.zeros(VOCAB_SIZE)
         for term in req.terms:
-            logits = toy_logits(term.model, req.generation.prompts[term.name] + output)
+            logits = toy_logits(term.model, req.generation.prompts[term.name] + output, term.adapter)
             combined += term.coefficient * torch.log_softmax(logits, -1)
         params = {name: torch.tensor([getattr(sampling, name)]) for name in ("temperature", "top_k", "top_p", "min_p")}
         rows = SamplingRows(**params, seed=torch.tensor([sampling.seed]), position=torch.tensor([len(output)]))
@@ -231,6 +240,47 @@ def test_two_prompts_that_never_fit_one_replica_together_are_refused() -> None:
     )
     assert len(served(1, 28).token_ids) == 4  # 2 · (28 + 4) = 64
     assert len(served(2, 32).token_ids) == 20
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 8),
+    st.sampled_from([2, 3, 5, 17, 1024]),  # token budget a step
+    st.sampled_from([120, 200, 4096]),  # KV tokens of a replica
+    st.sampled_from([None, Speculative(num_tokens=3)]),
+)
+def test_an_adapter_and_its_model_share_a_replica(
+    seed: int, count: int, budget: int, kv_tokens: int, speculative: Speculative | None
+) -> None:
+    rng = random.Random(seed)
+    endpoints = {f"{model}-0": endpoint(model, f"{model}-0", kv_tokens=kv_tokens) for model in ("base", "reference")}
+    harness = Harness(ToyBackend(endpoints), CoordinatorConfig(max_num_batched_tokens=budget))
+    requests = [
+        request(
+            f"r{i}",
+            prompts_for(rng),
+            rng.choice([EFT, {"tuned": 1.0}]),
+            adapted={"tuned": "reference"},
+            speculative=speculative,
+            max_tokens=rng.randint(1, 20),
+        )
+        for i in range(count)
+    ]
+    for req in requests:
+        harness.submit(req)
+    harness.drive()
+    for req in requests:
+        assert harness.tokens(req.request_id) == naive(req)
+    assert not any(harness.backend.held.values()), "every sequence was freed"
+    assert harness.backend.max_computed <= budget
+
+
+@pytest.mark.parametrize(("draft", "drafter"), [("auto", "tuned"), ("tuned", "tuned"), ("reference", "reference")])
+def test_an_adapter_and_its_model_guess_each_under_its_own_name(draft: str, drafter: str) -> None:
+    prompts = {model: [1] for model in EFT}
+    req = request("r", prompts, adapted={"tuned": "reference"}, speculative=Speculative(draft=draft))
+    assert req.speculation.drafter == drafter
 
 
 @settings(deadline=None, max_examples=40)
