@@ -17,9 +17,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from eft_serve.config import AppConfig
+from eft_serve.config import ZOO_CHECKPOINTS, AppConfig
 from eft_serve.config_check import load_any
 from eft_serve.tenancy.store import create_tenant
+from eft_serve.testing.lora import write_random_lora
 
 ROOT = Path(__file__).parent.parent.parent
 READY_TIMEOUT_S = 240.0
@@ -104,14 +105,19 @@ class Served:
 def write_config(directory: Path, tenants_file: Path) -> Path:
     """The embedded family with all that may multiply: one model twice, so that one can be killed, one split over two
     ranks, two coordinators that share them all, a recipe whose base has little room, so that requests of it are
-    preempted, and recipes in which one model has several roles or prompts."""
+    preempted, recipes in which one model has several roles or prompts, and an adapter."""
     config: dict[str, Any] = load_any(ROOT / "deployments" / "zoo.yaml").model_dump(mode="json")
     config["models"]["tuned-small"]["num_replicas"] = 2
     config["models"]["base-small"]["tensor_parallel"] = 2
     config["models"]["base-narrow"] = {**config["models"].pop("tuned-large"), "path": "zoo:base-large"}
     config["models"]["base-narrow"]["kv_cache_tokens"] = NARROW_TOKENS
     config["recipes"]["narrow"] = {**config["recipes"]["eft"], "base": "base-narrow"}
+    adapter = write_random_lora(
+        directory / "adapter", ZOO_CHECKPOINTS / "tuned-small", ("q_proj", "v_proj", "down_proj")
+    )
+    config["models"]["adapted"] = {"model": "tuned-small", "adapter": str(adapter)}
     config["recipes"] |= RECIPES
+    config["recipes"]["adapted-eft"] = {"base": "base-large", "reference": "tuned-small", "tuned": "adapted"}
     config["coordinator"]["num_replicas"] = 2
     config["server"]["tenants_file"] = str(tenants_file)
     path = directory / "config.yaml"
