@@ -115,14 +115,10 @@ def _are_alike(first: Tensor, other: Tensor) -> bool:
 
 
 def _sampling_rows(requests: Sequence[Request], lengths: Sequence[int]) -> SamplingRows:
-    params = [r.generation.sampling for r, length in zip(requests, lengths, strict=True) for _ in range(length)]
-    starts = [len(request.output_token_ids) for request in requests]
-    positions = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
-    return SamplingRows(
-        temperature=torch.tensor([p.temperature for p in params]),
-        top_k=torch.tensor([p.top_k for p in params]),
-        top_p=torch.tensor([p.top_p for p in params]),
-        min_p=torch.tensor([p.min_p for p in params]),
-        seed=torch.tensor([p.seed for p in params]),
-        position=torch.tensor(positions),
-    )
+    rows = [
+        (p.temperature, p.top_p, p.min_p, p.top_k, p.seed, len(request.output_token_ids) + i)
+        for request, length in zip(requests, lengths, strict=True)
+        for p in [request.generation.sampling]
+        for i in range(length)
+    ]
+    return SamplingRows.of(rows)

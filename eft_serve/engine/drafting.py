@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from eft_serve.engine.batch import BatchRow
@@ -61,12 +60,5 @@ def guess(guesses: SequenceOf[Guesses], logits: Tensor) -> None:
 
 
 def _sampling_rows(guesses: SequenceOf[Guesses]) -> SamplingRows:
-    drafts = [each.draft for each in guesses]
-    return SamplingRows(
-        temperature=torch.tensor([d.temperature for d in drafts]),
-        top_k=torch.tensor([d.top_k for d in drafts]),
-        top_p=torch.tensor([d.top_p for d in drafts]),
-        min_p=torch.tensor([d.min_p for d in drafts]),
-        seed=torch.tensor([d.seed for d in drafts]),
-        position=torch.tensor([each.draft.position + len(each.token_ids) for each in guesses]),
-    )
+    drafts = [(each.draft, each.draft.position + len(each.token_ids)) for each in guesses]
+    return SamplingRows.of([(d.temperature, d.top_p, d.min_p, d.top_k, d.seed, position) for d, position in drafts])

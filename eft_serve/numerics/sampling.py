@@ -5,6 +5,7 @@ It knows rows and not requests. A row's token depends on its own logits and para
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,13 @@ from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_key
 from eft_serve.numerics.logprobs import require_possible
 
 _CPU_BLOCK = 1 << 18  # elements whose intermediate values stay in the cache
+_MOST = torch.finfo(torch.float32).max
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 _SPARSE = 8  # survivors are few when they are fewer than one in so many
 _SLACK = 1e-4  # more than float32 gets wrong of an exponent that matters
+
+
+Row = tuple[float, float, float, int, int, int]  # temperature, top_p, min_p, top_k, seed, position
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,14 @@ class SamplingRows:
     position: Tensor  # int64, of the token within the output
 
     def __post_init__(self) -> None:
+        """One look at all of it first; what is wrong is found out only when something is."""
+        shapes = {getattr(self, name).shape for name in self.__slots__}
+        if len(shapes) == 1 and self.temperature.dim() == 1:
+            shares = torch.stack([self.top_p, self.min_p])
+            counts = torch.stack([self.top_k, self.position])
+            good = (self.temperature.clamp(0, _MOST) == self.temperature) & (shares.clamp(0, 1) == shares).all(0)
+            if (good & (counts >= 0).all(0)).all():
+                return
         in_range = {
             "temperature": self.temperature.isfinite() & (self.temperature >= 0),
             "top_k": self.top_k >= 0,
@@ -53,6 +66,13 @@ class SamplingRows:
     def __len__(self) -> int:
         return len(self.temperature)
 
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> SamplingRows:
+        """The same from one tuple a row."""
+        temperature, top_p, min_p = torch.tensor([row[:3] for row in rows]).unbind(1)
+        top_k, seed, position = torch.tensor([row[3:] for row in rows]).unbind(1)
+        return cls(temperature, top_k, top_p, min_p, seed, position)
+
     def select(self, rows: Tensor) -> SamplingRows:
         """Those of some rows, [num_selected] int64."""
         return SamplingRows(*(getattr(self, name)[rows] for name in self.__slots__))
@@ -69,8 +89,12 @@ def sample(logits: Tensor, params: SamplingRows) -> Tensor:
         ValueError: a row has NaN, +inf or no possible token, or there are not as many parameters as rows.
     """
     _check_rows(logits, params)
+    is_random = params.temperature > 0
+    if len(logits) <= _block_rows(logits) and bool(is_random.all()):
+        require_possible(logits)
+        return draw(filtered_logits(logits, params), params.seed, params.position)
     token_ids = greedy(logits)
-    random = (params.temperature > 0).nonzero().flatten()
+    random = is_random.nonzero().flatten()
     for rows in torch.split(random, _block_rows(logits)) if len(random) else ():
         chosen = params.select(rows)
         token_ids[rows] = draw(filtered_logits(logits[rows], chosen), chosen.seed, chosen.position)
@@ -129,6 +153,8 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     if int(alive.count_nonzero()) * _SPARSE >= alive.numel():
         alive = _contenders(behind, keys, gumbel(keys, top))
     rows, token_ids = alive.nonzero(as_tuple=True)
+    if len(rows) == len(logits):  # nobody is left beside each row's winner
+        return token_ids
     noisy = gumbel(keys[rows, 0], token_ids).add_(logits[rows, token_ids])
     best = torch.full_like(seeds, -torch.inf, dtype=torch.float64).scatter_reduce_(0, rows, noisy, "amax")
     winners = token_ids.where(noisy == best[rows], logits.shape[1])
