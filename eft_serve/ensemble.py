@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eft_serve.config import AppConfig
-from eft_serve.config_recipes import AS_ITSELF, DRAFTERS, Interval, PromptConfig, RecipeConfig, RoleConfig
+from eft_serve.config_recipes import AS_ITSELF, DRAFTERS, Interval, PromptConfig, RecipeConfig, RoleConfig, TunedConfig
 from eft_serve.errors import InvalidRequestError
 from eft_serve.types import OWN_KNOBS, Knobs, Speculative
 
@@ -33,9 +33,24 @@ class Term:
     prompting: PromptConfig = AS_ITSELF  # what its prompt has that others have not
 
     @property
+    def counts(self) -> bool:
+        """Whether it changes the combination; one that does not runs only to be looked at."""
+        return bool(self.coefficient or self.ratio)
+
+    @property
     def standing(self) -> float:
         """The other part: its coefficient outside the nucleus."""
         return _rounded(self.coefficient - self.ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """What a fine-tuning has made likelier: log π_tuned − log π_reference, the reward that it implies."""
+
+    name: str  # what its weight is called
+    tuned: str  # names of terms
+    reference: str
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +72,10 @@ class Ensemble:
         adapted = {model: config.deployment_of(model) for model in models if model not in config.deployments}
         return cls(name, models, recipe, adapted)
 
-    def terms(self, knobs: Knobs = OWN_KNOBS) -> tuple[Term, ...]:
+    def terms(self, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> tuple[Term, ...]:
         """What runs for these knobs, see `recipe_terms`; a plain model is itself alone and takes no knobs."""
         if self.recipe is not None:
-            return tuple(map(self._placed, recipe_terms(self.recipe, knobs)))
+            return tuple(map(self._placed, recipe_terms(self.recipe, knobs, every=every)))
         if knobs != OWN_KNOBS:
             raise InvalidRequestError(
                 f"model {self.name!r} is a plain model, which has no knobs; name a recipe, or leave out eft",
@@ -72,6 +87,17 @@ class Ensemble:
         """The term where it is computed: an adapter's in the deployment of the model that it adapts."""
         deployment = self.adapted.get(term.model)
         return term if deployment is None else replace(term, model=deployment, adapter=term.model)
+
+    def rewards(self, knobs: Knobs = OWN_KNOBS) -> tuple[Reward, ...]:
+        """Those of the recipe's fine-tunings, in its order, over the names of `terms` with `every`; a plain model has
+        none. Raises as `recipe_terms`."""
+        if self.recipe is None:
+            return ()
+        names, shared = term_names(self.recipe), self.recipe.reference
+        return tuple(
+            Reward(each.knob, names[each.role], names[(each.reference or shared).role], alpha)
+            for each, alpha in _weights(self.recipe, knobs)
+        )
 
     def truncate_top_p(self, knobs: Knobs = OWN_KNOBS) -> float:
         """The nucleus that the terms' ratios are confined to; 1 does not confine them."""
@@ -93,22 +119,18 @@ class Ensemble:
         return Speculative(**{**own, **changes})
 
 
-def recipe_terms(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS) -> tuple[Term, ...]:
+def recipe_terms(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> tuple[Term, ...]:
     """Every term that counts for something, in the recipe's order. Their coefficients sum to 1, so there is always one.
 
     Args:
         recipe: names the models and the knobs' own values and bounds.
         knobs: None, or a weight not named: the recipe's own.
+        every: also the terms that count for nothing.
 
     Raises:
         InvalidRequestError: a knob is out of its bounds, or a weight names no fine-tuning of the recipe.
     """
-    weights = knobs.weights or {}
-    tuned = [t.knob for t in recipe.tuned]
-    if unknown := sorted(set(weights) - set(tuned)):
-        raise InvalidRequestError(
-            f"eft.weights: {unknown[0]!r} is not a fine-tuning of this recipe; those are {tuned}", param="eft.weights"
-        )
+    weights = _weights(recipe, knobs)
     beta = _within(knobs.scale, recipe.scale, recipe.bounds.scale, "eft.scale")
     total: dict[RoleConfig, float] = defaultdict(float)
     total[recipe.base.role] += beta
@@ -116,13 +138,11 @@ def recipe_terms(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS) -> tuple[Term, 
     ratio = dict(total) if _truncate_top_p(recipe, knobs) < 1 else {}
     total[recipe.reference.role] += 1.0
     brought: dict[RoleConfig, float] = defaultdict(float)
-    for each in recipe.tuned:
-        bounds, param = recipe.bounds.weight(each.knob), f"eft.weights.{each.knob}"
-        alpha = _within(weights.get(each.knob), each.weight, bounds, param)
+    for each, alpha in weights:
         total[each.role] += alpha
         brought[each.role] += alpha
         total[(each.reference or recipe.reference).role] -= alpha
-    return tuple(
+    terms = (
         Term(
             name,
             role.model,
@@ -132,8 +152,8 @@ def recipe_terms(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS) -> tuple[Term, 
             prompting=role.prompting,
         )
         for role, name in term_names(recipe).items()
-        if _rounded(total[role]) or _rounded(ratio.get(role, 0.0))
     )
+    return tuple(term for term in terms if every or term.counts)
 
 
 def term_names(recipe: RecipeConfig) -> dict[RoleConfig, str]:
@@ -146,6 +166,19 @@ def term_names(recipe: RecipeConfig) -> dict[RoleConfig, str]:
         plain = len(prompts[role.model]) == 1 or role.prompting == AS_ITSELF
         names.setdefault(role, role.model if plain else f"{role.model}@{label}")
     return names
+
+
+def _weights(recipe: RecipeConfig, knobs: Knobs) -> list[tuple[TunedConfig, float]]:
+    """Every fine-tuning with the weight that holds."""
+    asked, known = knobs.weights or {}, [each.knob for each in recipe.tuned]
+    if unknown := sorted(set(asked) - set(known)):
+        raise InvalidRequestError(
+            f"eft.weights: {unknown[0]!r} is not a fine-tuning of this recipe; those are {known}", param="eft.weights"
+        )
+    return [
+        (each, _within(asked.get(each.knob), each.weight, recipe.bounds.weight(each.knob), f"eft.weights.{each.knob}"))
+        for each in recipe.tuned
+    ]
 
 
 def _truncate_top_p(recipe: RecipeConfig, knobs: Knobs) -> float:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import MAX_KNOB, RecipeConfig
-from eft_serve.ensemble import Ensemble, Term, recipe_terms
+from eft_serve.ensemble import Ensemble, Reward, Term, recipe_terms
 from eft_serve.errors import InvalidRequestError
 from eft_serve.types import Knobs
 
@@ -232,3 +232,29 @@ def test_an_adapter_is_a_term_of_the_deployment_that_it_shares() -> None:
     )
     assert alone is not None
     assert alone.terms() == (Term("chat", "small", 1.0, adapter="chat"),)
+
+
+@given(beta=KNOBS, alpha=st.sampled_from([0.0, 0.3, 1.0]))
+def test_every_term_is_those_that_count_and_the_others(beta: float, alpha: float) -> None:
+    knobs = Knobs(scale=beta, weights={"helpful": alpha})
+    every = recipe_terms(TWO_TUNED, knobs, every=True)
+    assert [term.name for term in every] == list(TWO_TUNED.models)
+    assert tuple(term for term in every if term.counts) == recipe_terms(TWO_TUNED, knobs)
+
+
+def test_rewards_are_the_fine_tunings_over_the_names_of_every_term() -> None:
+    told = role("chat", name="told", system_prompt="Be brief.", weight=0.0)
+    recipe = RecipeConfig.model_validate({"base": "large", "reference": "small", "tuned": ["chat", told]})
+    ensemble = Ensemble("r", recipe.models, recipe)
+    knobs = Knobs(weights={"chat": 1.5})
+    assert ensemble.rewards(knobs) == (
+        Reward("chat", "chat", "small", 1.5),
+        Reward("told", "chat@told", "small", 0.0),
+    )
+    names = {term.name for term in ensemble.terms(knobs, every=True)}
+    assert {name for r in ensemble.rewards(knobs) for name in (r.tuned, r.reference)} <= names
+    other = Ensemble("t", TWO_TUNED.models, TWO_TUNED).rewards()
+    assert [(r.name, r.reference) for r in other] == [("helpful", "small"), ("harmless", "other")]
+    assert Ensemble("small", ("small",)).rewards() == ()
+    with pytest.raises(InvalidRequestError, match=r"eft\.weights: 'wrong' is not a fine-tuning"):
+        ensemble.rewards(Knobs(weights={"wrong": 1.0}))
