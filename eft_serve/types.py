@@ -158,6 +158,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     knobs: Knobs = OWN_KNOBS
     speculative: Speculative | None = None  # None: no guesses
+    given: list[int] | None = None  # the output, which is then only scored; None: it is drawn
+    components: int | None = None  # with so many alternatives to each token; None: not wanted
     tenant: str = "anonymous"
     timeout_s: float = 600.0  # the coordinator ends it then, also when its reader has gone without a word
 
@@ -183,6 +185,17 @@ class GuessReport(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
+class TokenComponents(msgspec.Struct, frozen=True, array_like=True):
+    """What each part of the combination says of one token, in natural logarithms."""
+
+    token_id: int
+    logprob: float  # under the combination, at temperature 1 and before top-p and the like
+    models: list[float]  # log-probability under each term, in the ensemble's order
+    rewards: list[float]  # log π_tuned − log π_reference of each fine-tuning, in the recipe's order
+    reward: float  # the sum of those by their weights; 0 where there are none
+    top: list[TokenComponents] = []  # the likeliest tokens under the combination, without any `top` of their own
+
+
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
     """What a coordinator emits: whatever became ready since the last one."""
 
@@ -191,3 +204,4 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     failure: Failure | None = None  # set exactly when finish_reason is ERROR
     report: GuessReport | None = None  # with the last one
+    components: list[TokenComponents] | None = None  # one for each token; None: not wanted

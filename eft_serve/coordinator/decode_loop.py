@@ -24,7 +24,7 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.output import OutputStream, failed
 from eft_serve.coordinator.replicas import ReplicaTable, longest_output
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.sampler import draw, tested
+from eft_serve.coordinator.sampler import Drawn, draw, tested
 from eft_serve.coordinator.scheduler import Plan, Scheduler
 from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.errors import ContextLengthError, DeadlineError, EftServeError, UnavailableError
@@ -148,21 +148,23 @@ class DecodeLoop:
             self._end(request.request_id, FinishReason.ERROR, error)
         return [request for request in gathered.ready if request not in gathered.errors]
 
-    def _advance(self, requests: Sequence[Request], drawn: Sequence[list[int] | EftServeError]) -> None:
+    def _advance(self, requests: Sequence[Request], drawn: Sequence[Drawn | EftServeError]) -> None:
         """Give every request its tokens; end those that they end."""
         now = time.monotonic()
-        for request, tokens in zip(requests, drawn, strict=True):
+        for request, taken in zip(requests, drawn, strict=True):
             request_id = request.request_id
-            if isinstance(tokens, EftServeError):
-                self._end(request_id, FinishReason.ERROR, tokens)
+            if isinstance(taken, EftServeError):
+                self._end(request_id, FinishReason.ERROR, taken)
                 continue
             if not request.output_token_ids:
                 self.metrics.queue_seconds.observe(now - request.arrival)
-            self._count(request, tokens)
-            request.take(tokens)
+            self._count(request, taken.token_ids)
+            request.take(taken.token_ids)
             request.last_progress = now
-            delta = self._requests[request_id][1].push_all(tokens)
+            delta = self._requests[request_id][1].push_all(taken.token_ids)
             self.metrics.generated_tokens.inc(len(delta.token_ids))
+            if taken.components is not None:
+                delta = msgspec.structs.replace(delta, components=taken.components[: len(delta.token_ids)])
             if delta.finish_reason is not None:
                 delta = msgspec.structs.replace(delta, report=request.speculation.report)
             self._deltas.append((request_id, delta))
@@ -170,6 +172,8 @@ class DecodeLoop:
                 self._end(request_id, delta.finish_reason)
 
     def _count(self, request: Request, tokens: list[int]) -> None:
+        if request.is_given:
+            return
         guesses = tested(request)
         num_accepted = sum(map(eq, guesses, tokens))
         num_tested = min(len(guesses), num_accepted + 1)
@@ -189,13 +193,13 @@ class DecodeLoop:
 
     def _submit(self, request: Request) -> None:
         try:
-            context_left = self._context_left(request)
+            vocabularies = [self.vocabularies[sequence.model] for sequence in request.sequences]
+            request.num_ids = min(vocabulary.num_tokens for vocabulary in vocabularies)
+            request.check_given()
+            request.limit(self._context_left(request))
         except EftServeError as error:
             self._deltas.append((request.request_id, failed(error)))
             return
-        vocabularies = [self.vocabularies[sequence.model] for sequence in request.sequences]
-        request.max_tokens = min(request.max_tokens, context_left)
-        request.num_ids = min(vocabulary.num_tokens for vocabulary in vocabularies)
         self._requests[request.request_id] = (request, OutputStream.of(request, vocabularies))
         self.scheduler.add(request)
 
@@ -203,7 +207,7 @@ class DecodeLoop:
         """Tokens that the shortest context leaves for the output; refuses what no replica could ever hold."""
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
-        left = request.generation.sampling.max_tokens
+        left = request.max_tokens
         for model in sorted(request.models):
             replicas = self.replicas.of(model)
             if not replicas:

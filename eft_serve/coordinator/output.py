@@ -24,15 +24,16 @@ class OutputStream:
 
     @classmethod
     def of(cls, request: Request, vocabularies: list[Vocabulary]) -> OutputStream:
-        """The first model of the recipe spells the text; any model's end token ends it."""
+        """The first model that counts spells the text; the end token of any such model ends it, unless it is given."""
         sampling = request.generation.sampling
-        first = request.sequences[0]
-        eos = frozenset[int]().union(*(v.eos_token_ids for v in vocabularies))
+        counting = [pair for pair in zip(request.sequences, vocabularies, strict=True) if pair[0].term.counts]
+        first, spelling = counting[0]
+        eos = frozenset[int]().union(*(vocabulary.eos_token_ids for _, vocabulary in counting))
         return cls(
-            eos_token_ids=frozenset() if sampling.ignore_eos else eos,
+            eos_token_ids=frozenset() if sampling.ignore_eos or request.is_given else eos,
             max_tokens=request.max_tokens,
-            detokenizer=Detokenizer.after_prompt(vocabularies[0], first.prompt_token_ids),
-            stop_checker=StopChecker(sampling.stop),
+            detokenizer=Detokenizer.after_prompt(spelling, first.prompt_token_ids),
+            stop_checker=StopChecker(() if request.is_given else sampling.stop),
         )
 
     def push_all(self, token_ids: Sequence[int]) -> Delta:

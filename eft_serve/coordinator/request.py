@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from eft_serve.coordinator.speculation import Speculation
-from eft_serve.ensemble import Term
+from eft_serve.ensemble import Reward, Term
+from eft_serve.errors import ContextLengthError, InvalidRequestError
 from eft_serve.types import GenerationRequest
 
 
@@ -46,7 +47,7 @@ class Request:
     """A user's request, from admission to its last token."""
 
     generation: GenerationRequest
-    terms: tuple[Term, ...]  # no coefficient is zero; they sum to 1 when the recipe's formula does
+    terms: tuple[Term, ...]  # those that count sum to 1 when the recipe's formula does
     arrival: float  # monotonic seconds
     last_progress: float  # monotonic seconds; since then it waits for a model and not only for its turn
     speculation: Speculation
@@ -57,6 +58,7 @@ class Request:
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
     num_preemptions: int = 0
     truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to
+    rewards: tuple[Reward, ...] = ()  # of its components, where they are wanted
 
     @property
     def deadline(self) -> float:
@@ -71,6 +73,11 @@ class Request:
     @property
     def request_id(self) -> str:
         return self.generation.request_id
+
+    @property
+    def is_given(self) -> bool:
+        """Its output is known, and only scored."""
+        return self.generation.given is not None
 
     @property
     def cache_salt(self) -> str:
@@ -89,7 +96,12 @@ class Request:
 
     @classmethod
     def create(
-        cls, generation: GenerationRequest, terms: Sequence[Term], now: float, truncate_top_p: float = 1.0
+        cls,
+        generation: GenerationRequest,
+        terms: Sequence[Term],
+        now: float,
+        truncate_top_p: float = 1.0,
+        rewards: Sequence[Reward] = (),
     ) -> Request:
         """A request that has not begun; needs a prompt for every term."""
         sequences = tuple(
@@ -101,11 +113,44 @@ class Request:
             arrival=now,
             last_progress=now,
             speculation=Speculation.of(generation, terms),
-            max_tokens=generation.sampling.max_tokens,
+            max_tokens=generation.sampling.max_tokens if generation.given is None else len(generation.given),
             num_ids=0,
             sequences=sequences,
             truncate_top_p=truncate_top_p,
+            rewards=tuple(rewards),
         )
+
+    def check_given(self) -> None:
+        """Refuse an output that no models of this vocabulary can score.
+
+        Raises:
+            InvalidRequestError: it is empty, or a token is not among the `num_ids`.
+        """
+        given = self.generation.given
+        if given is None:
+            return
+        if not given:
+            raise InvalidRequestError("completion: must hold at least one token", param="completion")
+        if wrong := [token_id for token_id in given if not 0 <= token_id < self.num_ids]:
+            raise InvalidRequestError(
+                f"completion: token id {wrong[0]} is not in 0..{self.num_ids - 1}", param="completion"
+            )
+
+    def limit(self, room: int) -> None:
+        """There is room for so many tokens of output; raises `ContextLengthError` when more are given."""
+        if self.is_given and room < self.max_tokens:
+            raise ContextLengthError(
+                f"completion: has {self.max_tokens} tokens, and after the prompt there is room for {room}; "
+                "shorten one of them",
+                param="completion",
+            )
+        self.max_tokens = min(self.max_tokens, room)
+
+    def next_given(self, count: int) -> list[int]:
+        """So many of the given tokens, or as many as are left."""
+        assert self.generation.given is not None
+        start = len(self.output_token_ids)
+        return self.generation.given[start : start + count]
 
     def num_tokens(self, sequence: SequenceState) -> int:
         """Tokens that this model has to hold before the next one can be drawn."""
@@ -140,9 +185,9 @@ class Request:
             left = None if sequence.rows is None else sequence.rows[count:]
             sequence.rows = left.clone() if left is not None and len(left) else None  # the buffer is not ours
 
-    def drop_guesses(self) -> None:
-        """Go on from the output alone; what was computed of the guesses is overwritten."""
-        self.guesses.clear()
+    def drop_guesses(self, kept: int = 0) -> None:
+        """Go on from the output and so many of the guesses; what was computed of any is overwritten."""
+        del self.guesses[kept:]
         for sequence in self.sequences:
             sequence.rows = None
             sequence.num_computed = min(sequence.num_computed, self.num_tokens(sequence) - 1)

@@ -1,5 +1,6 @@
 """The next tokens of each request whose models have all answered: combine, draw, and see which guesses stand.
 
+Given tokens are taken as they are.
 Blocks are grouped by what their rows have in common, and each group is combined and sampled in one pass.
 """
 
@@ -8,22 +9,34 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from eft_serve.coordinator.combining import combine_rows
+from eft_serve.coordinator.components import Block, components_of
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.speculation import NGRAM
 from eft_serve.errors import EftServeError, EngineError
 from eft_serve.numerics.sampling import SamplingRows, greedy, sample
 from eft_serve.numerics.speculative import take_classic, take_keyed
+from eft_serve.types import TokenComponents
 
 Timed = Callable[[str], AbstractContextManager[object]]
 
 
-def draw(requests: Sequence[Request], timed: Timed) -> list[list[int] | EftServeError]:
-    """The tokens of each request, at least one; an error for one whose distribution does not exist.
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A request's next tokens, at least one, and their components where they are wanted."""
+
+    token_ids: list[int]
+    components: list[TokenComponents] | None = None
+
+
+def draw(requests: Sequence[Request], timed: Timed) -> list[Drawn | EftServeError]:
+    """The next tokens of each request; an error for one whose distribution does not exist.
 
     Args:
         requests: those that are ready: their sequences' rows follow the output and each guess that all have computed.
@@ -32,7 +45,7 @@ def draw(requests: Sequence[Request], timed: Timed) -> list[list[int] | EftServe
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[_kind(request)].append(index)
-    drawn: dict[int, list[int] | EftServeError] = {}
+    drawn: dict[int, Drawn | EftServeError] = {}
     for indices in groups.values():
         drawn |= zip(indices, _draw_group([requests[index] for index in indices], timed), strict=True)
     return [drawn[index] for index in range(len(requests))]
@@ -41,7 +54,7 @@ def draw(requests: Sequence[Request], timed: Timed) -> list[list[int] | EftServe
 def _kind(request: Request) -> tuple[object, ...]:
     """Blocks of one kind go through one pass."""
     classic = request.speculation.settings.method == "classic" and bool(request.guesses)
-    return len(request.terms), request.num_ids, classic and _drafting_term(request)
+    return len(request.terms), request.num_ids, request.is_given, classic and _drafting_term(request)
 
 
 def _drafting_term(request: Request) -> int:
@@ -60,7 +73,7 @@ def tested(request: Request) -> list[int]:
     return request.guesses[: num_rows(request)]
 
 
-def _draw_group(requests: Sequence[Request], timed: Timed) -> Sequence[list[int] | EftServeError]:
+def _draw_group(requests: Sequence[Request], timed: Timed) -> Sequence[Drawn | EftServeError]:
     try:
         return _combine_and_sample(requests, timed)
     except ValueError as error:
@@ -69,7 +82,7 @@ def _draw_group(requests: Sequence[Request], timed: Timed) -> Sequence[list[int]
         return [_draw_group([request], timed)[0] for request in requests]  # only the one at fault may fail
 
 
-def _combine_and_sample(requests: Sequence[Request], timed: Timed) -> list[list[int]]:
+def _combine_and_sample(requests: Sequence[Request], timed: Timed) -> list[Drawn]:
     lengths = [num_rows(request) for request in requests]
     with timed("combine"):
         terms = [
@@ -81,14 +94,35 @@ def _combine_and_sample(requests: Sequence[Request], timed: Timed) -> list[list[
         owners = [request for request, n in zip(requests, lengths, strict=True) for _ in range(n)]
         combined = combine_rows(terms, [r.terms for r in owners], [r.truncate_top_p for r in owners])
     with timed("sample"):
-        guesses = [tested(request) for request in requests]
-        classic = _kind(requests[0])[-1]
-        if classic is not False:
-            guess_logits = terms[int(classic)] if int(classic) >= 0 else None  # type: ignore[call-overload]
-            return take_classic(combined, guess_logits, _sampling_rows(requests, lengths), guesses, lengths)
-        is_random = any(request.generation.sampling.temperature for request in requests)
-        own = (sample(combined, _sampling_rows(requests, lengths)) if is_random else greedy(combined)).tolist()
-        return take_keyed(own, guesses, lengths)
+        taken = _take(requests, terms, combined, lengths)
+    drawn = [Drawn(token_ids) for token_ids in taken]
+    starts = accumulate(lengths, initial=0)
+    blocks = {
+        index: Block(request, start, token_ids)
+        for index, (request, start, token_ids) in enumerate(zip(requests, starts, taken, strict=False))
+        if request.generation.components is not None
+    }
+    if blocks:
+        with timed("components"):
+            for index, components in zip(blocks, components_of(list(blocks.values()), terms, combined), strict=True):
+                drawn[index] = Drawn(taken[index], components)
+    return drawn
+
+
+def _take(
+    requests: Sequence[Request], terms: Sequence[Tensor], combined: Tensor, lengths: Sequence[int]
+) -> list[list[int]]:
+    """The tokens of requests of one kind, of which each has so many rows."""
+    if requests[0].is_given:
+        return [request.next_given(length) for request, length in zip(requests, lengths, strict=True)]
+    guesses = [tested(request) for request in requests]
+    classic = _kind(requests[0])[-1]
+    if classic is not False:
+        guess_logits = terms[int(classic)] if int(classic) >= 0 else None  # type: ignore[call-overload]
+        return take_classic(combined, guess_logits, _sampling_rows(requests, lengths), guesses, lengths)
+    is_random = any(request.generation.sampling.temperature for request in requests)
+    own = (sample(combined, _sampling_rows(requests, lengths)) if is_random else greedy(combined)).tolist()
+    return take_keyed(own, guesses, lengths)
 
 
 def _rows(request: Request, term: int) -> Tensor:

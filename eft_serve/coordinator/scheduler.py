@@ -1,9 +1,9 @@
 """What each replica computes in the next step.
 
 There are no prefill and decode modes: every sequence's computed count catches up with its token count, under one token
-budget per replica and step. Requests that need one token each go first; a long prompt is prefilled beside them, in
-chunks that do not hold them up for long. When a KV budget runs out, the youngest request there is preempted and
-computed again later.
+budget per replica and step. Requests that need one token each go first; a long prompt is prefilled beside them, and
+given tokens are scored, in chunks that do not hold them up for long. When a KV budget runs out, the youngest request
+there is preempted and computed again later.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Scheduler:
         budgets = dict.fromkeys(self.replicas.replicas, self.config.max_num_batched_tokens)
         prefills: list[Request] = []
         for request in self.running:
-            if request.is_prefilling:
+            if request.is_prefilling or request.is_given:
                 prefills.append(request)
             else:
                 self._schedule(request, plan, budgets, now)
@@ -190,7 +190,7 @@ class Scheduler:
             return
         wanted = _wanted(request, placed)
         if request.guesses and any(wanted[replica_id] > budgets[replica_id] for replica_id in wanted):
-            request.drop_guesses()
+            request.drop_guesses(kept=_num_affordable(request, placed, wanted, budgets) if request.is_given else 0)
             wanted = _wanted(request, placed)
         final = all(wanted[replica_id] <= budgets[replica_id] for replica_id in wanted)
         if (not final and not request.is_prefilling) or not all(budgets[replica_id] for replica_id in wanted):
@@ -230,6 +230,15 @@ def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> Co
     for sequence, replica_id in placed:
         wanted[replica_id] += request.num_tokens(sequence) + len(request.guesses) - sequence.num_computed
     return wanted
+
+
+def _num_affordable(
+    request: Request, placed: Sequence[tuple[SequenceState, str]], wanted: Mapping[str, int], budgets: Mapping[str, int]
+) -> int:
+    """Guesses that are left when none takes more than the budgets: each takes a token of every sequence."""
+    num_sequences = Counter(replica_id for _, replica_id in placed)
+    excess = max(-(-(wanted[r] - budgets[r]) // num_sequences[r]) for r in num_sequences)
+    return max(0, len(request.guesses) - excess)
 
 
 def _draft(request: Request, sequence: SequenceState, budget: int) -> Draft | None:

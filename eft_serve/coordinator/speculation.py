@@ -33,7 +33,9 @@ class Speculation:
 
     @classmethod
     def of(cls, generation: GenerationRequest, terms: Sequence[Term]) -> Speculation:
-        settings = generation.speculative or Speculative(draft="none")
+        """Nobody guesses what is given."""
+        asked = generation.speculative if generation.given is None else None
+        settings = asked or Speculative(draft="none")
         return cls(_drafter(settings.draft, terms), settings)
 
     def count_drafted(self, count: int) -> None:

@@ -23,6 +23,7 @@ TRIAL_STEPS = (
     4  # a depth is tried for so many steps, the first of which is not counted: it ends what the last one began
 )
 FIRST_TRIAL, LAST_TRIAL = 16, 256  # steps between two trials
+GIVEN_ROWS = 32  # given tokens that a step scores of one request
 LISTEN_EVERY = 8  # steps; without guesses, one of so many asks for one that costs no forward, to know what would stand
 _KEPT = 0.8  # of a known time, with each further step
 _KEPT_ACCEPTANCE = 0.98  # of a recipe's, with each guess that was put to the test
@@ -95,8 +96,15 @@ class Speculator:
         self._least_chance = 0.0  # that a guess must have to stand, to be worth its time
 
     def plan(self, requests: Sequence[Request]) -> None:
-        """Say what each decoding request's drafter is asked for in this step; look up what the text itself guesses."""
+        """Say what each decoding request's drafter is asked for in this step; look up what the text itself guesses.
+
+        Tokens that are given stand in for guesses: the last of them is not computed, only its logits are wanted.
+        """
         self._step += 1
+        for request in requests:
+            if request.is_given:
+                request.guesses = request.next_given(GIVEN_ROWS)[:-1]
+        requests = [request for request in requests if not request.is_given]
         adaptive = [r for r in requests if r.speculation.drafter and r.speculation.settings.num_tokens is None]
         if adaptive:
             self._choose(adaptive, len(requests))

@@ -19,6 +19,20 @@ def log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
+def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Those of some tokens of each row, float32, in the shape of `token_ids`.
+
+    Args:
+        logits: [num_rows, vocab_size], floating.
+        token_ids: [num_rows, num_tokens] int64.
+
+    Raises:
+        ValueError: a row has NaN or +inf, or no possible token.
+    """
+    require_possible(logits)
+    return logits.gather(1, token_ids).float() - torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+
+
 def require_possible(logits: Tensor) -> Tensor:
     """The largest logit of each row, [...]; raises ValueError where it is not finite (NaN counts as the largest)."""
     peak = logits.amax(dim=-1)

@@ -87,8 +87,10 @@ class Desk:
             raise UnavailableError("the coordinator has not met this ingress yet; try again later")
         if (ensemble := Ensemble.find(self.config, generation.recipe)) is None:
             raise ModelNotFoundError(f"no recipe or model {generation.recipe!r}", param="model")
-        terms, truncate_top_p = ensemble.terms(generation.knobs), ensemble.truncate_top_p(generation.knobs)
-        request = Request.create(generation, terms, time.monotonic(), truncate_top_p)
+        knobs, every = generation.knobs, generation.components is not None
+        terms, truncate_top_p = ensemble.terms(knobs, every=every), ensemble.truncate_top_p(knobs)
+        rewards = ensemble.rewards(knobs) if every else ()
+        request = Request.create(generation, terms, time.monotonic(), truncate_top_p, rewards)
         self.readers[generation.request_id] = Reader(generation.request_id, client, reply_to)
         self.decode_loop.submit(request)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+import msgspec
+
 from eft_serve.errors import UnavailableError
 from eft_serve.types import Delta
 
@@ -13,11 +15,12 @@ def merge(deltas: Sequence[Delta]) -> Delta:
     """One delta that says what all of these say, in order."""
     if len(deltas) == 1:
         return deltas[0]
-    return Delta(
+    components = [each for delta in deltas for each in delta.components or ()]
+    return msgspec.structs.replace(
+        deltas[-1],
         text="".join(delta.text for delta in deltas),
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
-        finish_reason=deltas[-1].finish_reason,
-        failure=deltas[-1].failure,
+        components=components or None,
     )
 
 

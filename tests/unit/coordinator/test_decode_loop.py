@@ -99,6 +99,8 @@ def request(
     tenant: str = "anonymous",
     speculative: Speculative | None = None,
     adapted: Mapping[str, str] | None = None,
+    given: list[int] | None = None,
+    components: int | None = None,
     **sampling: object,
 ) -> Request:
     generation = GenerationRequest(
@@ -108,6 +110,8 @@ def request(
         sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
         tenant=tenant,
         speculative=speculative,
+        given=given,
+        components=components,
     )
     adapted = adapted or {}
     terms = [
@@ -124,7 +128,9 @@ def request(
 
 
 def naive(req: Request) -> list[int]:
-    """One token at a time, no cache, in the obvious way."""
+    """One token at a time, no cache, in the obvious way; what is given stands, whatever it is."""
+    if req.generation.given is not None:
+        return req.generation.given
     output: list[int] = []
     sampling = req.generation.sampling
     while len(output) < sampling.max_tokens and not (output and output[-1] == EOS and not sampling.ignore_eos):
@@ -144,13 +150,17 @@ def three_models(**kwargs: int) -> dict[str, Endpoint]:
 
 def prompts_for(rng: random.Random, longest: int = 40) -> dict[str, list[int]]:
     """Each model its own prompt, of its own length; half of them begin like others."""
-    prompts = {model: [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))] for model in EFT}
+    prompts = {model: some_tokens(rng, longest) for model in EFT}
     common = rng.choice([0, longest // 2])
     return {model: [*range(min(common, len(tokens))), *tokens[common:]] for model, tokens in prompts.items()}
 
 
+def some_tokens(rng: random.Random, longest: int) -> list[int]:
+    return [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))]
+
+
 def many(rng: random.Random, count: int) -> list[Request]:
-    recipes = [EFT, {"base": 1.0}, {"tuned": 1.0}, {"base": 0.5, "reference": -0.25, "tuned": 0.75}]
+    recipes = [EFT, {"base": 1.0}, {"base": 0.0, "tuned": 1.0}, {"base": 0.5, "reference": -0.25, "tuned": 0.75}]
     return [
         request(
             f"r{i}",
@@ -158,6 +168,8 @@ def many(rng: random.Random, count: int) -> list[Request]:
             rng.choice(recipes),
             tenant=rng.choice("xy"),
             speculative=speculative(rng),
+            given=some_tokens(rng, 40) if rng.random() < 0.3 else None,
+            components=rng.choice([None, 0, 2]),
             max_tokens=rng.randint(1, 20),
             temperature=rng.choice([0.0, 0.7, 1.0]),
             top_p=rng.choice([0.5, 1.0]),
@@ -197,13 +209,15 @@ def test_tokens_are_as_if_alone(seed: int, count: int, budget: int, kv_tokens: i
     for req in requests:
         assert harness.tokens(req.request_id) == naive(req)
         assert harness.last(req.request_id).finish_reason in {FinishReason.STOP, FinishReason.LENGTH}
+        described = [c.token_id for d in harness.deltas[req.request_id] for c in d.components or ()]
+        assert described == (naive(req) if req.generation.components is not None else [])
     assert not any(harness.backend.held.values()), "every sequence was freed"
     assert harness.backend.max_computed <= budget
 
 
 def two_prompts(rng: random.Random, request_id: str, longest: int = 12, **sampling: object) -> Request:
     """One whose base reads two prompts."""
-    prompts = prompts_for(rng, longest) | {TOLD: [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, longest))]}
+    prompts = prompts_for(rng, longest) | {TOLD: some_tokens(rng, longest)}
     coefficients = rng.choice([{"base": -0.5, TOLD: 1.5}, {TOLD: 1.2, "reference": -1.0, "base": 0.8}])
     return request(request_id, prompts, coefficients, speculative=speculative(rng), **sampling)  # type: ignore[arg-type]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from eft_serve.errors import UnavailableError
 from eft_serve.rayserve.mailbox import Mailbox, merge
-from eft_serve.types import Delta, Failure, FinishReason
+from eft_serve.types import Delta, Failure, FinishReason, GuessReport, TokenComponents
 
 
 def delta(text: str, finish: FinishReason | None = None) -> Delta:
@@ -53,6 +54,16 @@ async def test_the_end_of_the_coordinator_wakes_the_reader_and_comes_too_late_fo
     whole.put(0, delta("a", FinishReason.STOP))
     whole.fail(UnavailableError("gone"))
     assert [d async for d in whole.read()] == [delta("a", FinishReason.STOP)]
+
+
+def test_components_and_the_last_report_survive_the_merge() -> None:
+    def described(text: str, **last: Any) -> Delta:
+        told = [TokenComponents(ord(c), -1.0, [], [], 0.0) for c in text]
+        return Delta(text=text, token_ids=[ord(c) for c in text], components=told, **last)
+
+    ends: dict[str, Any] = {"finish_reason": FinishReason.STOP, "report": GuessReport(3, 2, 1)}
+    assert merge([described("a"), described("bc"), described("d", **ends)]) == described("abcd", **ends)
+    assert merge([delta("a"), delta("b")]).components is None
 
 
 def test_a_failure_survives_the_merge() -> None:
