@@ -11,11 +11,11 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from eft_serve.api.errors import BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedParameterError
-from eft_serve.api.schemas import ChatBody, GenerationBody, Message
+from eft_serve.api.schemas import Message, Strict
 from eft_serve.errors import DeadlineError, InvalidRequestError
 
 MAX_BODY_BYTES = 4 * 2**20
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=Strict)
 
 
 async def receive_body(request: Request, kind: type[Body], timeout_s: float) -> tuple[Body, float]:
@@ -63,15 +63,28 @@ async def read_json(request: Request, timeout_s: float, max_bytes: int = MAX_BOD
 def validate(kind: type[Body], data: dict[str, Any]) -> Body:
     """The body as `kind`; raises `InvalidRequestError` that names the first offending field."""
     data = without_no_ops(data, kind.NO_OPS)
-    if kind is ChatBody and isinstance(data.get("messages"), list):
-        data["messages"] = [
-            without_no_ops(m, Message.NO_OPS, f"messages.{i}.") if isinstance(m, dict) else m
-            for i, m in enumerate(data["messages"])
+    if "messages" in kind.model_fields:
+        data = _with_plain_messages(data)
+    if "items" in kind.model_fields and isinstance(data.get("items"), list):
+        data["items"] = [
+            _with_plain_messages(item, f"items.{i}.") if isinstance(item, dict) else item
+            for i, item in enumerate(data["items"])
         ]
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise _first_mistake(error) from error
+
+
+def _with_plain_messages(data: dict[str, Any], path: str = "") -> dict[str, Any]:
+    messages = data.get("messages")
+    if not isinstance(messages, list):
+        return data
+    plain = [
+        without_no_ops(m, Message.NO_OPS, f"{path}messages.{i}.") if isinstance(m, dict) else m
+        for i, m in enumerate(messages)
+    ]
+    return data | {"messages": plain}
 
 
 def without_no_ops(data: Mapping[str, Any], no_ops: Mapping[str, tuple[Any, ...]], path: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
@@ -9,9 +10,9 @@ from starlette.requests import Request
 
 from eft_serve.api.auth import Access
 from eft_serve.api.metrics import ApiMetrics
-from eft_serve.api.prompts import PromptRenderer
+from eft_serve.api.prompts import PromptRenderer, Prompts
 from eft_serve.api.service import Service
-from eft_serve.ensemble import Ensemble
+from eft_serve.ensemble import Ensemble, Term
 from eft_serve.errors import ModelNotFoundError
 from eft_serve.tenancy.limits import AdmissionLimits
 from eft_serve.tenancy.tenants import Tenant
@@ -41,6 +42,12 @@ class Context:
         if found is None:
             raise ModelNotFoundError(f"model {name!r} does not exist; GET /v1/models lists yours", param="model")
         return found
+
+    def tightest(self, terms: Sequence[Term], prompts: Prompts) -> tuple[str, int]:
+        """The term whose context has the least room left after its prompt, and that context's tokens."""
+        contexts = {term.name: self.service.max_model_len(term.model) for term in terms}
+        name = min(contexts, key=lambda name: contexts[name] - len(prompts[name]))
+        return name, contexts[name]
 
     def names(self, tenant: Tenant) -> list[str]:
         """The recipes, then the plain models, that this tenant may use."""

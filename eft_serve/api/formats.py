@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from eft_serve.types import Delta, FinishReason, GuessReport
+from eft_serve.api.components import ComponentsFormat
+from eft_serve.types import Delta, FinishReason, GuessReport, TokenComponents
 
 JsonObject = dict[str, Any]
 
@@ -19,10 +20,24 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     report: GuessReport = field(default_factory=GuessReport)
+    components: list[TokenComponents] = field(default_factory=list)  # of each token, where they are wanted
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def reward(self) -> float:
+        """Of all its tokens."""
+        return sum(token.reward for token in self.components)
+
+    def add(self, delta: Delta) -> None:
+        """It has grown."""
+        self.text += delta.text
+        self.token_ids += delta.token_ids
+        self.finish_reason = delta.finish_reason
+        self.report = delta.report or self.report
+        self.components += delta.components or ()
 
 
 def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool) -> JsonObject:
@@ -129,22 +144,35 @@ class Envelope:
     with_usage: bool = False  # every chunk has a usage field, null but in the last
     with_report: bool = False  # usage tells what became of the guesses
     with_token_ids: bool = False  # every choice has the ids of its tokens, as vLLM's `return_token_ids` gives them
+    with_reward: bool = False  # every choice has that of all its tokens
+    components: ComponentsFormat | None = None  # every choice has those of its tokens
 
-    def whole(self, choices: Sequence[Choice], num_prompt_tokens: int) -> JsonObject:
-        """The answer in one piece."""
-        shown = [self.format.choice(i, c) for i, c in enumerate(choices)]
-        if self.with_token_ids:
-            shown = [each | {"token_ids": c.token_ids} for each, c in zip(shown, choices, strict=True)]
+    def whole(self, choices: Sequence[Choice], num_prompt_tokens: int, candidates: Sequence[Choice]) -> JsonObject:
+        """The answer in one piece, with these of the candidates."""
+        shown = [
+            self.format.choice(i, c) | self._extras(c.token_ids, c.components, c.reward if self.with_reward else None)
+            for i, c in enumerate(choices)
+        ]
         body = self._body(self.format.whole, shown)
-        return body | {"usage": usage(num_prompt_tokens, choices, self.with_report)}
+        return body | {"usage": usage(num_prompt_tokens, candidates, self.with_report)}
 
-    def parts(self, index: int, delta: Delta) -> list[JsonObject]:
-        """A delta as stream choices; its token ids come with the first, even where there is no text yet."""
+    def parts(self, index: int, delta: Delta, reward: float | None = None) -> list[JsonObject]:
+        """A delta as stream choices; what it has besides text comes with the first, even where there is no text yet."""
         parts = self.format.parts(index, delta.text, delta.finish_reason)
-        if not self.with_token_ids or not delta.token_ids:
+        extras = self._extras(delta.token_ids, delta.components or (), reward) if delta.token_ids else {}
+        if not extras:
             return parts
         first, *rest = parts or [self.format.choice_part(index)]
-        return [first | {"token_ids": delta.token_ids}, *rest]
+        return [first | extras, *rest]
+
+    def _extras(
+        self, token_ids: Sequence[int], components: Sequence[TokenComponents], reward: float | None
+    ) -> JsonObject:
+        extras: JsonObject = {"token_ids": token_ids} if self.with_token_ids else {}
+        eft: JsonObject = {} if reward is None else {"reward": reward}
+        if self.components is not None:
+            eft["tokens"] = [self.components.token(token) for token in components]
+        return extras | {"eft": eft} if eft else extras
 
     def chunk(self, part: JsonObject) -> JsonObject:
         """One stream choice as a chunk."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,12 @@ class ModelTokenizer:
         # The Rust tokenizer itself: its wrapper sets truncation on every call, which fails under concurrent use.
         ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def check_range(self, ids: Sequence[int], param: str) -> None:
+        """Raises `InvalidRequestError` that names the first id which is none of its tokens."""
+        wrong = next((i for i in ids if not 0 <= i < self.num_ids), None)
+        if wrong is not None:
+            raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{self.num_ids - 1}", param=param)
 
     @property
     def template(self) -> str | None:
@@ -183,6 +190,28 @@ class PromptRenderer:
         self._check_ids(terms, prompt)
         return {term.name: list(prompt) for term in terms}
 
+    async def given(self, terms: Sequence[Term], completion: str | Sequence[int]) -> list[int]:
+        """The tokens of an output that all terms share; text is tokenised alone, without special tokens.
+
+        Raises:
+            InvalidRequestError: it is empty, token ids are out of range, or the models' vocabularies differ.
+        """
+        tokenizer = self._one_vocabulary(terms, "completion")
+        if isinstance(completion, str):
+            encode = partial(tokenizer.encode, completion, add_special_tokens=False)
+            ids = encode() if len(completion) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
+        else:
+            ids = list(completion)
+            tokenizer.check_range(ids, "completion")
+        if not ids:
+            raise InvalidRequestError("completion: must hold at least one token", param="completion")
+        return ids
+
+    def speller(self, model: str) -> Callable[[int], str]:
+        """Gives a token's text, as it is spelt alone; special tokens have one too."""
+        decode = self._tokenizers[model].tokenizer.backend_tokenizer.decode
+        return lambda token_id: str(decode([token_id], skip_special_tokens=False))
+
     def _check_ids(self, terms: Sequence[Term], ids: Sequence[int]) -> None:
         for term in terms:
             if term.prompting.system_prompt or term.prompting.response_prefix:
@@ -191,17 +220,17 @@ class PromptRenderer:
                     "send text",
                     param="prompt",
                 )
+        self._one_vocabulary(terms, "prompt").check_range(ids, "prompt")
+
+    def _one_vocabulary(self, terms: Sequence[Term], param: str) -> ModelTokenizer:
         tokenizers = [self._tokenizers[term.model] for term in terms]
         if len({t.vocabulary for t in tokenizers}) > 1:
             models = [term.model for term in terms]
             raise InvalidRequestError(
-                f"prompt: token ids need one vocabulary, and the models {models} have several; send text",
-                param="prompt",
+                f"{param}: token ids need one vocabulary, and the models {models} have several; send text",
+                param=param,
             )
-        num_ids = tokenizers[0].num_ids
-        wrong = next((i for i in ids if not 0 <= i < num_ids), None)
-        if wrong is not None:
-            raise InvalidRequestError(f"prompt: token id {wrong} is not in 0..{num_ids - 1}", param="prompt")
+        return tokenizers[0]
 
     async def _each(self, terms: Sequence[Term], encode: Callable[[Reader], list[int]], characters: int) -> Prompts:
         """`encode` once for all terms that are prompted alike; in a thread when there is much to encode."""

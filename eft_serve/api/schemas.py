@@ -8,12 +8,21 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from eft_serve.config_recipes import MAX_GUESSES
 from eft_serve.types import Knobs, SamplingParams
 
 MAX_CHOICES = 16
+MAX_ALTERNATIVES = 20
 MAX_STOP_STRINGS = 16  # OpenAI takes 4; each is looked for in every token's text
 MAX_STOP_CHARACTERS = 256
 SEED_RANGE = 2**63
@@ -38,23 +47,32 @@ def _text(content: object) -> object:
 
 
 def _one_prompt(value: object) -> object:
-    if isinstance(value, str):
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        return _one_prompt(value[0])
+    if isinstance(value, list) and value and all(isinstance(v, str | list) for v in value):
+        raise ValueError("several prompts in one request are not supported yet; send a request for each")
+    return _text_or_ids(value)
+
+
+def _text_or_ids(value: object) -> object:
+    if isinstance(value, str) or (isinstance(value, list) and all(type(v) is int for v in value)):
         return value
-    if isinstance(value, list):
-        if len(value) == 1 and isinstance(value[0], str | list):
-            return _one_prompt(value[0])
-        if all(type(v) is int for v in value):
-            return value
-        if all(isinstance(v, str | list) for v in value):
-            raise ValueError("several prompts in one request are not supported yet; send a request for each")
     raise ValueError("must be a string or a list of token ids")
 
 
-class _Strict(BaseModel):
+TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
+
+
+class Strict(BaseModel):
+    """A JSON object that is taken word for word."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Parameters that are not served yet, each with the values besides null that change nothing."""
 
-class SpeculativeKnobs(_Strict):
+
+class SpeculativeKnobs(Strict):
     """How tokens are guessed ahead; what is not given is the recipe's own. Changes how soon tokens come, not which."""
 
     draft: str | None = Field(default=None, max_length=256)
@@ -71,7 +89,7 @@ class SpeculativeKnobs(_Strict):
         return {name: value for name, value in given.items() if value is not None or name == "num_tokens"}
 
 
-class EftKnobs(_Strict):
+class RecipeKnobs(Strict):
     """The knobs of emulated fine-tuning, within the recipe's bounds; what is not given is the recipe's own."""
 
     scale: Annotated[float, Finite] | None = None
@@ -80,9 +98,6 @@ class EftKnobs(_Strict):
     """alpha by fine-tuning: how much of each."""
     truncate_top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     """The scale-up counts only in this nucleus of what there is at scale 0; 1 counts it everywhere."""
-    speculative: SpeculativeKnobs = SpeculativeKnobs()
-    report: bool = False
-    """`usage` also tells what became of the guesses."""
 
     @property
     def knobs(self) -> Knobs:
@@ -90,14 +105,29 @@ class EftKnobs(_Strict):
         return Knobs(scale=self.scale, weights=self.weights, truncate_top_p=self.truncate_top_p)
 
 
-class StreamOptions(_Strict):
+class EftKnobs(RecipeKnobs):
+    """Those, and what a generation tells of itself."""
+
+    speculative: SpeculativeKnobs = SpeculativeKnobs()
+    report: bool = False
+    """`usage` also tells what became of the guesses."""
+    components: int | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
+    """Every choice also tells what each model says of its tokens; with a number, of so many alternatives too."""
+
+    @field_validator("components", mode="before", json_schema_input_type=bool | int | None)
+    @classmethod
+    def _true_wants_no_alternatives(cls, value: object) -> object:
+        return (0 if value else None) if isinstance(value, bool) else value
+
+
+class StreamOptions(Strict):
     """What a stream carries besides tokens."""
 
     include_usage: bool = False
     """One more chunk at the end, without choices and with `usage`."""
 
 
-class GenerationBody(_Strict):
+class GenerationBody(Strict):
     """What chat and text completions have in common."""
 
     model: str = Field(max_length=256)
@@ -110,6 +140,9 @@ class GenerationBody(_Strict):
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     """Drop tokens less likely than this part of the likeliest."""
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    stream: bool | None = None
+    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    """Generate so many, and answer with the n whose own tokens have the largest reward."""
     seed: int | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
     """Same seed, same request, same tokens; taken modulo 2^63."""
     stop: (
@@ -123,14 +156,20 @@ class GenerationBody(_Strict):
     ignore_eos: bool = False
     return_token_ids: bool | None = None
     """vLLM's: every choice also has `token_ids`."""
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted and not used."""
     eft: EftKnobs = EftKnobs()
 
-    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """OpenAI's parameters that are not served yet, each with the values besides null that change nothing."""
+    @field_validator("best_of")
+    @classmethod
+    def _best_of_is_enough(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        n = info.data.get("n") or 1
+        if best_of is not None and best_of < n:
+            raise ValueError(f"must be at least n, which is {n}")
+        if best_of is not None and best_of > n and info.data.get("stream"):
+            raise ValueError("what is streamed cannot be chosen from any more; let it be n, or stream be false")
+        return best_of
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> GenerationBody:
@@ -141,6 +180,20 @@ class GenerationBody(_Strict):
     @property
     def num_choices(self) -> int:
         return self.n or 1
+
+    @property
+    def num_candidates(self) -> int:
+        return self.best_of or self.num_choices
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether there is something to rank; `best_of` 1 changes nothing."""
+        return self.best_of is not None and self.best_of > 1
+
+    @property
+    def components(self) -> int | None:
+        """As the coordinator takes it: to rank answers, it needs their rewards."""
+        return 0 if self.is_ranked and self.eft.components is None else self.eft.components
 
     def sampling(self, max_tokens: int, seed: int) -> SamplingParams:
         """How to draw one choice's tokens; `seed` is that choice's own."""
@@ -161,7 +214,7 @@ class GenerationBody(_Strict):
         return self.max_tokens
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -236,7 +289,6 @@ class CompletionBody(GenerationBody):
     """Text, or token ids where all models that run share a tokenizer."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "best_of": (1,),
         "echo": (False,),
         "frequency_penalty": (0, 0.0),
         "logit_bias": ({},),

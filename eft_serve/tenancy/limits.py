@@ -32,14 +32,19 @@ class AdmissionLimits:
         return self._running[tenant]
 
     @asynccontextmanager
-    async def admit(self, tenant: Tenant, num_choices: int = 1) -> AsyncIterator[None]:
+    async def admit(self, tenant: Tenant, num_choices: int = 1, param: str = "n") -> AsyncIterator[None]:
         """Hold the tenant's quota while the body runs; given back however it ends.
+
+        Args:
+            tenant: who asks.
+            num_choices: how many run at once.
+            param: the field that says so.
 
         Raises:
             RateLimitError: a limit is reached; the message names which, `retry_after_s` says when to try again.
             InvalidRequestError: the request has more choices than the tenant may ever run at once.
         """
-        self._check_concurrency(tenant, num_choices)
+        self._check_concurrency(tenant, num_choices, param)
         self._check_rate(tenant)
         self._running[tenant.name] += num_choices
         try:
@@ -47,13 +52,13 @@ class AdmissionLimits:
         finally:
             self._running[tenant.name] -= num_choices
 
-    def _check_concurrency(self, tenant: Tenant, num_choices: int) -> None:
+    def _check_concurrency(self, tenant: Tenant, num_choices: int, param: str) -> None:
         limit = tenant.max_concurrent_requests
         if limit is None or self._running[tenant.name] + num_choices <= limit:
             return
         if num_choices > limit:
             raise InvalidRequestError(
-                f"n: {num_choices} choices are more than the {limit} that you may run at once", param="n"
+                f"{param}: {num_choices} are more than the {limit} that you may run at once", param=param
             )
         raise RateLimitError(
             f"max_concurrent_requests: {limit} are running already; wait for one to end",

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of, request_id_of
 from eft_serve.api.formats import ChatFormat
-from eft_serve.api.generation import Call, GenerationResponse
+from eft_serve.api.generation import GenerationCall, GenerationResponse
 from eft_serve.api.openapi import body_of
 from eft_serve.api.schemas import ChatBody
 
@@ -23,7 +23,7 @@ async def create_chat_completion(request: Request) -> Response:
     context = context_of(request)
     tenant = context.access.tenant(request)
     body, arrival = await receive_body(request, ChatBody, context.service.config.server.request_timeout_s)
-    call = Call(
+    call = GenerationCall(
         request_id=request_id_of(request),
         tenant=tenant,
         ensemble=context.ensemble(body.model, tenant),

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of, request_id_of
 from eft_serve.api.formats import CompletionFormat
-from eft_serve.api.generation import Call, GenerationResponse
+from eft_serve.api.generation import GenerationCall, GenerationResponse
 from eft_serve.api.openapi import body_of
 from eft_serve.api.schemas import CompletionBody
 
@@ -25,7 +25,7 @@ async def create_completion(request: Request) -> Response:
     context = context_of(request)
     tenant = context.access.tenant(request)
     body, arrival = await receive_body(request, CompletionBody, context.service.config.server.request_timeout_s)
-    call = Call(
+    call = GenerationCall(
         request_id=request_id_of(request),
         tenant=tenant,
         ensemble=context.ensemble(body.model, tenant),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from api_fakes import Connection, Stack, chat, events, make_config
 
-from eft_serve.api import generation
+from eft_serve.api import answering
 from eft_serve.api.streams import merged
 from eft_serve.tenancy.store import create_tenant
 from eft_serve.types import Delta
@@ -86,7 +86,7 @@ async def test_the_deadline_ends_a_request_with_a_typed_error(tmp_path: Path, nu
 
 
 async def test_a_client_that_stops_reading_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "STALLED_CLIENT_S", 0.05)
+    monkeypatch.setattr(answering, "STALLED_CLIENT_S", 0.05)
     stack = Stack(make_config(tmp_path, request_timeout_s=0.05), lambda _: HANGING)
     connection = Connection(stack.app, "/v1/chat/completions", chat(stream=True))
     connection.reading.clear()

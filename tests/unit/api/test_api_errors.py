@@ -69,7 +69,17 @@ def message(**fields: Any) -> dict[str, Any]:
         (chat(store=True), "store"),
         (chat(metadata={"a": "b"}), "metadata"),
         (chat(service_tier="flex"), "service_tier"),
-        (chat(best_of=1), "best_of"),
+        (chat(n=2, best_of=1), "best_of"),
+        (chat(best_of=17), "best_of"),
+        (chat(best_of=0), "best_of"),
+        (chat(best_of=True), "best_of"),
+        (chat(best_of=2, stream=True), "best_of"),
+        (chat(best_of=2, model="small"), "best_of"),
+        (chat(best_of=2, eft={"weights": {"small-chat": 0}}), "best_of"),
+        (chat(eft={"components": 21}), "eft.components"),
+        (chat(eft={"components": -1}), "eft.components"),
+        (chat(eft={"components": "all"}), "eft.components"),
+        (chat(eft={"components": 1.0}), "eft.components"),
     ],
 )
 async def test_a_wrong_field_is_named(stack: Stack, request_body: dict[str, Any], param: str | None) -> None:
@@ -83,9 +93,9 @@ async def test_a_wrong_field_is_named(stack: Stack, request_body: dict[str, Any]
     assert stack.service.requests == []
 
 
-@pytest.mark.parametrize("field", ["echo", "logprobs", "suffix", "best_of"])
+@pytest.mark.parametrize("field", ["echo", "logprobs", "suffix"])
 async def test_completions_refuse_what_they_do_not_have(stack: Stack, field: str) -> None:
-    value = {"echo": True, "logprobs": 0, "suffix": "x", "best_of": 2}[field]
+    value = {"echo": True, "logprobs": 0, "suffix": "x"}[field]
     async with stack.client() as client:
         response = await client.post("/v1/completions", json={"model": "up", "prompt": "a", field: value})
     assert (response.status_code, response.json()["error"]["param"]) == (400, field)
