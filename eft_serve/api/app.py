@@ -14,8 +14,9 @@ from eft_serve.api.context import Context
 from eft_serve.api.metrics import ApiMetrics
 from eft_serve.api.middleware import RequestMiddleware
 from eft_serve.api.prompts import PromptRenderer
-from eft_serve.api.routers import chat, completions, models, ops
+from eft_serve.api.routers import chat, completions, models, ops, score
 from eft_serve.api.schemas import ChatBody, CompletionBody
+from eft_serve.api.score_schemas import ScoreBody, SingleScoreBody
 from eft_serve.api.service import Service
 from eft_serve.tenancy.limits import AdmissionLimits
 from eft_serve.tenancy.tenants import Tenants
@@ -57,7 +58,7 @@ def create_app(
     app.state.context = context
     app.add_middleware(RequestMiddleware, metrics=context.metrics, show_id=show_request_id)
     errors.install(app)
-    openapi.install(app, ChatBody, CompletionBody)
-    for module in (models, chat, completions, ops):
+    openapi.install(app, ChatBody, CompletionBody, ScoreBody, SingleScoreBody)
+    for module in (models, chat, completions, score, ops):
         app.include_router(module.router)
     return app

@@ -12,9 +12,10 @@ from pydantic.json_schema import models_json_schema
 REF = "#/components/schemas/{model}"
 
 
-def body_of(kind: type[BaseModel]) -> dict[str, Any]:
-    """`openapi_extra` for an endpoint whose body is a `kind`."""
-    schema = {"$ref": REF.format(model=kind.__name__)}
+def body_of(*kinds: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` for an endpoint whose body is one of these."""
+    references = [{"$ref": REF.format(model=kind.__name__)} for kind in kinds]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

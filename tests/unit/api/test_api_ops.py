@@ -56,6 +56,9 @@ async def test_openapi_describes_the_bodies(stack: Stack) -> None:
     operation = description["paths"]["/v1/chat/completions"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema == {"$ref": "#/components/schemas/ChatBody"}
+    score = description["paths"]["/v1/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert [kind["$ref"].rpartition("/")[2] for kind in score["anyOf"]] == ["ScoreBody", "SingleScoreBody"]
+    assert {"ScoreBody", "SingleScoreBody", "ScoreItem"} <= set(description["components"]["schemas"])
 
 
 def test_tokens_that_arrive_together_share_the_time_they_took() -> None:

@@ -1,0 +1,60 @@
+"""The requests of `POST /v1/score`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from eft_serve.api.schemas import MAX_ALTERNATIVES, Message, RecipeKnobs, Strict, TextOrIds
+
+MAX_ITEMS = 64  # in one request
+
+
+class ScoreItem(Strict):
+    """An output to score, after its prompt."""
+
+    prompt: TextOrIds | None = None
+    """Text or token ids, as for text completions."""
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    """As for chats."""
+    completion: TextOrIds
+    """Text or token ids. Text is tokenised alone, without special tokens."""
+
+    @model_validator(mode="after")
+    def _has_one_prompt(self) -> ScoreItem:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class ScoreOptions(Strict):
+    """What all items of a request have in common."""
+
+    model: str = Field(max_length=256)
+    """A recipe's name, or a plain model's."""
+    eft: RecipeKnobs = RecipeKnobs()
+    components: int = Field(default=0, ge=0, le=MAX_ALTERNATIVES)
+    """So many of the likeliest alternatives to each token."""
+    user: str | None = None
+    """Accepted and not used."""
+
+
+class ScoreBody(ScoreOptions):
+    """`POST /v1/score`, several items."""
+
+    items: list[ScoreItem] = Field(min_length=1, max_length=MAX_ITEMS)
+
+    @property
+    def placed(self) -> list[tuple[str, ScoreItem]]:
+        """Every item, and what stands before the names of its fields."""
+        return [(f"items.{i}.", item) for i, item in enumerate(self.items)]
+
+
+class SingleScoreBody(ScoreOptions, ScoreItem):
+    """`POST /v1/score`, one item's fields beside the options."""
+
+    @property
+    def placed(self) -> list[tuple[str, ScoreItem]]:
+        """As `ScoreBody` has it."""
+        return [("", self)]

@@ -1,0 +1,119 @@
+"""Scores of given outputs, several at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+
+from starlette.types import Receive, Scope, Send
+
+from eft_serve.api.answering import Call, ModelResponse, first_that_counts
+from eft_serve.api.components import ComponentsFormat
+from eft_serve.api.context import Context
+from eft_serve.api.formats import JsonObject, usage
+from eft_serve.api.prompts import Prompts
+from eft_serve.api.score_schemas import ScoreBody, ScoreItem, SingleScoreBody
+from eft_serve.api.streams import Indexed
+from eft_serve.ensemble import Term
+from eft_serve.errors import ContextLengthError, InvalidRequestError
+from eft_serve.types import GenerationRequest, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreCall(Call):
+    """A request for scores."""
+
+    body: ScoreBody | SingleScoreBody
+
+
+class ScoreResponse(ModelResponse):
+    """Scores while it answers; see `ModelResponse`."""
+
+    _call: ScoreCall
+
+    def __init__(self, context: Context, call: ScoreCall) -> None:
+        self._items = call.body.placed
+        super().__init__(context, call, "score-", len(self._items))
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._context.limits.admit(self._call.tenant, len(self._items), "items"):
+            await self._run_all(await self._prepare())
+        await self._send_whole(self._body(), scope, receive, send)
+
+    async def _prepare(self) -> list[GenerationRequest]:
+        terms = self._call.ensemble.terms(self._call.body.eft.knobs, every=True)
+        requests = []
+        for index, (place, item) in enumerate(self._items):
+            await asyncio.sleep(0)  # tokenising many texts must not stall every stream
+            with within(place):
+                requests.append(await self._request(index, item, terms))
+        return requests
+
+    async def _request(self, index: int, item: ScoreItem, terms: Sequence[Term]) -> GenerationRequest:
+        call, renderer = self._call, self._context.renderer
+        if item.messages is not None:
+            prompts = await renderer.chat(terms, [message.rendered for message in item.messages])
+        else:
+            assert item.prompt is not None
+            prompts = await renderer.completion(terms, item.prompt)
+        given = await renderer.given(terms, item.completion)
+        self._check_room(terms, prompts, len(given), "prompt" if item.messages is None else "messages")
+        self._progress.num_prompt_tokens += len(prompts[first_that_counts(terms)])
+        return GenerationRequest(
+            request_id=f"{self._id}-{index}",
+            recipe=call.ensemble.name,
+            prompts=prompts,
+            sampling=SamplingParams(max_tokens=len(given)),
+            knobs=call.body.eft.knobs,
+            given=given,
+            components=call.body.components,
+            tenant=call.tenant.name,
+            timeout_s=max(0.0, self._deadline - self._now()),
+        )
+
+    def _check_room(self, terms: Sequence[Term], prompts: Prompts, num_given: int, prompt_param: str) -> None:
+        if not all(prompts.values()):
+            raise InvalidRequestError(f"{prompt_param}: must hold at least one token", param=prompt_param)
+        name, context = self._context.tightest(terms, prompts)
+        if len(prompts[name]) + num_given > context:
+            raise ContextLengthError(
+                f"completion: has {num_given} tokens after the {len(prompts[name])} of the prompt for {name!r}, whose "
+                f"context is {context}; shorten one of them",
+                param="completion",
+            )
+
+    async def _output(self, index: int, request: GenerationRequest) -> AsyncGenerator[Indexed, None]:
+        with within(self._items[index][0]):
+            async with aclosing(super()._output(index, request)) as output:
+                async for item in output:
+                    yield item
+
+    def _body(self) -> JsonObject:
+        body, choices = self._call.body, self._progress.choices
+        shown = ComponentsFormat.of(
+            self._call.ensemble, body.eft.knobs, self._context.renderer, num_alternatives=body.components
+        )
+        data = [
+            {
+                "index": index,
+                "tokens": [shown.token(token) for token in choice.components],
+                "total": shown.total(choice.components),
+            }
+            for index, choice in enumerate(choices)
+        ]
+        used = usage(self._progress.num_prompt_tokens, choices, with_report=False)
+        return {"object": "list", "model": body.model, "data": data, "usage": used}
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Mistakes in fields are named by where those stand: `items.3.` comes before them."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if not place or error.param is None:
+            raise
+        message = error.message.removeprefix(f"{error.param}: ")
+        raise type(error)(f"{place}{error.param}: {message}", param=place + error.param) from error
