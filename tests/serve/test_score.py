@@ -92,12 +92,12 @@ def answers(served: Served, case: Case, question: str, **options: Any) -> list[d
 
 @pytest.fixture(scope="module")
 def vocabulary(served: Served) -> Vocabulary:
-    return Vocabulary.load(served.config.models["base-large"].checkpoint)
+    return Vocabulary.load(served.config.checkpoint_of("base-large"))
 
 
 @pytest.fixture(scope="module")
 def models(served: Served) -> dict[str, PreTrainedModel]:
-    return {name: naive.load(served.config.models[name].checkpoint) for name in UP.values()}
+    return {name: naive.load(served.config.checkpoint_of(name)) for name in UP.values()}
 
 
 def naively(
