@@ -168,7 +168,7 @@ def many(rng: random.Random, count: int) -> list[Request]:
             rng.choice(recipes),
             tenant=rng.choice("xy"),
             speculative=speculative(rng),
-            given=some_tokens(rng, 40) if rng.random() < 0.3 else None,
+            given=some_tokens(rng, 20) if rng.random() < 0.3 else None,
             components=rng.choice([None, 0, 2]),
             max_tokens=rng.randint(1, 20),
             temperature=rng.choice([0.0, 0.7, 1.0]),
