@@ -1,7 +1,8 @@
 """Models that sleep instead of computing, and agree as often as they are told; the engine over them is the real one.
 
 A row of logits depends on its token and position alone, so that all models, whatever their caches went through, tell
-one story. The base is sure of what comes; the tuned model is less sure, and says something else now and then.
+one story. The base is sure of what comes; the tuned model is less sure, and says something else now and then: so often
+in every ten positions as it is told to, at random places among them, or short runs would agree by luck.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from eft_serve.types import ModelInfo
 
 SURE, UNSURE = 20.0, 10.0
 VOCAB_SIZE = 1000
+WINDOW = 10
 
 
 @dataclass
@@ -29,7 +31,7 @@ class SimulatedGroup:
 
     role: str  # base, tuned, or another, which is indifferent
     latency_s: float
-    acceptance: float  # how often the tuned model says what the base says
+    acceptance: float  # how often the tuned model says what the base says, in tenths
     followers: tuple[()] = field(default=())
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -47,12 +49,20 @@ class SimulatedGroup:
         return [self._next(token, row.position + first + i) for i, token in enumerate(row.token_ids[first:])]
 
     def _next(self, token: int, position: int) -> int:
-        dice = int.from_bytes(hashlib.blake2b(f"{token} {position}".encode(), digest_size=8).digest(), "big")
-        agreed, disagrees = dice % VOCAB_SIZE, dice / 2**64 >= self.acceptance
-        return (agreed + 1) % VOCAB_SIZE if disagrees and self.role == "tuned" else agreed
+        agreed = _dice(f"{token} {position}") % VOCAB_SIZE
+        return (agreed + 1) % VOCAB_SIZE if self.role == "tuned" and self._disagrees(position) else agreed
+
+    def _disagrees(self, position: int) -> bool:
+        number, place = divmod(position, WINDOW)
+        places = sorted(range(WINDOW), key=lambda i: _dice(f"window {number} {i}"))
+        return place in places[: round(WINDOW * (1 - self.acceptance))]
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _dice(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def build(role: str, latency_s: float, acceptance: float) -> tuple[Engine, ModelInfo]:

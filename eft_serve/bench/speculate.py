@@ -166,7 +166,7 @@ def measure_simulated(stage: Stage, latencies_ms: Sequence[float], acceptance: f
     sides += [
         Side(f"{side.name}{'' if overlap else ', no overlap'}", side.speculative)
         for overlap in (False, True)
-        for side in (Side.of(k, overlap=overlap) for k in ((3, 4, None) if overlap else (4, 8, None)))
+        for side in (Side.of(k, overlap=overlap) for k in ((3, 4, None) if overlap else (4, 5, None)))
     ]
     outcomes = stage.measure(sides, batch=1, ignore_eos=True)
     shown = _show(f"Models of {', '.join(f'{ms:g}' for ms in latencies_ms)} ms that agree {acceptance:.0%}", outcomes)
