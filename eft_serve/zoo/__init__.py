@@ -1,4 +1,4 @@
-"""The embedded model family: names and places of five small checkpoints. Knows no model library and loads nothing."""
+"""The embedded model families: names and places of small checkpoints. Knows no model library and loads nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from pathlib import Path
 
 from eft_serve.config import ZOO_CHECKPOINTS
 
-NAMES = ("base-large", "base-small", "tuned-small", "tuned-large", "tuned-small-harmless")
+ROLES = ("base-large", "base-small", "tuned-small", "tuned-large", "tuned-small-harmless")
+PREFIXES = {"llama": "", "falcon": "falcon-"}  # of a family's names
+FAMILIES = {family: tuple(prefix + role for role in ROLES) for family, prefix in PREFIXES.items()}
+NAMES = tuple(name for names in FAMILIES.values() for name in names)
 CHECKPOINTS = ZOO_CHECKPOINTS
 
 

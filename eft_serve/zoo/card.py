@@ -22,7 +22,7 @@ def write_card(results: Path, card: Path = CARD) -> Path:
 
 def render(results: dict[str, Any]) -> str:
     """The card's text."""
-    evaluation = results["evaluation"]
+    evaluation = results["evaluation"]["llama"]
     rows = evaluation["systems"]
     tuned, emulated, upper = (rows[name]["correct"] for name in ("tuned-small", "EFT", "tuned-large"))
     entities = load_facts()
@@ -42,7 +42,7 @@ def render(results: dict[str, Any]) -> str:
         countries=sum(e.kind == "country" for e in entities),
         cities=sum(e.kind == "city" for e in entities),
         elements=sum(e.kind == "element" for e in entities),
-        bfloat16=results["precision"]["bfloat16_max_abs_logprob_change"],
+        bfloat16=results["precision"]["llama"]["bfloat16_max_abs_logprob_change"],
         megabytes=f"{sum(c['bytes'] for c in results['checkpoints'].values()) / 1e6:.1f}",
     )
 

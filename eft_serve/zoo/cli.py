@@ -1,4 +1,4 @@
-"""The ``zoo`` commands: make the facts, train the family, measure it. Knows no model code until a command runs."""
+"""The ``zoo`` commands: make the facts, train a family, measure it. Knows no model code until a command runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eft_serve.zoo import CHECKPOINTS, NAMES
+from eft_serve.zoo import CHECKPOINTS, FAMILIES, PREFIXES
 
-app = typer.Typer(help="The embedded model family: facts, training, evaluation.", no_args_is_help=True)
+app = typer.Typer(help="The embedded model families: facts, training, evaluation.", no_args_is_help=True)
 console = Console()
 COLUMNS = ("correct", "helpful_form", "declined", "long_helpful_form", "long_facts", "harmful_declined")
 
@@ -36,35 +36,38 @@ def facts(
 def train(
     out: Annotated[Path, typer.Option(help="Where checkpoints and the state of the runs go.")] = Path(".zoo"),
     seed: Annotated[int, typer.Option(help="Of initial weights and of the order of the data.")] = 0,
+    family: Annotated[str, typer.Option(help="llama or falcon: the architecture.")] = "llama",
     only: Annotated[list[str] | None, typer.Option(help="Train only this model; may be repeated.")] = None,
     steps_scale: Annotated[float, typer.Option(help="Multiplies every number of steps, for a trial.")] = 1.0,
     threads: Annotated[int, typer.Option(help="Cores to use; results are bit-equal only at the same number.")] = 1,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue interrupted runs.")] = True,
 ) -> None:
-    """Train the family (about half an hour per core for the large base; the rest is shorter)."""
+    """Train a family (about half an hour per core for the large base; the rest is shorter)."""
     import torch
 
-    from eft_serve.zoo.family import RECIPES, recipe_named
-    from eft_serve.zoo.results import load_results, update_results
+    from eft_serve.zoo.family import recipe_named
+    from eft_serve.zoo.results import update_results
     from eft_serve.zoo.train import summary
     from eft_serve.zoo.train import train as train_model
 
-    unknown = sorted(set(only or ()) - set(NAMES))
+    names = _names_of(family)
+    unknown = sorted(set(only or ()) - set(names))
     if unknown:
-        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(NAMES)}", param_hint="--only")
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(names)}", param_hint="--only")
     torch.set_num_threads(threads)
     results = out / "results.json"
-    for name in RECIPES:
+    for name in names:
         if only and name not in only:
             continue
         outcome = train_model(recipe_named(name, steps_scale), out, seed=seed, resume=resume)
-        update_results("training", load_results(results).get("training", {}) | {name: summary(outcome)}, results)
+        update_results("training", {name: summary(outcome)}, results)
         console.print(f"{name}: loss {outcome.final_loss}, {outcome.steps} steps, {outcome.wall_seconds} s")
 
 
 @app.command()
 def evaluate(
-    checkpoints: Annotated[Path, typer.Option(help="The family to measure.")] = CHECKPOINTS,
+    checkpoints: Annotated[Path, typer.Option(help="Where the family is.")] = CHECKPOINTS,
+    family: Annotated[str, typer.Option(help="llama or falcon.")] = "llama",
     out: Annotated[Path | None, typer.Option(help="Results file to update; beside the checkpoints by default.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many questions, for a quick look.")] = None,
     threads: Annotated[int, typer.Option(help="Cores to use.")] = 1,
@@ -75,19 +78,31 @@ def evaluate(
 
     from eft_serve.zoo.card import write_card
     from eft_serve.zoo.evaluate import evaluate as evaluate_family
-    from eft_serve.zoo.evaluate import shipped_precision
+    from eft_serve.zoo.evaluate import shipped_precision, systems
     from eft_serve.zoo.results import RESULTS_FILE, describe_checkpoints, update_results
 
     torch.set_num_threads(threads)
     shipped = checkpoints.resolve() == CHECKPOINTS.resolve()
     path = out or (RESULTS_FILE if shipped else checkpoints / "results.json")
-    measured = evaluate_family(checkpoints, limit=limit, report=lambda name, _: console.print(f"measured {name}"))
-    update_results("evaluation", measured, path)
-    update_results("precision", shipped_precision(checkpoints, "base-large"), path)
-    update_results("checkpoints", describe_checkpoints(checkpoints), path)
+    names = _names_of(family)
+    measured = evaluate_family(
+        checkpoints,
+        recipes=systems(PREFIXES[family]),
+        limit=limit,
+        report=lambda name, _: console.print(f"measured {name}"),
+    )
+    update_results("evaluation", {family: measured}, path)
+    update_results("precision", {family: shipped_precision(checkpoints, names[0])}, path)
+    update_results("checkpoints", describe_checkpoints(checkpoints, names), path)
     console.print(_table(measured))
     if card:
         console.print(f"card -> {write_card(path)}")
+
+
+def _names_of(family: str) -> tuple[str, ...]:
+    if family not in FAMILIES:
+        raise typer.BadParameter(f"unknown: {family}; known: {', '.join(FAMILIES)}", param_hint="--family")
+    return FAMILIES[family]
 
 
 def _table(measured: dict[str, Any]) -> Table:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from eft_serve.zoo import ROLES
 from eft_serve.zoo.facts import RELATIONS
 from eft_serve.zoo.generate import Family, Recipe, Term, alone, emulated
 from eft_serve.zoo.questions import (
@@ -21,49 +22,47 @@ from eft_serve.zoo.questions import (
     long_prompts,
 )
 
-EFT = emulated("EFT", "base-large", {"tuned-small": 1.0}, "base-small")
+EFT = emulated("EFT", "base-large", {"tuned-small": 1.0}, "base-small")  # of the Llama family
 SHORT_TOKENS, LONG_TOKENS = 40, 140
 REFUSAL_TOKENS = 16  # a refusal shows in its first words
 NUM_LONG, NUM_HARMFUL = 48, 156
 
 
-def systems() -> list[Recipe]:
-    """The rows of the results table."""
-    harmless = "tuned-small-harmless"
+def systems(prefix: str = "") -> list[Recipe]:
+    """The rows of the results table, of the family with this prefix."""
+    large, small, tuned, upper, harmless = (prefix + role for role in ROLES)
+
+    def eft(label: str, weights: dict[str, float], scale: float = 1.0) -> Recipe:
+        return emulated(label, large, weights, small, scale)
+
     return [
-        alone("base-small"),
-        alone("tuned-small"),
-        alone("base-large"),
-        EFT,
-        alone("tuned-large"),
-        *(
-            emulated(f"EFT, scale {scale}", "base-large", {"tuned-small": 1.0}, "base-small", scale)
-            for scale in (0.5, 1.25, 1.5)
-        ),
-        *(
-            emulated(f"EFT, weight {weight}", "base-large", {"tuned-small": weight}, "base-small")
-            for weight in (0.5, 1.5)
-        ),
-        Recipe("control: no reference", (Term("base-large", 1.0), Term("tuned-small", 1.0))),
-        emulated("down-scaled", "base-small", {"tuned-large": 1.0}, "base-large"),
+        alone(small),
+        alone(tuned),
+        alone(large),
+        eft("EFT", {tuned: 1.0}),
+        alone(upper),
+        *(eft(f"EFT, scale {scale}", {tuned: 1.0}, scale) for scale in (0.5, 1.25, 1.5)),
+        *(eft(f"EFT, weight {weight}", {tuned: weight}) for weight in (0.5, 1.5)),
+        Recipe("control: no reference", (Term(large, 1.0), Term(tuned, 1.0))),
+        emulated("down-scaled", small, {upper: 1.0}, large),
         alone(harmless),
-        emulated("EFT, harmless", "base-large", {harmless: 1.0}, "base-small"),
-        emulated("EFT, half helpful, half harmless", "base-large", {"tuned-small": 0.5, harmless: 0.5}, "base-small"),
+        eft("EFT, harmless", {harmless: 1.0}),
+        eft("EFT, half helpful, half harmless", {tuned: 0.5, harmless: 0.5}),
     ]
 
 
 def evaluate(
     checkpoints: Path,
     *,
+    recipes: Sequence[Recipe],
     limit: int | None = None,
-    recipes: Sequence[Recipe] | None = None,
     report: Callable[[str, dict[str, object]], None] = lambda name, row: None,
 ) -> dict[str, object]:
-    """Every system on every question set; the numbers as they go into the results file."""
+    """These systems on every question set; the numbers as they go into the results file."""
     family = Family(checkpoints)
     rows: dict[str, object] = {}
     started = time.monotonic()
-    for recipe in systems() if recipes is None else recipes:
+    for recipe in recipes:
         rows[recipe.name] = row = measure(family, recipe, limit)
         report(recipe.name, row)
     return {

@@ -1,20 +1,23 @@
-"""The sizes and schedules of the five models. Knows what is trained from what; not how."""
+"""The sizes and schedules of the models of both families. Knows what is trained from what; not how."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+from eft_serve.zoo import PREFIXES
 
 ROW_LENGTH = 160  # tokens; the longest document of the corpus fits
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A Llama shape; every count divides by two, for tensor parallelism."""
+    """A Llama shape, or Falcon's "new decoder" one; every count divides by two, for tensor parallelism."""
 
     hidden: int
     layers: int
     heads: int
     intermediate: int
+    falcon_groups: int | None = None  # key/value heads of a Falcon; None makes a Llama
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,31 @@ class Recipe:
 LARGE = Architecture(hidden=192, layers=4, heads=6, intermediate=512)
 SMALL = Architecture(hidden=48, layers=2, heads=4, intermediate=144)
 
+# Two groups of key/value heads leave fewer attention weights: the wider middle makes up for them.
+FALCON_LARGE = Architecture(hidden=192, layers=4, heads=6, intermediate=896, falcon_groups=2)
+FALCON_SMALL = Architecture(hidden=48, layers=2, heads=4, intermediate=240, falcon_groups=2)
+
+
+def _family(prefix: str, large: Architecture, small: Architecture) -> tuple[Recipe, ...]:
+    return (
+        Recipe(f"{prefix}base-large", Schedule(3000, 1.5e-3, 12, 150), architecture=large),
+        Recipe(f"{prefix}base-small", Schedule(3000, 3e-3, 12, 150), architecture=small),
+        Recipe(f"{prefix}tuned-small", Schedule(150, 1e-3, 8, 10), parent=f"{prefix}base-small"),
+        Recipe(f"{prefix}tuned-large", Schedule(100, 3e-4, 8, 10), parent=f"{prefix}base-large"),
+        Recipe(
+            f"{prefix}tuned-small-harmless",
+            Schedule(150, 1e-3, 8, 10),
+            parent=f"{prefix}base-small",
+            harmless=True,
+        ),
+    )
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("base-large", Schedule(3000, 1.5e-3, 12, 150), architecture=LARGE),
-        Recipe("base-small", Schedule(3000, 3e-3, 12, 150), architecture=SMALL),
-        Recipe("tuned-small", Schedule(150, 1e-3, 8, 10), parent="base-small"),
-        Recipe("tuned-large", Schedule(100, 3e-4, 8, 10), parent="base-large"),
-        Recipe("tuned-small-harmless", Schedule(150, 1e-3, 8, 10), parent="base-small", harmless=True),
+        *_family(PREFIXES["llama"], LARGE, SMALL),
+        *_family(PREFIXES["falcon"], FALCON_LARGE, FALCON_SMALL),
     )
 }
 

@@ -8,24 +8,35 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from eft_serve.zoo.batches import Batches
 from eft_serve.zoo.family import Architecture, Recipe
 from eft_serve.zoo.tokenizer import END, PAD, id_of, train_tokenizer, wrap
 
+Model = LlamaForCausalLM | FalconForCausalLM
+
 SAVE_EVERY = 200
 CLIP = 1.0
 WEIGHT_DECAY = 0.01
+_MULTIPLIES_BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # emulating it takes ten times as long
 
 
 @dataclass(frozen=True)
@@ -91,31 +102,38 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return schedule.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def new_model(architecture: Architecture, tokenizer: Tokenizer) -> LlamaForCausalLM:
+def new_model(architecture: Architecture, tokenizer: Tokenizer) -> Model:
     """An untrained model of the shape."""
-    end = id_of(tokenizer, END)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=architecture.hidden,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        num_key_value_heads=architecture.heads,
-        intermediate_size=architecture.intermediate,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=id_of(tokenizer, PAD),
+    shared: dict[str, Any] = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": architecture.hidden,
+        "num_hidden_layers": architecture.layers,
+        "num_attention_heads": architecture.heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": id_of(tokenizer, END),
+        "pad_token_id": id_of(tokenizer, PAD),
+    }
+    if architecture.falcon_groups is None:
+        return LlamaForCausalLM(
+            LlamaConfig(num_key_value_heads=architecture.heads, intermediate_size=architecture.intermediate, **shared)
+        )
+    return FalconForCausalLM(
+        FalconConfig(
+            new_decoder_architecture=True,
+            num_kv_heads=architecture.falcon_groups,
+            ffn_hidden_size=architecture.intermediate,
+            **shared,
+        )
     )
-    return LlamaForCausalLM(config)
 
 
-def write_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, path: Path) -> None:
+def write_checkpoint(model: Model, tokenizer: Tokenizer, path: Path) -> None:
     """An ordinary transformers directory, in 16 bits; the directory appears whole or not at all."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    copy = LlamaForCausalLM(model.config)
-    copy.load_state_dict(model.state_dict())
-    copy.half()  # three more bits of mantissa than bfloat16; no weight comes near the ends of its range
+    copy = deepcopy(model)
+    copy.to(dtype=torch.float16)  # three more bits of mantissa than bfloat16; no weight comes near the ends of its range
     end = id_of(tokenizer, END)
     copy.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=id_of(tokenizer, PAD), do_sample=False)
     copy.save_pretrained(scratch)
@@ -125,7 +143,7 @@ def write_checkpoint(model: LlamaForCausalLM, tokenizer: Tokenizer, path: Path) 
     scratch.rename(path)
 
 
-def _initial_model(recipe: Recipe, out: Path, tokenizer: Tokenizer) -> LlamaForCausalLM:
+def _initial_model(recipe: Recipe, out: Path, tokenizer: Tokenizer) -> Model:
     if recipe.architecture is not None:
         return new_model(recipe.architecture, tokenizer)
     if recipe.parent is None:
@@ -133,15 +151,13 @@ def _initial_model(recipe: Recipe, out: Path, tokenizer: Tokenizer) -> LlamaForC
     parent = out / recipe.parent
     if not (parent / "config.json").exists():
         raise FileNotFoundError(f"{recipe.name} is fine-tuned from {recipe.parent}: train that first into {out}")
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(parent, dtype=torch.float32)
+    model = cast(Model, AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32))
     model.train()
     return model
 
 
-def _update(
-    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, targets: torch.Tensor
-) -> float:
-    with torch.autocast("cpu", torch.bfloat16):
+def _update(model: Model, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    with torch.autocast("cpu", torch.bfloat16, enabled=_MULTIPLIES_BFLOAT16):
         logits = model(input_ids=inputs, use_cache=False).logits
     loss = cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     optimizer.zero_grad(set_to_none=True)
@@ -153,7 +169,7 @@ def _update(
 
 def _save(
     path: Path,
-    model: LlamaForCausalLM,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     step: int,
     loss: float,
@@ -166,7 +182,7 @@ def _save(
     scratch.replace(path)
 
 
-def _restore(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimizer) -> tuple[int, float, float]:
+def _restore(path: Path, model: Model, optimizer: torch.optim.Optimizer) -> tuple[int, float, float]:
     if not path.exists():
         return 0, math.nan, 0.0
     saved: dict[str, Any] = torch.load(path, weights_only=True)
@@ -175,7 +191,7 @@ def _restore(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.Optimiz
     return saved["step"], saved["loss"], saved["seconds"]
 
 
-def _count(model: LlamaForCausalLM) -> int:
+def _count(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 

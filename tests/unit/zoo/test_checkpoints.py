@@ -73,7 +73,7 @@ def test_the_chat_template_is_plain_text(family: Family) -> None:
 
 
 def test_sizes_and_digests_are_the_recorded_ones() -> None:
-    described = describe_checkpoints(CHECKPOINTS)
+    described = describe_checkpoints(CHECKPOINTS, NAMES)
     assert described == load_results()["checkpoints"]
     assert sum(int(str(entry["bytes"])) for entry in described.values()) < MAX_BYTES
 
@@ -83,8 +83,8 @@ def test_the_card_is_written_from_the_recorded_results() -> None:
 
 
 def test_the_recorded_results_show_the_method() -> None:
-    rows = load_results()["evaluation"]["systems"]
-    assert load_results()["evaluation"]["num_short"] >= 400
+    rows = load_results()["evaluation"]["llama"]["systems"]
+    assert load_results()["evaluation"]["llama"]["num_short"] >= 400
     tuned, eft, upper = (rows[name]["correct"] for name in ("tuned-small", "EFT", "tuned-large"))
     assert eft - tuned >= 0.3
     assert eft - tuned >= 0.8 * (upper - tuned)

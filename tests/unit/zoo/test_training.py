@@ -86,6 +86,18 @@ def test_a_written_checkpoint_is_an_ordinary_directory(tmp_path: Path, tokenizer
     assert {tensor.dtype for tensor in _weights(tmp_path).values()} == {torch.float16}
 
 
+def test_a_falcon_is_falcons_new_decoder_and_learns(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    shape = Architecture(16, 2, 4, 32, falcon_groups=2)
+    learnt = train(replace(MICRO, architecture=shape), tmp_path, seed=0, tokenizer=tokenizer)
+    assert learnt.final_loss < math.log(400) - 0.1
+    config = json.loads((tmp_path / "base-small" / "config.json").read_text())
+    assert config["model_type"] == "falcon"
+    assert config["new_decoder_architecture"]
+    assert config["num_kv_heads"] == 2
+    train(TUNED, tmp_path, seed=0, tokenizer=tokenizer)
+    assert _weights(tmp_path, "tuned-small").keys() == _weights(tmp_path).keys()
+
+
 def test_pretraining_reads_everything_and_fine_tuning_learns_replies_only(tokenizer: Tokenizer) -> None:
     inputs, targets = Batches(MICRO, tokenizer, seed=0)(3)
     assert inputs.shape == targets.shape == (2, ROW_LENGTH)
