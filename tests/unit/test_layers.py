@@ -14,7 +14,7 @@ FLOORS = [
     {"numerics"},
     {"engine", "coordinator", "transport", "tenancy", "api", "zoo"},
     {"rayserve"},
-    {"jobs", "bench", "testing", "deployments", "demo", "config_cli"},
+    {"jobs", "bench", "evaluation", "testing", "deployments", "demo", "config_cli"},
     {"cli"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
