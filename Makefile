@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 
-.PHONY: demo serve test realweights check bench install clean
+.PHONY: demo serve test realweights check bench results install clean
 
 demo: $(STAMP)  ## start everything, ask held-out questions, print the evidence, stop everything
 	$(BIN)/eft-serve demo
@@ -26,6 +26,9 @@ check: $(STAMP)  ## format, lint, types
 
 bench: $(STAMP)  ## every benchmark, in minutes, into docs/benchmarks.md
 	$(BIN)/eft-serve bench all --output docs/benchmarks.md
+
+results: $(STAMP)  ## the method's claims, measured on the embedded families, into docs/results.md
+	$(BIN)/eft-serve eval all --output docs/results.md
 
 install: $(STAMP)
 

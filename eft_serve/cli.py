@@ -10,6 +10,7 @@ import typer
 from eft_serve.bench.cli import app as bench_app
 from eft_serve.config_cli import app as config_app
 from eft_serve.errors import EftServeError
+from eft_serve.evaluation.cli import app as eval_app
 from eft_serve.tenancy.cli import app as tenant_app
 from eft_serve.zoo.cli import app as zoo_app
 
@@ -18,6 +19,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(zoo_app, name="zoo")
 app.add_typer(bench_app, name="bench")
+app.add_typer(eval_app, name="eval")
 
 
 @app.command()

@@ -133,7 +133,7 @@ def write_checkpoint(model: Model, tokenizer: Tokenizer, path: Path) -> None:
     """An ordinary transformers directory, in 16 bits; the directory appears whole or not at all."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     copy = deepcopy(model)
-    copy.to(dtype=torch.float16)  # three more bits of mantissa than bfloat16; no weight comes near the ends of its range
+    torch.nn.Module.half(copy)  # three more bits of mantissa than bfloat16; no weight comes near the ends of its range
     end = id_of(tokenizer, END)
     copy.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=id_of(tokenizer, PAD), do_sample=False)
     copy.save_pretrained(scratch)
