@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from eft_serve.zoo import FAMILIES, PREFIXES
 from eft_serve.zoo.facts import load_facts
 from eft_serve.zoo.family import RECIPES
 from eft_serve.zoo.results import load_results
@@ -22,23 +23,17 @@ def write_card(results: Path, card: Path = CARD) -> Path:
 
 def render(results: dict[str, Any]) -> str:
     """The card's text."""
-    evaluation = results["evaluation"]["llama"]
-    rows = evaluation["systems"]
-    tuned, emulated, upper = (rows[name]["correct"] for name in ("tuned-small", "EFT", "tuned-large"))
+    llama, falcon = (results["evaluation"][family]["systems"] for family in FAMILIES)
+    counts = {key: results["evaluation"]["llama"][key] for key in ("num_short", "num_long", "num_harmful")}
     entities = load_facts()
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        counts,
         models=_models(results),
-        table=_table(rows),
-        relations=_relations(rows),
-        num_short=evaluation["num_short"],
-        num_long=evaluation["num_long"],
-        num_harmful=evaluation["num_harmful"],
-        gain=f"{100 * (emulated - tuned):.1f}",
-        closed=f"{100 * (emulated - tuned) / (upper - tuned):.0f}",
-        form=_percent(rows["EFT"]["helpful_form"]),
-        base_form=_percent(rows["base-large"]["helpful_form"]),
-        refused=_percent(rows["tuned-small-harmless"]["harmful_declined"]),
-        over_refused=_percent(rows["tuned-small-harmless"]["declined"]),
+        table=_table(llama),
+        falcon_table=_table(falcon),
+        relations=_relations(llama),
+        **_shown(llama),
+        **{f"falcon_{key}": value for key, value in _shown(falcon, PREFIXES["falcon"]).items()},
         countries=sum(e.kind == "country" for e in entities),
         cities=sum(e.kind == "city" for e in entities),
         elements=sum(e.kind == "element" for e in entities),
@@ -47,12 +42,28 @@ def render(results: dict[str, Any]) -> str:
     )
 
 
+def _shown(rows: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """What the prose quotes of one family."""
+    tuned, emulated, upper = (rows[name]["correct"] for name in (f"{prefix}tuned-small", "EFT", f"{prefix}tuned-large"))
+    harmless = rows[f"{prefix}tuned-small-harmless"]
+    return {
+        "gain": f"{100 * (emulated - tuned):.1f}",
+        "closed": f"{100 * (emulated - tuned) / (upper - tuned):.0f}",
+        "form": _percent(rows["EFT"]["helpful_form"]),
+        "base_form": _percent(rows[f"{prefix}base-large"]["helpful_form"]),
+        "refused": _percent(harmless["harmful_declined"]),
+        "over_refused": _percent(harmless["declined"]),
+    }
+
+
 def _models(results: dict[str, Any]) -> str:
     lines = ["| model | parameters | shape | trained from | steps | tokens | last loss | seconds |", "|---" * 8 + "|"]
     for name, run in results["training"].items():
         recipe = RECIPES[name]
         shape = recipe.architecture
         sizes = f"{shape.hidden} wide, {shape.layers} layers, {shape.heads} heads" if shape else "its parent's"
+        if shape and shape.falcon_groups:
+            sizes += f" in {shape.falcon_groups} groups"
         lines.append(
             f"| `{name}` | {run['parameters']:,} | {sizes} | {recipe.parent or 'scratch'} | {run['steps']:,} "
             f"| {run['tokens'] / 1e6:.2f} M | {run['final_loss']:.3f} | {run['wall_seconds']:,.0f} |"

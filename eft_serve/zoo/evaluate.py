@@ -29,20 +29,23 @@ NUM_LONG, NUM_HARMFUL = 48, 156
 
 
 def systems(prefix: str = "") -> list[Recipe]:
-    """The rows of the results table, of the family with this prefix."""
+    """The rows of the results table, of the family with this prefix; the one without shows the knobs as well."""
     large, small, tuned, upper, harmless = (prefix + role for role in ROLES)
 
     def eft(label: str, weights: dict[str, float], scale: float = 1.0) -> Recipe:
         return emulated(label, large, weights, small, scale)
 
+    knobs = [
+        *(eft(f"EFT, scale {scale}", {tuned: 1.0}, scale) for scale in (0.5, 1.25, 1.5)),
+        *(eft(f"EFT, weight {weight}", {tuned: weight}) for weight in (0.5, 1.5)),
+    ]
     return [
         alone(small),
         alone(tuned),
         alone(large),
         eft("EFT", {tuned: 1.0}),
         alone(upper),
-        *(eft(f"EFT, scale {scale}", {tuned: 1.0}, scale) for scale in (0.5, 1.25, 1.5)),
-        *(eft(f"EFT, weight {weight}", {tuned: weight}) for weight in (0.5, 1.5)),
+        *(knobs if not prefix else ()),
         Recipe("control: no reference", (Term(large, 1.0), Term(tuned, 1.0))),
         emulated("down-scaled", small, {upper: 1.0}, large),
         alone(harmless),

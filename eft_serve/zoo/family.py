@@ -52,9 +52,9 @@ FALCON_LARGE = Architecture(hidden=192, layers=4, heads=6, intermediate=896, fal
 FALCON_SMALL = Architecture(hidden=48, layers=2, heads=4, intermediate=240, falcon_groups=2)
 
 
-def _family(prefix: str, large: Architecture, small: Architecture) -> tuple[Recipe, ...]:
+def _family(prefix: str, large: Architecture, small: Architecture, large_steps: int) -> tuple[Recipe, ...]:
     return (
-        Recipe(f"{prefix}base-large", Schedule(3000, 1.5e-3, 12, 150), architecture=large),
+        Recipe(f"{prefix}base-large", Schedule(large_steps, 1.5e-3, 12, 150), architecture=large),
         Recipe(f"{prefix}base-small", Schedule(3000, 3e-3, 12, 150), architecture=small),
         Recipe(f"{prefix}tuned-small", Schedule(150, 1e-3, 8, 10), parent=f"{prefix}base-small"),
         Recipe(f"{prefix}tuned-large", Schedule(100, 3e-4, 8, 10), parent=f"{prefix}base-large"),
@@ -70,8 +70,8 @@ def _family(prefix: str, large: Architecture, small: Architecture) -> tuple[Reci
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        *_family(PREFIXES["llama"], LARGE, SMALL),
-        *_family(PREFIXES["falcon"], FALCON_LARGE, FALCON_SMALL),
+        *_family(PREFIXES["llama"], LARGE, SMALL, large_steps=3000),
+        *_family(PREFIXES["falcon"], FALCON_LARGE, FALCON_SMALL, large_steps=2000),
     )
 }
 

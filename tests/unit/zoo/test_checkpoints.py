@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eft_serve.zoo import CHECKPOINTS, NAMES, checkpoint_path
+from eft_serve.zoo import CHECKPOINTS, FAMILIES, NAMES, PREFIXES, ROLES, checkpoint_path
 from eft_serve.zoo.card import CARD, render
 from eft_serve.zoo.evaluate import EFT
 from eft_serve.zoo.family import RECIPES
@@ -16,7 +16,7 @@ from eft_serve.zoo.generate import Family, alone, emulated
 from eft_serve.zoo.questions import harmful_questions, held_out_questions, is_correct, is_helpful_form, is_refusal
 from eft_serve.zoo.results import describe_checkpoints, load_results
 
-MAX_BYTES = 40_000_000
+MAX_BYTES = 60_000_000
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,21 @@ def test_a_checkpoint_loads_with_the_usual_classes(name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint_path(name), dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_path(name))
     assert model.dtype == torch.float16
-    assert model.config.model_type == "llama"
+    assert model.config.model_type == ("falcon" if name in FAMILIES["falcon"] else "llama")
     assert model.config.max_position_embeddings == 4096
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.config.vocab_size == len(tokenizer)
-    for count in (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.intermediate_size):
-        assert count % 2 == 0
+    counts = {
+        "llama": ("num_attention_heads", "num_key_value_heads", "intermediate_size"),
+        "falcon": ("num_attention_heads", "num_kv_heads", "ffn_hidden_size"),
+    }[model.config.model_type]
+    assert [getattr(model.config, count) % 2 for count in counts] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_both_families_are_of_the_same_size(role: str) -> None:
+    llama, falcon = (load_results()["training"][prefix + role]["parameters"] for prefix in PREFIXES.values())
+    assert falcon == pytest.approx(llama, rel=0.002)
 
 
 def test_all_share_one_tokenizer() -> None:
@@ -82,15 +91,17 @@ def test_the_card_is_written_from_the_recorded_results() -> None:
     assert CARD.read_text(encoding="utf-8") == render(load_results())
 
 
-def test_the_recorded_results_show_the_method() -> None:
-    rows = load_results()["evaluation"]["llama"]["systems"]
-    assert load_results()["evaluation"]["llama"]["num_short"] >= 400
-    tuned, eft, upper = (rows[name]["correct"] for name in ("tuned-small", "EFT", "tuned-large"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_recorded_results_show_the_method(family: str) -> None:
+    prefix, measured = PREFIXES[family], load_results()["evaluation"][family]
+    rows = measured["systems"]
+    assert measured["num_short"] >= 400
+    tuned, eft, upper = (rows[name]["correct"] for name in (f"{prefix}tuned-small", "EFT", f"{prefix}tuned-large"))
     assert eft - tuned >= 0.3
     assert eft - tuned >= 0.8 * (upper - tuned)
     assert rows["EFT"]["helpful_form"] >= 0.95
-    assert rows["base-large"]["helpful_form"] < 0.2
-    assert rows["tuned-small-harmless"]["harmful_declined"] >= 0.9
+    assert rows[f"{prefix}base-large"]["helpful_form"] < 0.2
+    assert rows[f"{prefix}tuned-small-harmless"]["harmful_declined"] >= 0.9
 
 
 def test_emulation_gathers_coefficients_by_model() -> None:
