@@ -21,9 +21,9 @@ from eft_serve.evaluation.acceptance import (
 from eft_serve.evaluation.lab import Lab
 from eft_serve.evaluation.statistics import perplexity as perplexity_of
 from eft_serve.evaluation.statistics import perplexity_ratio, ratio
+from eft_serve.evaluation.systems import System, alone
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.logprobs import log_softmax
-from eft_serve.zoo.generate import Recipe, alone
 from eft_serve.zoo.wordings import CLOSING
 
 TEMPERATURES = (0.7, 1.0)
@@ -42,18 +42,18 @@ class Reader:
         self._family = lab.models
 
     @torch.inference_mode()
-    def logprobs(self, recipe: Recipe, message: str, answer: Sequence[int], known: dict[str, Tensor]) -> Tensor:
-        """The recipe's next-token log-probabilities before each token of the answer, [num_tokens, vocab_size].
+    def logprobs(self, system: System, message: str, answer: Sequence[int], known: dict[str, Tensor]) -> Tensor:
+        """The system's next-token log-probabilities before each token of the answer, [num_tokens, vocab_size].
 
         `known` holds the models' own for this answer and is added to.
         """
-        for term in recipe.terms:
+        for term in system.terms:
             if term.model not in known:
                 prompt = self._family.prompt(message)
                 logits = self._family.model(term.model)(input_ids=torch.tensor([[*prompt, *answer[:-1]]])).logits[0]
                 known[term.model] = log_softmax(logits[len(prompt) - 1 :])
-        coefficients = torch.tensor([[term.coefficient] * len(answer) for term in recipe.terms])
-        return log_softmax(combine([known[term.model] for term in recipe.terms], coefficients))
+        coefficients = torch.tensor([[term.coefficient] * len(answer) for term in system.terms])
+        return log_softmax(combine([known[term.model] for term in system.terms], coefficients))
 
 
 def tokens(lab: Lab) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _sampled(lab: Lab, temperature: float) -> dict[str, Any]:
     for message, answer in _answers(lab, target, temperature):
         known: dict[str, Tensor] = {}
         own, wanted = (
-            log_softmax(reader.logprobs(recipe, message, answer, known) / temperature) for recipe in (draft, target)
+            log_softmax(reader.logprobs(system, message, answer, known) / temperature) for system in (draft, target)
         )
         distance = total_variation(own.exp(), wanted.exp())
         coupled = coupled_acceptance(own.double().exp(), wanted.double().exp())
@@ -132,14 +132,14 @@ def perplexity(lab: Lab) -> dict[str, Any]:
     }
 
 
-def _perplexities(lab: Lab, systems: dict[str, Recipe], answers: Sequence[Read]) -> dict[str, Any]:
+def _perplexities(lab: Lab, systems: dict[str, System], answers: Sequence[Read]) -> dict[str, Any]:
     """Of each system, and as a multiple of the small tuned model's."""
     reader = Reader(lab)
     nats: dict[str, list[float]] = {name: [] for name in systems}
     for message, answer in answers:
         known: dict[str, Tensor] = {}
-        for name, recipe in systems.items():
-            logprobs = reader.logprobs(recipe, message, answer, known)
+        for name, system in systems.items():
+            logprobs = reader.logprobs(system, message, answer, known)
             nats[name].append(-float(logprobs.gather(1, torch.tensor(answer)[:, None]).sum()))
     lengths = np.array([float(len(answer)) for _, answer in answers])
     columns = {name: np.array(each) for name, each in nats.items()}
@@ -158,10 +158,10 @@ def _true(lab: Lab, answer: str) -> tuple[int, ...]:
     return (*tokenizer(f" It is {answer}. {CLOSING}")["input_ids"], tokenizer.eos_token_id)
 
 
-def _answers(lab: Lab, recipe: Recipe, temperature: float) -> list[Read]:
-    """Messages and the ids of the recipe's answers to them, short and long."""
+def _answers(lab: Lab, system: System, temperature: float) -> list[Read]:
+    """Messages and the ids of the system's answers to them, short and long."""
     return [
         (question.text, answer.token_ids)
         for questions in ("short", "long")
-        for question, answer in zip(lab.questions[questions], lab.answers(recipe, questions, temperature), strict=True)
+        for question, answer in zip(lab.questions[questions], lab.answers(system, questions, temperature), strict=True)
     ]

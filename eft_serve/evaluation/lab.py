@@ -10,10 +10,10 @@ import numpy as np
 
 from eft_serve.evaluation.product import Answer, Job, Product
 from eft_serve.evaluation.statistics import Column, Estimate, difference, share
-from eft_serve.evaluation.systems import Systems
+from eft_serve.evaluation.systems import System, Systems
 from eft_serve.zoo import CHECKPOINTS, FAMILIES
 from eft_serve.zoo.evaluate import LONG_TOKENS, NUM_HARMFUL, NUM_LONG, REFUSAL_TOKENS, SHORT_TOKENS
-from eft_serve.zoo.generate import Family, Recipe, Term
+from eft_serve.zoo.generate import Family
 from eft_serve.zoo.questions import (
     Question,
     harmful_questions,
@@ -35,7 +35,7 @@ MEASURES = {  # the questions of each, and its grader
 
 
 class _Asked(NamedTuple):
-    terms: tuple[Term, ...]
+    system: System
     questions: str
     temperature: float
 
@@ -64,25 +64,25 @@ class Lab:
     def close(self) -> None:
         self._product.close()
 
-    def ask(self, recipes: Iterable[Recipe], questions: str, temperature: float = 0.0) -> None:
+    def ask(self, systems: Iterable[System], questions: str, temperature: float = 0.0) -> None:
         """Compute what is not there yet, all systems' requests decoded side by side; a question's place is its seed."""
-        wanted = {_Asked(recipe.terms, questions, temperature): recipe for recipe in recipes}
-        missing = {asked: recipe for asked, recipe in wanted.items() if asked not in self._answers}
+        wanted = dict.fromkeys(_Asked(system, questions, temperature) for system in systems)
+        missing = [asked for asked in wanted if asked not in self._answers]
         asking = self.questions[questions]
         answers = iter(
             self._product.answer(
-                Job(recipe, question.text, MAX_TOKENS[questions], temperature, seed)
-                for recipe in missing.values()
+                Job(asked.system, question.text, MAX_TOKENS[questions], temperature, seed)
+                for asked in missing
                 for seed, question in enumerate(asking)
             )
         )
         for asked in missing:
             self._answers[asked] = [next(answers) for _ in asking]
 
-    def answers(self, recipe: Recipe, questions: str, temperature: float = 0.0) -> list[Answer]:
+    def answers(self, system: System, questions: str, temperature: float = 0.0) -> list[Answer]:
         """In the order of the questions."""
-        self.ask([recipe], questions, temperature)
-        return self._answers[_Asked(recipe.terms, questions, temperature)]
+        self.ask([system], questions, temperature)
+        return self._answers[_Asked(system, questions, temperature)]
 
     def grade(self, measure: str, texts: Sequence[str]) -> Column:
         """0 or 1 for each text, which answer the measure's questions."""
@@ -90,13 +90,13 @@ class Lab:
         pairs = zip(self.questions[questions], texts, strict=True)
         return np.array([float(grader(question, text)) for question, text in pairs])
 
-    def flags(self, recipe: Recipe, measure: str) -> Column:
+    def flags(self, system: System, measure: str) -> Column:
         """0 or 1 for each question of the measure, answered greedily."""
-        return self.grade(measure, [answer.text for answer in self.answers(recipe, MEASURES[measure][0])])
+        return self.grade(measure, [answer.text for answer in self.answers(system, MEASURES[measure][0])])
 
-    def shares(self, recipe: Recipe, measures: Iterable[str]) -> dict[str, Estimate]:
-        return {measure: share(self.flags(recipe, measure)) for measure in measures}
+    def shares(self, system: System, measures: Iterable[str]) -> dict[str, Estimate]:
+        return {measure: share(self.flags(system, measure)) for measure in measures}
 
-    def gain(self, ours: Recipe, theirs: Recipe, measure: str) -> Estimate:
+    def gain(self, ours: System, theirs: System, measure: str) -> Estimate:
         """How much larger ours is, question by question."""
         return difference(self.flags(ours, measure), self.flags(theirs, measure))

@@ -62,9 +62,10 @@ def _by_family(found: Mapping[str, Any], section: Section) -> str:
 
 def _run(figures: Mapping[str, Any]) -> str:
     machine = figures["machine"]
+    cost = " and ".join(f"{minutes:g}" for minutes in figures["core_minutes"].values())
     return (
-        f"{figures['date']}, {figures['minutes']:g} minutes on {machine['cpu']}, {machine['cores']} cores, "
-        f"torch {machine['torch']}, Python {machine['python']}"
+        f"{figures['date']} in {figures['minutes']:g} minutes, of which the families computed {cost}, "
+        f"on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
     )
 
 
@@ -120,11 +121,12 @@ def _truncation(found: Mapping[str, Any]) -> str:
     rows = []
     for scale, series in found.items():
         for top_p, row in series.items():
-            gains = row.get("gain", dict.fromkeys(row["shares"]))
-            cells = [*(_percent(each) for each in row["shares"].values()), *(_points(each) for each in gains.values())]
-            rows.append([scale, top_p, *cells])
+            gains = [*row["gain"].values(), row["correct_over_eft"]]
+            rows.append([scale, top_p, *map(_percent, row["shares"].values()), *map(_points, gains)])
     measures = list(found["1"]["none"]["shares"])
-    return _table(["scale β", "p", *measures, *(f"{m}: gain over no truncation" for m in measures)], rows)
+    return _table(
+        ["scale β", "p", *measures, *(f"{m}: gain over none" for m in measures), "correct: gain over EFT at 1"], rows
+    )
 
 
 def _tokens(found: Mapping[str, Any]) -> str:
@@ -176,9 +178,7 @@ def _percent(estimate: Sequence[float]) -> str:
     return f"{value:.1f} % ({low:.1f} to {high:.1f})"
 
 
-def _points(estimate: Sequence[float] | None) -> str:
-    if estimate is None:
-        return ""
+def _points(estimate: Sequence[float]) -> str:
     value, low, high = (100 * each for each in estimate)
     return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
 

@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from eft_serve.evaluation.lab import Lab
-from eft_serve.evaluation.statistics import difference, normalised, share
-from eft_serve.numerics.truncate import truncate_weights
-from eft_serve.zoo.evaluate import SHORT_TOKENS
-from eft_serve.zoo.generate import Family, Recipe, alone
+from eft_serve.evaluation.statistics import normalised
+from eft_serve.evaluation.systems import System, alone
 
 GRID_MEASURES = ("correct", "helpful form", "long helpful form")
 FORM_MEASURES = ("correct", "helpful form")
@@ -21,7 +17,7 @@ FRONTIER_MEASURES = ("harmful declined", "helpful form", "correct", "declined")
 LAMBDAS = tuple(step / 10 for step in range(11))
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 WEIGHTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-NUCLEI = (0.99, 0.95, 0.9, 0.8)
+NUCLEI = (1.0, 0.99, 0.95, 0.9, 0.8)
 TRUNCATED_SCALES = (1.0, 1.5)
 
 
@@ -32,24 +28,24 @@ def grid(lab: Lab) -> dict[str, Any]:
     systems = {
         "base-small": alone(lab.systems.small),
         "base-large": alone(lab.systems.large),
-        **{f"pre-training {base}, fine-tuning {tuned}": recipe for (base, tuned), recipe in cells.items()},
+        **{f"pre-training {base}, fine-tuning {tuned}": system for (base, tuned), system in cells.items()},
     }
     for questions in ("short", "long"):
         lab.ask(systems.values(), questions)
     mixed = {"up-scaled": cells["large", "small"], "down-scaled": cells["small", "large"]}
     return {
-        "shares": {name: lab.shares(recipe, GRID_MEASURES) for name, recipe in systems.items()},
+        "shares": {name: lab.shares(system, GRID_MEASURES) for name, system in systems.items()},
         "gap": {measure: lab.gain(both_large, both_small, measure) for measure in GRID_MEASURES},
         "gain": {
-            name: {measure: lab.gain(recipe, both_small, measure) for measure in GRID_MEASURES}
-            for name, recipe in mixed.items()
+            name: {measure: lab.gain(system, both_small, measure) for measure in GRID_MEASURES}
+            for name, system in mixed.items()
         },
         "normalised": {
             name: {
-                measure: normalised(*(lab.flags(each, measure) for each in (recipe, both_small, both_large)))
+                measure: normalised(*(lab.flags(each, measure) for each in (system, both_small, both_large)))
                 for measure in GRID_MEASURES
             }
-            for name, recipe in mixed.items()
+            for name, system in mixed.items()
         },
     }
 
@@ -61,11 +57,11 @@ def frontier(lab: Lab) -> dict[str, Any]:
         for name, base in (("small", lab.systems.small), ("up-scaled", lab.systems.large))
     }
     for questions in ("short", "harmful"):
-        lab.ask([recipe for curve in curves.values() for recipe in curve.values()], questions)
+        lab.ask([system for curve in curves.values() for system in curve.values()], questions)
     small, large = curves["small"], curves["up-scaled"]
     return {
         "curves": {
-            name: {f"{helpful:g}": lab.shares(recipe, FRONTIER_MEASURES) for helpful, recipe in curve.items()}
+            name: {f"{helpful:g}": lab.shares(system, FRONTIER_MEASURES) for helpful, system in curve.items()}
             for name, curve in curves.items()
         },
         "gain": {
@@ -80,19 +76,19 @@ def frontier(lab: Lab) -> dict[str, Any]:
 def knobs(lab: Lab) -> dict[str, Any]:
     """Scale and weight, and the control without a reference; each beside EFT with both at 1."""
     eft = lab.systems.up_scaled()
-    series: dict[str, dict[str, Recipe]] = {
+    series: dict[str, dict[str, System]] = {
         "scale": {f"{scale:g}": lab.systems.up_scaled(scale=scale) for scale in SCALES},
         "weight": {f"{weight:g}": lab.systems.up_scaled(weight=weight) for weight in WEIGHTS},
         "control": {f"{weight:g}": lab.systems.without_reference(weight) for weight in (0.5, 1.0)},
     }
-    lab.ask([recipe for each in series.values() for recipe in each.values()], "short")
+    lab.ask([system for each in series.values() for system in each.values()], "short")
     return {
         name: {
             knob: {
-                "shares": lab.shares(recipe, FORM_MEASURES),
-                "gain": {measure: lab.gain(recipe, eft, measure) for measure in FORM_MEASURES},
+                "shares": lab.shares(system, FORM_MEASURES),
+                "gain": {measure: lab.gain(system, eft, measure) for measure in FORM_MEASURES},
             }
-            for knob, recipe in each.items()
+            for knob, system in each.items()
         }
         for name, each in series.items()
     }
@@ -100,31 +96,20 @@ def knobs(lab: Lab) -> dict[str, Any]:
 
 def truncation(lab: Lab) -> dict[str, Any]:
     """The paper's conservative decoding: the up-scaling ratio counts only in the tuned model's nucleus."""
-    messages = [question.text for question in lab.questions["short"]]
-    result: dict[str, Any] = {}
-    for scale in TRUNCATED_SCALES:
-        plain = lab.systems.up_scaled(scale)
-        rows = {"none": {"shares": lab.shares(plain, FORM_MEASURES)}}
-        for top_p in NUCLEI:
-            texts = _Truncating(lab, scale, top_p).greedy(plain, messages, SHORT_TOKENS, rows=64)
-            flags = {measure: lab.grade(measure, texts) for measure in FORM_MEASURES}
-            rows[f"{top_p:g}"] = {
-                "shares": {measure: share(column) for measure, column in flags.items()},
-                "gain": {m: difference(column, lab.flags(plain, m)) for m, column in flags.items()},
+    eft = lab.systems.up_scaled()
+    series = {
+        scale: {top_p: lab.systems.up_scaled(scale, truncate_top_p=top_p) for top_p in NUCLEI}
+        for scale in TRUNCATED_SCALES
+    }
+    lab.ask([system for each in series.values() for system in each.values()], "short")
+    return {
+        f"{scale:g}": {
+            "none" if top_p == 1 else f"{top_p:g}": {
+                "shares": lab.shares(system, FORM_MEASURES),
+                "gain": {measure: lab.gain(system, each[1.0], measure) for measure in FORM_MEASURES},
+                "correct_over_eft": lab.gain(system, eft, "correct"),
             }
-        result[f"{scale:g}"] = rows
-    return result
-
-
-class _Truncating(Family):
-    """The zoo's naive decoding, which lets the combination be replaced: the decode loop has none but the plain one."""
-
-    def __init__(self, lab: Lab, scale: float, top_p: float) -> None:
-        super().__init__(lab.checkpoints)
-        self._systems, self._scale, self._top_p = lab.systems, scale, top_p
-
-    def next_logprobs(self, recipe: Recipe, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        roles = (self._systems.tuned_small, self._systems.large, self._systems.small)
-        tuned, base, reference = [super(_Truncating, self).next_logprobs(alone(role), ids, mask) for role in roles]
-        scale, top_p = torch.full((len(ids),), self._scale), torch.full((len(ids),), self._top_p)
-        return truncate_weights(tuned, base, reference, scale, top_p)
+            for top_p, system in each.items()
+        }
+        for scale, each in series.items()
+    }

@@ -17,21 +17,20 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.engine.engine import Engine
-from eft_serve.ensemble import Term
 from eft_serve.errors import EftServeError
+from eft_serve.evaluation.systems import System
 from eft_serve.types import Delta, Endpoint, GenerationRequest, SamplingParams, StepBatch, StepResult
-from eft_serve.zoo.generate import Recipe
 
 ROWS = 128  # requests decoded together
 KV_CACHE_TOKENS = ROWS * 512
-TIMEOUT_S = 1800.0
+TIMEOUT_S = 3600.0  # also of a request that waits: a busy machine may stop this process for minutes
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One message to one system."""
 
-    recipe: Recipe
+    system: System
     message: str
     max_tokens: int
     temperature: float = 0.0
@@ -85,7 +84,9 @@ class Product:
         }
         self._answers: dict[str, Answer] = {}
         self._num_open = 0
-        config = CoordinatorConfig(max_num_seqs=ROWS, max_num_batched_tokens=4096, max_prefill_slowdown=1e3)
+        config = CoordinatorConfig(
+            max_num_seqs=ROWS, max_num_batched_tokens=4096, max_prefill_slowdown=1e3, recovery_timeout_s=TIMEOUT_S
+        )
         metrics = CoordinatorMetrics()
         self._loop = DecodeLoop(config, InProcess(self._engines), self.vocabularies, self._collect, metrics)
         self._loop.set_replicas({model: _endpoint(engine) for model, engine in self._engines.items()})
@@ -122,15 +123,14 @@ class Product:
     def _requests(self, jobs: Iterable[Job]) -> Iterator[Request]:
         for index, job in enumerate(jobs):
             self._answers[str(index)] = Answer()
-            terms = [Term(term.model, term.model, term.coefficient) for term in job.recipe.terms]
             generation = GenerationRequest(
                 request_id=str(index),
-                recipe=job.recipe.name,
-                prompts={term.name: self.prompt(term.model, job.message) for term in terms},
+                recipe="evaluation",
+                prompts={term.name: self.prompt(term.model, job.message) for term in job.system.terms},
                 sampling=SamplingParams(temperature=job.temperature, seed=job.seed, max_tokens=job.max_tokens),
                 timeout_s=TIMEOUT_S,
             )
-            yield Request.create(generation, terms, time.monotonic())
+            yield Request.create(generation, job.system.terms, time.monotonic(), job.system.truncate_top_p)
 
     def _collect(self, deltas: Sequence[tuple[str, Delta]]) -> None:
         for request_id, delta in deltas:

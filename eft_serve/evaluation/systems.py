@@ -1,11 +1,39 @@
-"""Which combinations of a family's models are asked. Knows names and knobs; nothing is computed here."""
+"""Which combinations of a family's models are asked. Knows names and knobs; the formula is the product's own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from eft_serve.config_recipes import RecipeConfig, RoleConfig, TunedConfig
+from eft_serve.ensemble import Term, recipe_terms
 from eft_serve.zoo import FAMILIES
-from eft_serve.zoo.generate import Recipe, Term, alone, emulated
+
+
+@dataclass(frozen=True)
+class System:
+    """What a request runs."""
+
+    terms: tuple[Term, ...]
+    truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to
+
+
+def alone(model: str) -> System:
+    """One model as it is."""
+    return System((Term(model, model, 1.0),))
+
+
+def emulated(
+    base: str, tuned: dict[str, float], reference: str, scale: float = 1.0, truncate_top_p: float = 1.0
+) -> System:
+    """As a recipe with these roles, the weight of each fine-tuning, and these knobs."""
+    recipe = RecipeConfig(
+        base=RoleConfig(model=base),
+        reference=RoleConfig(model=reference),
+        tuned=tuple(TunedConfig(model=model, weight=weight) for model, weight in tuned.items()),
+        scale=scale,
+        truncate_top_p=truncate_top_p,
+    )
+    return System(recipe_terms(recipe), truncate_top_p)
 
 
 @dataclass(frozen=True)
@@ -23,24 +51,23 @@ class Systems:
         return cls(*FAMILIES[family])
 
     @property
-    def grid(self) -> dict[tuple[str, str], Recipe]:
+    def grid(self) -> dict[tuple[str, str], System]:
         """By the scale of pre-training and the scale of fine-tuning."""
         return {
             ("small", "small"): alone(self.tuned_small),
             ("large", "small"): self.up_scaled(),
-            ("small", "large"): emulated("down-scaled", self.small, {self.tuned_large: 1.0}, self.large),
+            ("small", "large"): emulated(self.small, {self.tuned_large: 1.0}, self.large),
             ("large", "large"): alone(self.tuned_large),
         }
 
-    def up_scaled(self, scale: float = 1.0, weight: float = 1.0) -> Recipe:
+    def up_scaled(self, scale: float = 1.0, weight: float = 1.0, truncate_top_p: float = 1.0) -> System:
         """EFT; its knobs at 1 are the paper's up-scaling."""
-        return emulated("EFT", self.large, {self.tuned_small: weight}, self.small, scale)
+        return emulated(self.large, {self.tuned_small: weight}, self.small, scale, truncate_top_p)
 
-    def without_reference(self, weight: float = 1.0) -> Recipe:
-        """The control: the product of the large base and the small tuned model, nothing divided out."""
-        return Recipe("control", (Term(self.large, 1.0), Term(self.tuned_small, weight)))
+    def without_reference(self, weight: float = 1.0) -> System:
+        """The control, which is no recipe: large base times small tuned model, nothing divided out."""
+        return System((Term(self.large, self.large, 1.0), Term(self.tuned_small, self.tuned_small, weight)))
 
-    def interpolated(self, helpful: float, base: str) -> Recipe:
+    def interpolated(self, helpful: float, base: str) -> System:
         """The weight `helpful` on the helpful fine-tuning and the rest of 1 on the harmless one."""
-        weights = {self.tuned_small: round(helpful, 4), self.harmless: round(1.0 - helpful, 4)}
-        return emulated("interpolated", base, weights, self.small)
+        return emulated(base, {self.tuned_small: helpful, self.harmless: 1.0 - helpful}, self.small)

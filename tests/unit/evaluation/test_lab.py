@@ -9,8 +9,8 @@ import torch
 
 from eft_serve.evaluation.forced import Reader
 from eft_serve.evaluation.lab import Lab
-from eft_serve.evaluation.parts import _Truncating
-from eft_serve.zoo.generate import Recipe, alone
+from eft_serve.evaluation.systems import alone
+from eft_serve.zoo import generate
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +21,16 @@ def lab() -> Iterator[Lab]:
 
 
 def test_several_systems_side_by_side_answer_as_each_does_in_the_naive_loop(lab: Lab) -> None:
-    systems: list[Recipe] = [
+    systems = [
         lab.systems.up_scaled(),
         alone(lab.systems.tuned_small),
         lab.systems.interpolated(0.4, "base-large"),
     ]
     lab.ask(systems, "short")
     messages = [question.text for question in lab.questions["short"]]
-    for recipe in systems:
-        answers = [answer.text.strip() for answer in lab.answers(recipe, "short")]
+    for system in systems:
+        recipe = generate.Recipe("", tuple(generate.Term(term.model, term.coefficient) for term in system.terms))
+        answers = [answer.text.strip() for answer in lab.answers(system, "short")]
         assert answers == lab.models.greedy(recipe, messages, max_new_tokens=40)
 
 
@@ -40,12 +41,12 @@ def test_a_question_is_asked_once(lab: Lab) -> None:
 
 
 def test_sampled_answers_are_seeded_by_their_question(lab: Lab) -> None:
-    recipe = lab.systems.up_scaled(scale=2.0)
-    sampled = lab.answers(recipe, "short", 1.0)
-    assert sampled != lab.answers(recipe, "short")
+    system = lab.systems.up_scaled(scale=2.0)
+    sampled = lab.answers(system, "short", 1.0)
+    assert sampled != lab.answers(system, "short")
     again = Lab("llama", limit=6)
     try:
-        assert again.answers(recipe, "short", 1.0) == sampled
+        assert again.answers(system, "short", 1.0) == sampled
     finally:
         again.close()
 
@@ -56,10 +57,3 @@ def test_reading_a_greedy_answer_finds_its_tokens_most_likely(lab: Lab) -> None:
         logprobs = Reader(lab).logprobs(eft, question.text, answer.token_ids, {})
         assert logprobs.argmax(-1).tolist() == list(answer.token_ids)
         torch.testing.assert_close(logprobs.logsumexp(-1), torch.zeros(len(logprobs)), atol=1e-5, rtol=0)
-
-
-def test_a_whole_nucleus_truncates_nothing_and_at_scale_0_there_is_nothing_to_truncate(lab: Lab) -> None:
-    messages = [question.text for question in lab.questions["short"]]
-    plain, tuned = lab.systems.up_scaled(1.5), alone(lab.systems.tuned_small)
-    assert _Truncating(lab, 1.5, 1.0).greedy(plain, messages, 40) == lab.models.greedy(plain, messages, 40)
-    assert _Truncating(lab, 0.0, 0.9).greedy(plain, messages, 40) == lab.models.greedy(tuned, messages, 40)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from eft_serve.evaluation.systems import Systems
-from eft_serve.zoo.generate import Recipe
+from eft_serve.evaluation.systems import System, Systems
 
 SYSTEMS = Systems.of("llama")
 
 
-def coefficients(recipe: Recipe) -> dict[str, float]:
-    return {term.model: round(term.coefficient, 9) for term in recipe.terms}
+def coefficients(system: System) -> dict[str, float]:
+    return {term.model: round(term.coefficient, 9) for term in system.terms}
 
 
 def test_the_grid_takes_knowledge_from_one_scale_and_behaviour_from_the_other() -> None:
-    assert {cell: coefficients(recipe) for cell, recipe in SYSTEMS.grid.items()} == {
+    assert {cell: coefficients(system) for cell, system in SYSTEMS.grid.items()} == {
         ("small", "small"): {"tuned-small": 1.0},
         ("large", "small"): {"base-large": 1.0, "tuned-small": 1.0, "base-small": -1.0},
         ("small", "large"): {"base-small": 1.0, "tuned-large": 1.0, "base-large": -1.0},
@@ -40,6 +39,16 @@ def test_the_other_family_has_the_same_grid() -> None:
 )
 def test_interpolation_shares_one_reference(helpful: float, base: str, expected: dict[str, float]) -> None:
     assert coefficients(SYSTEMS.interpolated(helpful, base)) == expected
+
+
+def test_truncation_confines_the_up_scaling_only() -> None:
+    truncated = SYSTEMS.up_scaled(1.5, truncate_top_p=0.9)
+    assert truncated.truncate_top_p == 0.9
+    assert {term.model: (term.standing, term.ratio) for term in truncated.terms} == {
+        "base-large": (0.0, 1.5),
+        "base-small": (0.0, -1.5),
+        "tuned-small": (1.0, 0.0),
+    }
 
 
 def test_the_control_has_no_reference() -> None:
