@@ -58,5 +58,7 @@ def test_a_thousand_cancelled_requests_leave_no_block_taken(served: Served) -> N
     while any(left := {name: served.total(name) for name in HELD}.values()) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not any(left), dict(zip(HELD, left, strict=True))
-    assert served.total("eft_requests_finished_total", reason="abort") > aborted + NUM_REQUESTS / 4
+    assert (
+        served.total("eft_requests_finished_total", reason="abort") > aborted + NUM_REQUESTS / 10
+    )  # those that had begun
     assert served.total("eft_generated_tokens_total") > drawn, "nobody stayed for a token"
