@@ -17,7 +17,7 @@ from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.speculation import NGRAM, look_up
 
 DEPTHS = (0, 2, 3, 4, 6, 8, 12, 16)  # guesses at a time
-LEAST_GAIN = 1.02  # times plain decoding; less is not worth what it is not known well enough
+LEAST_GAIN = 1.1  # times plain decoding; less is not worth what it is not known well enough
 FIRST_ACCEPTANCE = 0.7  # believed of requests of which nothing is known
 TRIAL_STEPS = (
     4  # a depth is tried for so many steps, the first of which is not counted: it ends what the last one began
