@@ -64,8 +64,9 @@ def _run(figures: Mapping[str, Any]) -> str:
     machine = figures["machine"]
     cost = " and ".join(f"{minutes:g}" for minutes in figures["core_minutes"].values())
     return (
-        f"{figures['date']} in {figures['minutes']:g} minutes, of which the families computed {cost}, "
-        f"on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
+        f"Run on {figures['date']} in {figures['minutes']:g} minutes by the clock, {cost} minutes of computing in one "
+        f"process for each family, on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, "
+        f"Python {machine['python']}"
     )
 
 

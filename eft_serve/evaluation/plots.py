@@ -45,7 +45,8 @@ def _grid(axes: Axes, found: Mapping[str, Any]) -> None:
         axes.bar(positions, values, 0.18, yerr=errors, capsize=2, label=label)
     axes.set_xticks(range(len(measures)), measures)
     axes.set_ylim(0, 1.05)
-    axes.legend(title="pre-training, fine-tuning", fontsize="small")
+    title = "pre-training, fine-tuning"
+    axes.legend(title=title, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(shares))
 
 
 def _frontier(measure: str) -> Draw:
@@ -54,7 +55,7 @@ def _frontier(measure: str) -> Draw:
             xs = [row[measure][0] for row in curve.values()]
             ys = [row["harmful declined"][0] for row in curve.values()]
             axes.plot(xs, ys, marker="o", label=name)
-            for helpful in ("0", "0.3", "0.4", "1"):
+            for helpful in ("0", "0.2", "1"):
                 place = list(curve).index(helpful)
                 axes.annotate(f"λ {helpful}", (xs[place], ys[place]), textcoords="offset points", xytext=(5, 4))
         axes.set_xlabel(measure)
