@@ -48,6 +48,13 @@ BENCHMARKS = (
         "large base. The exponent is fitted to the upper half of each series: at most 1 means at most linear.",
     ),
     Benchmark(
+        "speculate",
+        "Guessing ahead, one engine process for each model: the embedded family's long answers one at a time by block "
+        "length, models that sleep the paper's latencies beside the paper's own figures, and adaptive guessing against "
+        "plain decoding by batch size. Speed-ups are medians of ratios to plain decoding, taken in turn.",
+        "--prompts 4",
+    ),
+    Benchmark(
         "serve",
         "The embedded family's emulated model over HTTP with Poisson arrivals that keep it full, beside what one would "
         "write without it: three transformers models in one process with as many threads as are quickest, static "

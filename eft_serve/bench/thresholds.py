@@ -44,6 +44,11 @@ THRESHOLDS = (
     Threshold("context", ("growth", "context, batch 1"), 1.1),
     Threshold("context", ("growth", "context, batch 8"), 1.1),
     Threshold("context", ("growth", "batch, context 128"), 1.1),
+    Threshold("speculate", ("zoo", "greedy", "speedup"), 1.8, at_most=False),
+    Threshold("speculate", ("zoo", "t1", "speedup"), 1.4, at_most=False),
+    Threshold("speculate", ("simulated", "tokens_per_s"), 16.5, at_most=False),
+    Threshold("speculate", ("simulated", "tokens_per_s_overlap"), 18.0, at_most=False),
+    Threshold("speculate", ("batched", "min_ratio"), 0.97, at_most=False),
     Threshold("serve", ("ratio",), 2.0, at_most=False),
     Threshold("serve", ("ours", "num_requests_mean"), 12.0, at_most=False),  # fewer: it was not kept full
     Threshold("serve", ("ours", "failures"), 0.0),
