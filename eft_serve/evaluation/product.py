@@ -89,7 +89,7 @@ class Product:
         )
         metrics = CoordinatorMetrics()
         self._loop = DecodeLoop(config, InProcess(self._engines), self.vocabularies, self._collect, metrics)
-        self._loop.set_replicas({model: _endpoint(engine) for model, engine in self._engines.items()})
+        self._loop.set_replicas({model: endpoint_of(engine) for model, engine in self._engines.items()})
         self._loop.receive()
 
     def prompt(self, model: str, message: str) -> list[int]:
@@ -142,5 +142,6 @@ class Product:
             self._num_open -= delta.finish_reason is not None
 
 
-def _endpoint(engine: Engine) -> Endpoint:
+def endpoint_of(engine: Engine) -> Endpoint:
+    """Of an engine that nobody has to connect to."""
     return Endpoint(replica_id=engine.info.model, address="", public_key=b"", info=engine.info)

@@ -7,33 +7,21 @@ that decode, and so little KV room that requests are preempted in between.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from eft_serve.bench.speculate import EFT
 from eft_serve.config import ZOO_CHECKPOINTS, CoordinatorConfig, ModelConfig
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.engine.engine import Engine
-from eft_serve.ensemble import Term
-from eft_serve.types import (
-    Delta,
-    Endpoint,
-    GenerationRequest,
-    SamplingParams,
-    Speculative,
-    StepBatch,
-    StepResult,
-)
+from eft_serve.evaluation.product import InProcess, endpoint_of
+from eft_serve.types import Delta, GenerationRequest, SamplingParams, Speculative
 from eft_serve.zoo.questions import held_out_questions, long_prompts
 
-EFT = (
-    Term("base-large", "base-large", 1.0),
-    Term("base-small", "base-small", -1.0),
-    Term("tuned-small", "tuned-small", 1.0, weight=1.0),
-)
 KV_TOKENS = 640  # for at most 32 requests of 30 to 110 tokens
 CONFIG = CoordinatorConfig(max_num_seqs=32, max_num_batched_tokens=96)
 SIDES = {
@@ -43,29 +31,6 @@ SIDES = {
     "text, 4 at a time": Speculative(draft="ngram", num_tokens=4),
     "another model": Speculative(draft="base-small", num_tokens=3),
 }
-
-
-class InThisProcess:
-    """The engines, one after the other."""
-
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        self.engines = engines
-
-    def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
-        return {name: self._answer(self.engines[name], batch) for name, batch in batches.items()}
-
-    @staticmethod
-    def _answer(engine: Engine, batch: StepBatch) -> StepResult:
-        engine.free(batch.freed)
-        started = time.perf_counter()
-        outputs = engine.forward(batch.steps)
-        return StepResult(outputs=outputs, forward_seconds=time.perf_counter() - started)
 
 
 class Stage:
@@ -86,13 +51,8 @@ class Stage:
                 assert delta.failure is None
                 deltas.setdefault(request_id, []).extend(delta.token_ids)
 
-        loop = DecodeLoop(CONFIG, InThisProcess(self.engines), self.vocabularies, take, CoordinatorMetrics())
-        loop.set_replicas(
-            {
-                name: Endpoint(replica_id=name, address="tcp://127.0.0.1:1", public_key=b"k" * 40, info=engine.info)
-                for name, engine in self.engines.items()
-            }
-        )
+        loop = DecodeLoop(CONFIG, InProcess(self.engines), self.vocabularies, take, CoordinatorMetrics())
+        loop.set_replicas({name: endpoint_of(engine) for name, engine in self.engines.items()})
         requests = [self._request(i, prompt, temperature, speculative) for i, prompt in enumerate(prompts)]
         for request in requests:
             loop.submit(request)
