@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from eft_serve.api.errors import BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedParameterError
-from eft_serve.api.schemas import Message, Strict
+from eft_serve.api.knobs import Strict
+from eft_serve.api.schemas import Message
 from eft_serve.errors import DeadlineError, InvalidRequestError
 
 MAX_BODY_BYTES = 4 * 2**20

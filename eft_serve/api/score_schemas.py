@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from eft_serve.api.schemas import MAX_ALTERNATIVES, Message, RecipeKnobs, Strict, TextOrIds
+from eft_serve.api.knobs import MAX_ALTERNATIVES, RecipeKnobs, Strict
+from eft_serve.api.schemas import Message, TextOrIds
 
 MAX_ITEMS = 64  # in one request
 

@@ -1,0 +1,71 @@
+"""What a request may say beyond OpenAI's API: the object `eft`, taken word for word like every other."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from eft_serve.config_recipes import MAX_GUESSES
+from eft_serve.types import Knobs
+
+MAX_ALTERNATIVES = 20
+
+Finite = Field(allow_inf_nan=False)
+
+
+class Strict(BaseModel):
+    """A JSON object that is taken word for word."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Parameters that are not served yet, each with the values besides null that change nothing."""
+
+
+class SpeculativeKnobs(Strict):
+    """How tokens are guessed ahead; what is not given is the recipe's own. Changes how soon tokens come, not which."""
+
+    draft: str | None = Field(default=None, max_length=256)
+    """`auto`, `ngram`, `none`, or a model of the recipe."""
+    num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
+    """Guesses at a time; null for as many as pay."""
+    method: Literal["keyed", "classic"] | None = None
+    overlap: bool | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Those that were given; a null `num_tokens` says something and the other nulls do not."""
+        given = self.model_dump(exclude_unset=True)
+        return {name: value for name, value in given.items() if value is not None or name == "num_tokens"}
+
+
+class RecipeKnobs(Strict):
+    """The knobs of emulated fine-tuning, within the recipe's bounds; what is not given is the recipe's own."""
+
+    scale: Annotated[float, Finite] | None = None
+    """beta: how much of the pre-training scale-up."""
+    weights: dict[str, Annotated[float, Finite]] | None = None
+    """alpha by fine-tuning: how much of each."""
+    truncate_top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    """The scale-up counts only in this nucleus of what there is at scale 0; 1 counts it everywhere."""
+
+    @property
+    def knobs(self) -> Knobs:
+        """As the coordinator takes them."""
+        return Knobs(scale=self.scale, weights=self.weights, truncate_top_p=self.truncate_top_p)
+
+
+class EftKnobs(RecipeKnobs):
+    """Those, and what a generation tells of itself."""
+
+    speculative: SpeculativeKnobs = SpeculativeKnobs()
+    report: bool = False
+    """`usage` also tells what became of the guesses."""
+    components: int | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
+    """Every choice also tells what each model says of its tokens; with a number, of so many alternatives too."""
+
+    @field_validator("components", mode="before", json_schema_input_type=bool | int | None)
+    @classmethod
+    def _true_wants_no_alternatives(cls, value: object) -> object:
+        return (0 if value else None) if isinstance(value, bool) else value
