@@ -165,11 +165,10 @@ class DecodeLoop:
             self.metrics.generated_tokens.inc(len(delta.token_ids))
             if taken.components is not None:
                 delta = msgspec.structs.replace(delta, components=taken.components[: len(delta.token_ids)])
-            if delta.finish_reason is not None:
+            if (reason := delta.finish_reason) is not None:
                 delta = msgspec.structs.replace(delta, report=request.speculation.report)
+                self._end(request_id, reason)
             self._deltas.append((request_id, delta))
-            if delta.finish_reason is not None:
-                self._end(request_id, delta.finish_reason)
 
     def _count(self, request: Request, tokens: list[int]) -> None:
         if request.is_given:

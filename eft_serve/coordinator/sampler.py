@@ -42,25 +42,33 @@ def draw(requests: Sequence[Request], timed: Timed) -> list[Drawn | EftServeErro
         requests: those that are ready: their sequences' rows follow the output and each guess that all have computed.
         timed: gives a context manager that times the phase of that name.
     """
-    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    groups: dict[_Kind, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
-        groups[_kind(request)].append(index)
+        groups[_Kind.of(request)].append(index)
     drawn: dict[int, Drawn | EftServeError] = {}
     for indices in groups.values():
         drawn |= zip(indices, _draw_group([requests[index] for index in indices], timed), strict=True)
     return [drawn[index] for index in range(len(requests))]
 
 
-def _kind(request: Request) -> tuple[object, ...]:
+@dataclass(frozen=True, slots=True)
+class _Kind:
     """Blocks of one kind go through one pass."""
-    classic = request.speculation.settings.method == "classic" and bool(request.guesses)
-    return len(request.terms), request.num_ids, request.is_given, classic and _drafting_term(request)
 
+    num_terms: int
+    num_ids: int
+    is_given: bool
+    is_classic: bool
+    drafting_term: int | None  # index of the term that the guesses were drawn from; None: they were not drawn
 
-def _drafting_term(request: Request) -> int:
-    """Index of the term that guesses; −1 where the text does."""
-    names = [term.name for term in request.terms]
-    return -1 if request.speculation.drafter in (None, NGRAM) else names.index(str(request.speculation.drafter))
+    @classmethod
+    def of(cls, request: Request) -> _Kind:
+        is_classic = request.speculation.settings.method == "classic" and bool(request.guesses)
+        drafter = request.speculation.drafter
+        drafting_term = None
+        if is_classic and drafter not in (None, NGRAM):
+            drafting_term = next(i for i, term in enumerate(request.terms) if term.name == drafter)
+        return cls(len(request.terms), request.num_ids, request.is_given, is_classic, drafting_term)
 
 
 def num_rows(request: Request) -> int:
@@ -113,12 +121,12 @@ def _take(
     requests: Sequence[Request], terms: Sequence[Tensor], combined: Tensor, lengths: Sequence[int]
 ) -> list[list[int]]:
     """The tokens of requests of one kind, of which each has so many rows."""
-    if requests[0].is_given:
+    kind = _Kind.of(requests[0])
+    if kind.is_given:
         return [request.next_given(length) for request, length in zip(requests, lengths, strict=True)]
     guesses = [tested(request) for request in requests]
-    classic = _kind(requests[0])[-1]
-    if classic is not False:
-        guess_logits = terms[int(classic)] if int(classic) >= 0 else None  # type: ignore[call-overload]
+    if kind.is_classic:
+        guess_logits = None if kind.drafting_term is None else terms[kind.drafting_term]
         return take_classic(combined, guess_logits, _sampling_rows(requests, lengths), guesses, lengths)
     is_random = any(request.generation.sampling.temperature for request in requests)
     own = (sample(combined, _sampling_rows(requests, lengths)) if is_random else greedy(combined)).tolist()

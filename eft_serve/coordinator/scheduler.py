@@ -138,11 +138,12 @@ class Scheduler:
             self.replicas.place(request, within_budget=False)
 
     def _ask_for_guesses(self) -> None:
-        decoding = [request for request in self.running if not request.is_prefilling]
+        decoding = []
         for request in self.running:
             if request.is_prefilling:
-                request.drop_guesses()
-                request.speculation.num_asked = 0
+                _ask_for_none(request)
+            else:
+                decoding.append(request)
         self.speculator.plan(decoding)
 
     def _make_room(self) -> None:
@@ -152,8 +153,7 @@ class Scheduler:
             if replica.blocks > replica.capacity_blocks:
                 for request in self.running:
                     if _is_on(request, replica_id):
-                        request.speculation.num_asked = 0
-                        request.drop_guesses()
+                        _ask_for_none(request)
                 self.replicas.count_blocks(self.running)
             while replica.blocks > replica.capacity_blocks:
                 self._preempt(next(r for r in reversed(self.running) if _is_on(r, replica_id)))
@@ -216,12 +216,11 @@ class Scheduler:
 
 def _draft_forwards(plan: Plan, results: Mapping[str, StepResult]) -> Iterator[tuple[str, float]]:
     """Seconds of one forward of each model that some request may have draft."""
-    drafting = {(r.speculation.drafter, sequence.model) for r in plan.final for sequence in r.sequences}
     for replica_id, entries in plan.entries.items():
-        sequence = entries[0].sequence
-        if (sequence.term.name, sequence.model) in drafting and (result := results[replica_id]).failure is None:
+        result = results[replica_id]
+        if result.failure is None and any(e.sequence.term.name == e.request.speculation.drafter for e in entries):
             deepest = max(max(1, len(output.drafted)) for output in result.outputs)
-            yield sequence.model, result.forward_seconds / deepest
+            yield entries[0].sequence.model, result.forward_seconds / deepest
 
 
 def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> Counter[str]:
@@ -274,6 +273,12 @@ def _step(
         draft=draft,
         adapter=sequence.term.adapter,
     )
+
+
+def _ask_for_none(request: Request) -> None:
+    """Neither guesses that there are nor guesses to come."""
+    request.speculation.num_asked = 0
+    request.drop_guesses()
 
 
 def _is_on(request: Request, replica_id: str) -> bool:

@@ -19,9 +19,7 @@ from eft_serve.coordinator.speculation import NGRAM, look_up
 DEPTHS = (0, 2, 3, 4, 6, 8, 12, 16)  # guesses at a time
 LEAST_GAIN = 1.1  # times plain decoding; less is not worth what it is not known well enough
 FIRST_ACCEPTANCE = 0.7  # believed of requests of which nothing is known
-TRIAL_STEPS = (
-    4  # a depth is tried for so many steps, the first of which is not counted: it ends what the last one began
-)
+TRIAL_STEPS = 4  # of one trial; the first is not counted, since it ends what the depth before began
 FIRST_TRIAL, LAST_TRIAL = 16, 256  # steps between two trials
 GIVEN_ROWS = 32  # given tokens that a step scores of one request
 LISTEN_EVERY = 8  # steps; without guesses, one of so many asks for one that costs no forward, to know what would stand
@@ -72,9 +70,7 @@ class _Times:
             return self.known[depth]
         below = max(known for known in self.known if known < depth)
         slope = max(0.0, self.known[below] - self.known[0]) / below if below else 0.0
-        alone = max(
-            self.known[0], depth * self.forward
-        )  # had every model a device of its own, and were rows for nothing
+        alone = max(self.known[0], depth * self.forward)  # had each model its own device, and were rows for nothing
         return max(alone, self.known[below] + slope * (depth - below))
 
 
@@ -204,4 +200,4 @@ class Speculator:
 
 
 def _bucket(batch: int) -> int:
-    return batch.bit_length() if batch & (batch - 1) else batch.bit_length() - 1
+    return (batch - 1).bit_length()
