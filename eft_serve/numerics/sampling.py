@@ -16,7 +16,13 @@ from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_key
 from eft_serve.numerics.logprobs import require_possible
 
 _CPU_BLOCK = 1 << 18  # elements whose intermediate values stay in the cache
-_MOST = torch.finfo(torch.float32).max
+_RANGES: dict[str, tuple[float, float | None]] = {
+    "temperature": (0, torch.finfo(torch.float32).max),
+    "top_k": (0, None),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "position": (0, None),
+}
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 _SPARSE = 8  # survivors are few when they are fewer than one in so many
 _SLACK = 1e-4  # more than float32 gets wrong of an exponent that matters
@@ -41,27 +47,15 @@ class SamplingRows:
     position: Tensor  # int64, of the token within the output
 
     def __post_init__(self) -> None:
-        """One look at all of it first; what is wrong is found out only when something is."""
-        shapes = {getattr(self, name).shape for name in self.__slots__}
-        if len(shapes) == 1 and self.temperature.dim() == 1:
-            shares = torch.stack([self.top_p, self.min_p])
-            counts = torch.stack([self.top_k, self.position])
-            good = (self.temperature.clamp(0, _MOST) == self.temperature) & (shares.clamp(0, 1) == shares).all(0)
-            if (good & (counts >= 0).all(0)).all():
-                return
-        in_range = {
-            "temperature": self.temperature.isfinite() & (self.temperature >= 0),
-            "top_k": self.top_k >= 0,
-            "top_p": (self.top_p >= 0) & (self.top_p <= 1),
-            "min_p": (self.min_p >= 0) & (self.min_p <= 1),
-            "seed": torch.ones_like(self.seed, dtype=torch.bool),
-            "position": self.position >= 0,
-        }
-        for name, good in in_range.items():
-            if good.shape != self.temperature.shape or good.dim() != 1:
-                raise ValueError(f"{name}: shape {tuple(good.shape)}; every parameter is one number a row")
-            if not good.all():
-                raise ValueError(f"{name}: out of range in rows {(~good).nonzero().flatten().tolist()}")
+        for name in self.__slots__:
+            shape = getattr(self, name).shape
+            if shape != self.temperature.shape or len(shape) != 1:
+                raise ValueError(f"{name}: shape {tuple(shape)}; every parameter is one number a row")
+        # One look at all of it; which is wrong is found out only when one is.
+        within = torch.stack([_is_within(getattr(self, name), *bounds) for name, bounds in _RANGES.items()])
+        if not within.all():
+            name, good = next((n, rows) for n, rows in zip(_RANGES, within, strict=True) if not rows.all())
+            raise ValueError(f"{name}: out of range in rows {(~good).nonzero().flatten().tolist()}")
 
     def __len__(self) -> int:
         return len(self.temperature)
@@ -76,6 +70,11 @@ class SamplingRows:
     def select(self, rows: Tensor) -> SamplingRows:
         """Those of some rows, [num_selected] int64."""
         return SamplingRows(*(getattr(self, name)[rows] for name in self.__slots__))
+
+
+def _is_within(values: Tensor, low: float, high: float | None) -> Tensor:
+    """[num_rows] bool; NaN is nowhere."""
+    return values.clamp(low, high) == values
 
 
 def sample(logits: Tensor, params: SamplingRows) -> Tensor:
