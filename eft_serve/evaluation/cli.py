@@ -20,40 +20,22 @@ def evaluation() -> None:
     """The method's claims, measured on the embedded families: tables, then one line of JSON."""
 
 
-@app.command()
-def grid(family: Families = None, limit: Limit = None) -> None:
-    """Pre-training scale against fine-tuning scale: factual accuracy and helpfulness."""
-    _measure("grid", family, limit)
+def _add(part: str, about: str) -> None:
+    def command(family: Families = None, limit: Limit = None) -> None:
+        _measure(part, family, limit)
+
+    app.command(name=part, help=about)(command)
 
 
-@app.command()
-def frontier(family: Families = None, limit: Limit = None) -> None:
-    """Helpful against harmless, over the weights between two fine-tunings, at both scales."""
-    _measure("frontier", family, limit)
-
-
-@app.command()
-def knobs(family: Families = None, limit: Limit = None) -> None:
-    """Scale, weight, and the control without a reference."""
-    _measure("knobs", family, limit)
-
-
-@app.command()
-def truncation(family: Families = None, limit: Limit = None) -> None:
-    """Up-scaling only inside the tuned model's nucleus."""
-    _measure("truncation", family, limit)
-
-
-@app.command()
-def tokens(family: Families = None, limit: Limit = None) -> None:
-    """How far the small tuned model is from EFT, token by token, and how much it could draft."""
-    _measure("tokens", family, limit)
-
-
-@app.command()
-def perplexity(family: Families = None, limit: Limit = None) -> None:
-    """Of the large tuned model's answers and of true ones, under every system."""
-    _measure("perplexity", family, limit)
+for _part, _about in {
+    "grid": "Pre-training scale against fine-tuning scale: factual accuracy and helpfulness.",
+    "frontier": "Helpful against harmless, over the weights between two fine-tunings, at both scales.",
+    "knobs": "Scale, weight, and the control without a reference.",
+    "truncation": "Up-scaling only inside the tuned model's nucleus.",
+    "tokens": "How far the small tuned model is from EFT, token by token, and how much it could draft.",
+    "perplexity": "Of the large tuned model's answers and of true ones, under every system.",
+}.items():
+    _add(_part, _about)
 
 
 @app.command(name="all")
