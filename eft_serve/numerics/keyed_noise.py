@@ -1,14 +1,30 @@
 """Gumbel noise as a pure function of (seed, position, token id); knows nothing of batches or distributions.
 
-A counter-based generator (SplitMix64's finaliser, Steele et al. 2014) in wrapping int64 arithmetic: no state, so the
-same triple gives the same noise on any device, in any batch, whichever other tokens survive.
+A counter-based generator (SplitMix64's finaliser, Steele et al. 2014) in wrapping 64-bit arithmetic: no state, so the
+same triple gives the same noise in any process and any batch, whichever other tokens survive. It is computed by numpy,
+whose small operations take half the time of torch's and whose large ones two thirds.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+
+Bits = NDArray[np.uint64]
+Integers = NDArray[np.int64]  # any shape but none: numpy warns of scalars that wrap
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_UNIFORM_BITS = 52  # (bits + ½) · 2⁻⁵² is exact in float64 and never 0 or 1
+_UNIFORM_MASK = np.uint64((1 << _UNIFORM_BITS) - 1)
+_ONE = np.uint64(1)
+
+MAX_NOISE = -math.log(-math.log1p(-(2.0**-53)))  # 36.7
+MIN_NOISE = -math.log(53 * math.log(2.0))  # −3.6
 
 
 def to_int64(value: int) -> int:
@@ -16,51 +32,54 @@ def to_int64(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-_GOLDEN = to_int64(0x9E3779B97F4A7C15)
-_MIX_1 = to_int64(0xBF58476D1CE4E5B9)
-_MIX_2 = to_int64(0x94D049BB133111EB)
-_UNIFORM_BITS = 52  # (bits + ½) · 2⁻⁵² is exact in float64 and never 0 or 1
-
-MAX_NOISE = -math.log(-math.log1p(-(2.0**-53)))  # 36.7
-MIN_NOISE = -math.log(53 * math.log(2.0))  # −3.6
+def row_keys(seeds: Integers, positions: Integers) -> Bits:
+    """One 64-bit key for each (seed, position), all [num_rows]."""
+    return _mix(_mix(_bits(seeds) + _GOLDEN) + _bits(positions) * _GOLDEN)
 
 
-def row_keys(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One 64-bit key for each (seed, position); all int64 [num_rows]."""
-    return _mix(_mix(seeds + _GOLDEN) + positions * _GOLDEN)
+def separate(seeds: Integers, purpose: int) -> Integers:
+    """Seeds, [num_rows], whose noise is independent of that of the originals and of every other purpose's."""
+    shift = np.uint64(purpose * int(_MIX_1) % (1 << 64))
+    return _mix(_mix(_bits(seeds) + shift) ^ _MIX_2).view(np.int64)
 
 
-def separate(seeds: Tensor, purpose: int) -> Tensor:
-    """Seeds, int64 [num_rows], whose noise is independent of that of the originals and of every other purpose's."""
-    return _mix(_mix(seeds + to_int64(purpose * _MIX_1)) ^ _MIX_2)
+def uniform(keys: Bits) -> NDArray[np.float64]:
+    """Uniform on (0, 1), the shape of `keys`; not independent of `gumbel` for the same keys."""
+    return _as_fraction(_uniform_bits(keys, np.zeros(1, dtype=np.int64)), np.float64)
 
 
-def uniform(keys: Tensor) -> Tensor:
-    """Uniform on (0, 1), float64, the shape of `keys`; not independent of `gumbel` for the same keys."""
-    return _uniform_bits(keys, keys.new_zeros(())).double().add_(0.5).mul_(2.0**-_UNIFORM_BITS)
+def gumbel(keys: Bits, token_ids: Integers) -> NDArray[np.float64]:
+    """Standard Gumbel noise between MIN_NOISE and MAX_NOISE; arguments are broadcast together."""
+    noise = _as_fraction(_uniform_bits(keys, token_ids), np.float64)
+    for _ in range(2):
+        np.negative(np.log(noise, out=noise), out=noise)
+    return noise
 
 
-def gumbel(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float64, between MIN_NOISE and MAX_NOISE; int64 arguments are broadcast together."""
-    return _uniform_bits(keys, token_ids).double().add_(0.5).mul_(2.0**-_UNIFORM_BITS).log_().neg_().log_().neg_()
+def upper_tail(keys: Bits, token_ids: Integers) -> NDArray[np.float32]:
+    """How likely Gumbel noise is to exceed that of `gumbel`; costs no logarithm."""
+    return _as_fraction(_uniform_bits(keys, token_ids) ^ _UNIFORM_MASK, np.float32)
 
 
-def upper_tail(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """How likely Gumbel noise is to exceed that of `gumbel`, float32; costs no logarithm."""
-    complement = _uniform_bits(keys, token_ids).bitwise_xor_((1 << _UNIFORM_BITS) - 1)
-    return complement.float().add_(0.5).mul_(2.0**-_UNIFORM_BITS)
+def _bits(integers: Integers) -> Bits:
+    return integers.view(np.uint64)
 
 
-def _uniform_bits(keys: Tensor, token_ids: Tensor) -> Tensor:
-    return _shift_right(_mix(keys + (token_ids + 1) * _GOLDEN), 64 - _UNIFORM_BITS)
+def _as_fraction(bits: Bits, dtype: Any) -> NDArray[Any]:
+    fraction = bits.astype(dtype)
+    fraction += dtype(0.5)
+    fraction *= dtype(2.0**-_UNIFORM_BITS)
+    return fraction
 
 
-def _mix(state: Tensor) -> Tensor:
-    state = (state ^ _shift_right(state, 30)).mul_(_MIX_1)
-    state = state.bitwise_xor_(_shift_right(state, 27)).mul_(_MIX_2)
-    return state.bitwise_xor_(_shift_right(state, 31))
+def _uniform_bits(keys: Bits, token_ids: Integers) -> Bits:
+    return _mix(keys + (_bits(token_ids) + _ONE) * _GOLDEN) >> np.uint64(64 - _UNIFORM_BITS)
 
 
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical: int64's own shift copies the sign."""
-    return (value >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+def _mix(state: Bits) -> Bits:
+    state = state ^ (state >> np.uint64(30))
+    state *= _MIX_1
+    state ^= state >> np.uint64(27)
+    state *= _MIX_2
+    state ^= state >> np.uint64(31)
+    return state

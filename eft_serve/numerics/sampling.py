@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eft_serve.numerics.filters import min_p_threshold, nucleus_threshold
@@ -16,12 +18,12 @@ from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_key
 from eft_serve.numerics.logprobs import require_possible
 
 _CPU_BLOCK = 1 << 18  # elements whose intermediate values stay in the cache
-_RANGES: dict[str, tuple[float, float | None]] = {
+_RANGES: dict[str, tuple[float, float]] = {  # NaN is in none
     "temperature": (0, torch.finfo(torch.float32).max),
-    "top_k": (0, None),
+    "top_k": (0, torch.iinfo(torch.int64).max),
     "top_p": (0, 1),
     "min_p": (0, 1),
-    "position": (0, None),
+    "position": (0, torch.iinfo(torch.int64).max),
 }
 _LEAST_TEMPERATURE = torch.finfo(torch.float32).tiny
 _SPARSE = 8  # survivors are few when they are fewer than one in so many
@@ -47,18 +49,23 @@ class SamplingRows:
     position: Tensor  # int64, of the token within the output
 
     def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            values = getattr(self, name).cpu().numpy()
+            within = (values >= low) & (values <= high)
+            if not within.all():
+                raise ValueError(f"{name}: out of range in rows {(~within).nonzero()[0].tolist()}")
         for name in self.__slots__:
             shape = getattr(self, name).shape
             if shape != self.temperature.shape or len(shape) != 1:
                 raise ValueError(f"{name}: shape {tuple(shape)}; every parameter is one number a row")
-        # One look at all of it; which is wrong is found out only when one is.
-        within = torch.stack([_is_within(getattr(self, name), *bounds) for name, bounds in _RANGES.items()])
-        if not within.all():
-            name, good = next((n, rows) for n, rows in zip(_RANGES, within, strict=True) if not rows.all())
-            raise ValueError(f"{name}: out of range in rows {(~good).nonzero().flatten().tolist()}")
 
     def __len__(self) -> int:
         return len(self.temperature)
+
+    @property
+    def filters(self) -> bool:
+        """Whether some row may keep less than all tokens."""
+        return bool(self.top_k.count_nonzero() or self.min_p.count_nonzero() or (self.top_p < 1).count_nonzero())
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> SamplingRows:
@@ -72,11 +79,6 @@ class SamplingRows:
         return SamplingRows(*(getattr(self, name)[rows] for name in self.__slots__))
 
 
-def _is_within(values: Tensor, low: float, high: float | None) -> Tensor:
-    """[num_rows] bool; NaN is nowhere."""
-    return values.clamp(low, high) == values
-
-
 def sample(logits: Tensor, params: SamplingRows) -> Tensor:
     """One token for each row, [num_rows] int64.
 
@@ -88,12 +90,10 @@ def sample(logits: Tensor, params: SamplingRows) -> Tensor:
         ValueError: a row has NaN, +inf or no possible token, or there are not as many parameters as rows.
     """
     _check_rows(logits, params)
-    is_random = params.temperature > 0
-    if len(logits) <= _block_rows(logits) and bool(is_random.all()):
-        require_possible(logits)
-        return draw(filtered_logits(logits, params), params.seed, params.position)
     token_ids = greedy(logits)
-    random = is_random.nonzero().flatten()
+    random = params.temperature.nonzero().flatten()
+    if len(random) == len(logits) <= _block_rows(logits):
+        return draw(filtered_logits(logits, params), params.seed, params.position)
     for rows in torch.split(random, _block_rows(logits)) if len(random) else ():
         chosen = params.select(rows)
         token_ids[rows] = draw(filtered_logits(logits[rows], chosen), chosen.seed, chosen.position)
@@ -128,10 +128,10 @@ def filtered_logits(logits: Tensor, params: SamplingRows) -> Tensor:
     # Shifting first keeps a tiny temperature from overflowing the most likely token.
     shifted = logits.float() - logits.amax(dim=-1, keepdim=True).float()
     tempered = shifted.div_(params.temperature.float().clamp(min=_LEAST_TEMPERATURE)[:, None])
+    if not params.filters:
+        return tempered
     threshold = nucleus_threshold(tempered, params.top_p, params.top_k)
     threshold = torch.maximum(threshold, min_p_threshold(torch.zeros_like(threshold), params.min_p.float()))
-    if threshold.isneginf().all():
-        return tempered
     return tempered.masked_fill_(tempered < threshold[:, None], -torch.inf)
 
 
@@ -145,32 +145,36 @@ def draw(logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         logits: [num_rows, vocab_size] float32, a finite maximum in each row.
         seeds, positions: [num_rows] int64, the keys of the noise.
     """
-    keys = row_keys(seeds, positions)[:, None]
-    top = most_likely(logits)[:, None]
-    behind = logits - logits.gather(1, top)
+    rows = logits.cpu().numpy()
+    keys = row_keys(seeds.cpu().numpy(), positions.cpu().numpy())
+    top = rows.argmax(axis=-1)
+    behind = rows - rows[np.arange(len(rows)), top][:, None]
     alive = behind >= MIN_NOISE - MAX_NOISE
-    if int(alive.count_nonzero()) * _SPARSE >= alive.numel():
+    if np.count_nonzero(alive) * _SPARSE >= alive.size:
         alive = _contenders(behind, keys, gumbel(keys, top))
-    rows, token_ids = alive.nonzero(as_tuple=True)
-    if len(rows) == len(logits):  # nobody is left beside each row's winner
-        return token_ids
-    noisy = gumbel(keys[rows, 0], token_ids).add_(logits[rows, token_ids])
-    best = torch.full_like(seeds, -torch.inf, dtype=torch.float64).scatter_reduce_(0, rows, noisy, "amax")
-    winners = token_ids.where(noisy == best[rows], logits.shape[1])
-    return torch.full_like(seeds, logits.shape[1]).scatter_reduce_(0, rows, winners, "amin")
+    owners, token_ids = alive.nonzero()
+    if len(owners) > len(rows):  # somebody is left beside a row's most likely token
+        noisy = gumbel(keys[owners], token_ids) + rows[owners, token_ids]
+        firsts = np.searchsorted(owners, np.arange(len(rows)))
+        best = np.maximum.reduceat(noisy, firsts)
+        token_ids = np.minimum.reduceat(np.where(noisy == best[owners], token_ids, rows.shape[1]), firsts)
+    return torch.from_numpy(token_ids).to(logits.device)
 
 
-def _contenders(behind: Tensor, keys: Tensor, top_noise: Tensor) -> Tensor:
+def _contenders(
+    behind: NDArray[np.float32], keys: NDArray[np.uint64], top_noise: NDArray[np.float64]
+) -> NDArray[np.bool_]:
     """Tokens that may reach the most likely one's score; few, but the winner is always among them.
 
     Noise of at least x has the upper tail 1 − exp(−exp(−x)) < exp(−x), so a single exponential bounds what can win.
 
     Args:
         behind: [num_rows, vocab_size], logits less the row's largest.
-        keys, top_noise: [num_rows, 1], the latter of the most likely token.
+        keys, top_noise: [num_rows], the latter of the most likely token.
     """
-    reach = (behind - (top_noise - _SLACK).float()).exp_()
-    return upper_tail(keys, torch.arange(behind.shape[1], device=behind.device)) <= reach
+    reach = np.exp(behind - (top_noise - _SLACK).astype(np.float32)[:, None])
+    within: NDArray[np.bool_] = upper_tail(keys[:, None], np.arange(behind.shape[1])) <= reach
+    return within
 
 
 def most_likely(logits: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,8 +73,8 @@ def take_classic(
             q = torch.full_like(p, -torch.inf)
             q[rows] = filtered_logprobs(guess_logits[rows], chosen)
             log_ratio = log_ratio - q[rows, tokens]
-        chance = uniform(row_keys(separate(chosen.seed, ACCEPT), chosen.position))
-        stands = (chance.log() < log_ratio.double()).tolist()
+        chance = uniform(row_keys(separate(chosen.seed.numpy(), ACCEPT), chosen.position.numpy()))
+        stands = (np.log(chance) < log_ratio.double().numpy()).tolist()
     return _taken(p, q, params, guesses, lengths, starts, stands)
 
 
@@ -101,7 +102,7 @@ def _taken(
         fell = (fallen >= 0).nonzero().flatten()
         left[fell] = _residual(left[fell], None if q is None else q[rows[fell]], fallen[fell])
         chosen = params.select(rows)
-        drawn = draw(left, separate(chosen.seed, RECOVER), chosen.position)
+        drawn = draw(left, torch.from_numpy(separate(chosen.seed.numpy(), RECOVER)), chosen.position)
         for block, token in zip(blocks.tolist(), drawn.tolist(), strict=True):
             taken[block].append(token)
     return taken
@@ -119,4 +120,4 @@ def _residual(p: Tensor, q: Tensor | None, fallen: Tensor) -> Tensor:
 
 def guess_seeds(seeds: Tensor) -> Tensor:
     """Seeds for drawing guesses that `take_classic` may judge, int64 [num_rows]: independent of its own noise."""
-    return separate(seeds, GUESS)
+    return torch.from_numpy(separate(seeds.numpy(), GUESS))
