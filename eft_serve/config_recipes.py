@@ -107,7 +107,9 @@ class SpeculativeConfig(Frozen):
     """Who guesses: `auto`, the tuned model of the largest weight; `ngram`, the text itself, by what followed its newest
     tokens before; `none`, nobody; or a model of the recipe."""
     num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
-    """Guesses at a time; when not set, as many as pay, by measure: none where none pay."""
+    """Guesses at a time, at most; when not set, as many as pay, by measure: none where none pay."""
+    min_confidence: float = Field(default=0.5, ge=0, le=1)
+    """The drafter goes on while it gives its guesses this probability, all together; 0 never stops it."""
     method: Literal["keyed", "classic"] = "keyed"
     """`keyed`: a guess stands when plain decoding with the same seed draws it, so tokens are the same with and without.
     `classic`: rejection sampling; other tokens, of the same distribution."""

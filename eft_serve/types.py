@@ -56,13 +56,16 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
     top_k: int
     min_p: float
     seed: int
+    confidence: float = 1.0  # that all guesses before the first of these stand
+    min_confidence: float = 0.0  # no forward is spent once the guesses are less likely than this to stand, all of them
 
 
 class Speculative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a request's tokens are guessed ahead; whatever it says, they are drawn from the same distribution."""
 
     draft: str = "auto"  # the tuned model of the largest weight; "ngram", "none", or a term's name
-    num_tokens: int | None = None  # guesses at a time; None: as many as pay
+    num_tokens: int | None = None  # guesses at a time, at most; None: as many as pay
+    min_confidence: float = 0.5  # the drafter goes on while it gives its guesses this probability, all together
     method: Literal["keyed", "classic"] = "keyed"  # guesses stand by equal draws, or by rejection sampling
     overlap: bool = True  # guess on while guesses are verified
 
@@ -102,6 +105,7 @@ class StepOutput:
         None  # [num_logits, vocab_size], floating; with guesses one row more for each after the first
     )
     drafted: Sequence[int] = ()  # guesses; all but the last are held like the step's own tokens
+    confidences: Sequence[float] = ()  # of each guess, the probability that the model itself gives it
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,9 @@ class SpeculativeKnobs(Strict):
     draft: str | None = Field(default=None, max_length=256)
     """`auto`, `ngram`, `none`, or a model of the recipe."""
     num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
-    """Guesses at a time; null for as many as pay."""
+    """Guesses at a time, at most; null for as many as pay."""
+    min_confidence: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    """The drafter goes on while it gives its guesses this probability, all together; 0 never stops it."""
     method: Literal["keyed", "classic"] | None = None
     overlap: bool | None = None
 

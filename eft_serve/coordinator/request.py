@@ -180,14 +180,14 @@ class Request:
         if self.guesses[:count] != token_ids:
             self.drop_guesses()
             return
-        del self.guesses[:count]
+        del self.guesses[:count], self.speculation.confidences[:count]
         for sequence in self.sequences:
             left = None if sequence.rows is None else sequence.rows[count:]
             sequence.rows = left.clone() if left is not None and len(left) else None  # the buffer is not ours
 
     def drop_guesses(self, kept: int = 0) -> None:
         """Go on from the output and so many of the guesses; what was computed of any is overwritten."""
-        del self.guesses[kept:]
+        del self.guesses[kept:], self.speculation.confidences[kept:]
         for sequence in self.sequences:
             sequence.rows = None
             sequence.num_computed = min(sequence.num_computed, self.num_tokens(sequence) - 1)

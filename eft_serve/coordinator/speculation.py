@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
@@ -27,6 +28,8 @@ class Speculation:
     drafter: str | None  # name of the term whose model drafts; NGRAM: the text itself; None: nobody
     settings: Speculative
     num_asked: int = 0  # guesses that the drafter is asked for in the present step
+    confidences: list[float] = field(default_factory=list)  # of the request's guesses, as its drafter sees them
+    is_short: bool = False  # the drafter gave fewer than it was asked for
     report: GuessReport = field(default_factory=GuessReport)
     _successes: float = 0.0  # of guesses that were put to the test, fading
     _trials: float = 0.0
@@ -68,7 +71,9 @@ class Speculation:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
-            seed=sampling.seed if self.settings.method == "keyed" else int(guess_seeds(torch.tensor(sampling.seed))),
+            confidence=prod(self.confidences),
+            min_confidence=self.settings.min_confidence,
+            seed=sampling.seed if self.settings.method == "keyed" else int(guess_seeds(torch.tensor([sampling.seed]))),
         )
 
 

@@ -127,10 +127,11 @@ class Speculator:
             times.add(self._depth, seconds)
 
     def learn(self, request: Request, num_accepted: int, num_tested: int) -> None:
-        """What became of a request's guesses in one step."""
-        request.speculation.count(num_accepted, num_tested)
+        """What became of a request's guesses in one step. One that the drafter kept to itself did not stand either."""
+        ran_out = request.speculation.is_short and num_accepted == len(request.guesses) > 0
+        request.speculation.count(num_accepted, num_tested + ran_out)
         recipe = request.generation.recipe
-        if num_tested:
+        if num_tested := num_tested + ran_out:
             known, kept = self._acceptance.get(recipe, FIRST_ACCEPTANCE), _KEPT_ACCEPTANCE**num_tested
             self._acceptance[recipe] = kept * known + (1 - kept) * num_accepted / num_tested
 

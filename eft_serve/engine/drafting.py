@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import Tensor
 
@@ -24,10 +25,12 @@ class Guesses:
     draft: Draft
     rows: list[Tensor] = field(default_factory=list)  # each [vocab_size], of the guesses that were computed
     token_ids: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)  # of each guess
 
     @property
     def wants_more(self) -> bool:
-        return len(self.token_ids) < self.draft.num_tokens
+        confidence = self.draft.confidence * prod(self.confidences)
+        return len(self.token_ids) < self.draft.num_tokens and confidence >= self.draft.min_confidence
 
     def next_row(self) -> BatchRow:
         """The forward of the newest guess; its block is reserved."""
@@ -55,8 +58,14 @@ def guess(guesses: SequenceOf[Guesses], logits: Tensor) -> None:
         group = [guesses[i] for i in places]
         is_random = any(each.draft.temperature for each in group)
         drawn = sample(rows, _sampling_rows(group)) if is_random else most_likely(rows)
-        for each, token_id in zip(group, drawn.tolist(), strict=True):
+        for each, token_id, confidence in zip(group, drawn.tolist(), _probabilities(rows, drawn).tolist(), strict=True):
             each.token_ids.append(token_id)
+            each.confidences.append(confidence)
+
+
+def _probabilities(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """[num_rows], of each row's token at temperature 1, whatever it was drawn at: how sure the model is of it."""
+    return logits.gather(1, token_ids[:, None])[:, 0].sub_(logits.logsumexp(dim=-1)).exp_()
 
 
 def _sampling_rows(guesses: SequenceOf[Guesses]) -> SamplingRows:

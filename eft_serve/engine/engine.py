@@ -197,7 +197,9 @@ class Engine:
         if guesses is not None and guesses.rows:
             pieces = [*pieces, torch.stack(guesses.rows)]
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return StepOutput(step.sequence_id, logits=logits, drafted=guesses.token_ids if guesses is not None else ())
+        if guesses is None:
+            return StepOutput(step.sequence_id, logits=logits)
+        return StepOutput(step.sequence_id, logits=logits, drafted=guesses.token_ids, confidences=guesses.confidences)
 
     def _run(self, rows: list[BatchRow]) -> Tensor:
         """One forward; logits [num_logits, vocab_size] of all rows in their order."""

@@ -169,7 +169,9 @@ def _answers(output: StepOutput, step: SequenceStep) -> bool:
     if output.sequence_id != step.sequence_id:
         return False
     if output.logits is None:
-        return not output.drafted
+        return not output.drafted and not output.confidences
     fewest, most = (1, step.draft.num_tokens) if step.draft else (0, 0)
     num_drafted = len(output.drafted)
-    return fewest <= num_drafted <= most and len(output.logits) == step.num_logits + max(0, num_drafted - 1)
+    if not fewest <= num_drafted <= most or len(output.confidences) != num_drafted:
+        return False
+    return len(output.logits) == step.num_logits + max(0, num_drafted - 1)

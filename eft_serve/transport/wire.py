@@ -51,6 +51,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     error: str | None
     num_rows: int
     drafted: list[int] = []
+    confidences: list[float] = []
 
 
 class ReplyHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -157,7 +158,9 @@ def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Rep
             outputs.append(StepOutput(answer.sequence_id, held=answer.held, error=answer.error))
             continue
         rows = logits[start : start + answer.num_rows]
-        outputs.append(StepOutput(answer.sequence_id, logits=rows, drafted=answer.drafted))
+        outputs.append(
+            StepOutput(answer.sequence_id, logits=rows, drafted=answer.drafted, confidences=answer.confidences)
+        )
         start += answer.num_rows
     return Reply(header.message_id, outputs, header.forward_seconds, header.failure)
 
@@ -167,7 +170,8 @@ def _answer(output: StepOutput) -> Answer:
     if len(set_fields) != 1:
         raise WireError(f"output of {output.sequence_id!r} sets {set_fields}; exactly one of held, error, logits")
     num_rows = 0 if output.logits is None else len(output.logits)
-    return Answer(output.sequence_id, output.held, output.error, num_rows, list(output.drafted))
+    drafted, confidences = list(output.drafted), list(output.confidences)
+    return Answer(output.sequence_id, output.held, output.error, num_rows, drafted, confidences)
 
 
 def _gather(rows: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def test_classic_guesses_give_an_answer_of_the_same_distribution_and_repeat_with
         ({"num_tokens": "4"}, "eft.speculative.num_tokens"),
         ({"draft": "nobody"}, "eft.speculative.draft"),
         ({"draft": "base-narrow"}, "eft.speculative.draft"),  # a model, but not of this recipe
+        ({"min_confidence": 1.5}, "eft.speculative.min_confidence"),
         ({"method": "medusa"}, "eft.speculative.method"),
         ({"depth": 4}, "eft.speculative.depth"),
     ],

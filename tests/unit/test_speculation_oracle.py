@@ -25,7 +25,8 @@ from eft_serve.zoo.questions import held_out_questions, long_prompts
 KV_TOKENS = 640  # for at most 32 requests of 30 to 110 tokens
 CONFIG = CoordinatorConfig(max_num_seqs=32, max_num_batched_tokens=96)
 SIDES = {
-    **{f"{k} at a time": Speculative(num_tokens=k) for k in (1, 2, 4, 8, 16)},
+    **{f"{k} at a time": Speculative(num_tokens=k, min_confidence=0.0) for k in (1, 2, 4, 8, 16)},
+    "16 while it is sure": Speculative(num_tokens=16),
     "4, no overlap": Speculative(num_tokens=4, overlap=False),
     "adaptive": Speculative(),
     "text, 4 at a time": Speculative(draft="ngram", num_tokens=4),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -112,18 +113,23 @@ class ToyBackend:
             return StepOutput(step.sequence_id, held=len(tokens))
         ends = range(len(tokens) - step.num_logits + 1, len(tokens) + 1)
         rows = [toy_logits(info.model, tokens[:end], adapter) for end in ends]
-        drafted = self._guess(info, held, step, rows) if step.draft is not None else []
+        guesses = self._guess(info, held, step, rows) if step.draft is not None else []
         return StepOutput(
-            step.sequence_id, logits=torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE), drafted=drafted
+            step.sequence_id,
+            logits=torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE),
+            drafted=[token_id for token_id, _ in guesses],
+            confidences=[confidence for _, confidence in guesses],
         )
 
-    def _guess(self, info: ModelInfo, held: dict[str, list[int]], step: SequenceStep, rows: list[Tensor]) -> list[int]:
-        """As many as asked for, and as the budget has room for."""
-        draft, tokens, drafted = step.draft, held[step.sequence_id], list[int]()
+    def _guess(
+        self, info: ModelInfo, held: dict[str, list[int]], step: SequenceStep, rows: list[Tensor]
+    ) -> list[tuple[int, float]]:
+        """As many as asked for, as are likely enough and as the budget has room for; each with its probability."""
+        draft, tokens, guesses = step.draft, held[step.sequence_id], list[tuple[int, float]]()
         assert draft is not None
         assert rows
         while True:
-            position = torch.tensor([draft.position + len(drafted)])
+            position = torch.tensor([draft.position + len(guesses)])
             one = {
                 "temperature": draft.temperature,
                 "top_k": draft.top_k,
@@ -132,12 +138,14 @@ class ToyBackend:
                 "seed": draft.seed,
             }
             params = SamplingRows(**{name: torch.tensor([value]) for name, value in one.items()}, position=position)
-            drafted.append(int(sample(rows[-1][None, : draft.num_ids], params)))
+            token_id = int(sample(rows[-1][None, : draft.num_ids], params))
+            guesses.append((token_id, float(rows[-1][: draft.num_ids].softmax(dim=-1)[token_id])))
             used = sum(-(-len(t) // info.kv_block_size) * info.kv_block_size for t in held.values())
             has_room = used + info.kv_block_size <= info.kv_capacity_tokens and len(tokens) < info.max_model_len
-            if len(drafted) == draft.num_tokens or not has_room:
-                return drafted
-            tokens.append(drafted[-1])
+            is_sure = draft.confidence * prod(c for _, c in guesses) >= draft.min_confidence
+            if len(guesses) == draft.num_tokens or not has_room or not is_sure:
+                return guesses
+            tokens.append(token_id)
             self.num_computed += 1
             rows.append(toy_logits(info.model, tokens, self.adapters[step.sequence_id]))
 

@@ -184,7 +184,11 @@ def speculative(rng: random.Random) -> Speculative | None:
         [
             None,
             Speculative(),
-            Speculative(num_tokens=rng.choice([1, 2, 4, 8, 16]), overlap=rng.random() < 0.5),
+            Speculative(
+                num_tokens=rng.choice([1, 2, 4, 8, 16]),
+                min_confidence=rng.choice([0.0, 0.1, 0.5]),
+                overlap=rng.random() < 0.5,
+            ),
             Speculative(draft="ngram", num_tokens=rng.choice([None, 3])),
         ]
     )

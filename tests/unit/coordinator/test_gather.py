@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from eft_serve.coordinator.gather import Gathered, gather
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.scheduler import Entry, Plan
+from eft_serve.coordinator.speculator import Speculator
 from eft_serve.ensemble import Term
-from eft_serve.types import GenerationRequest, SamplingParams, SequenceStep, StepOutput, StepResult
+from eft_serve.types import (
+    Draft,
+    GenerationRequest,
+    SamplingParams,
+    SequenceStep,
+    Speculative,
+    StepOutput,
+    StepResult,
+)
 
 PROMPT = list(range(50))
 
@@ -45,3 +55,38 @@ def test_an_engine_that_got_nowhere_did_not(request_: Request, held: int) -> Non
 def test_an_engine_that_claims_to_hold_what_was_never_sent_is_not_believed(request_: Request) -> None:
     gathered = answer(request_, position=0, held=30)
     assert "30 tokens" in str(gathered.errors[request_])
+
+
+def drafted(request: Request, token_ids: list[int], confidences: list[float], asked: int) -> None:
+    sequence = request.sequences[0]
+    draft = Draft(asked, 0, 100, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
+    step = SequenceStep(sequence.sequence_id, 0, PROMPT, num_logits=1, draft=draft)
+    logits = torch.zeros(len(token_ids), 100)
+    output = StepOutput(sequence.sequence_id, logits=logits, drafted=token_ids, confidences=confidences)
+    plan = Plan(entries={"base-0": [Entry(request, sequence, step)]}, final=[request])
+    gather(plan, {"base-0": StepResult(outputs=[output])}, now=7.0)
+
+
+@pytest.mark.parametrize(
+    ("taken", "confidence"), [([], 0.125), ([5], 0.25), ([5, 6], 0.5), ([5, 9], 1.0), ([9], 1.0), ([5, 6, 7], 1.0)]
+)
+def test_the_drafter_is_told_how_likely_the_guesses_before_its_own_are(
+    request_: Request, taken: list[int], confidence: float
+) -> None:
+    drafted(request_, [5, 6, 7], [0.5, 0.5, 0.5], asked=4)
+    if taken:
+        request_.take(taken)
+    draft = request_.speculation.draft(request_.generation, count=2, position=3, num_ids=100)
+    assert draft.confidence == confidence
+    assert draft.min_confidence == Speculative().min_confidence
+
+
+def test_a_guess_that_the_drafter_kept_to_itself_counts_as_one_that_fell(request_: Request) -> None:
+    def believed(asked: int, num_accepted: int) -> float:
+        request = Request.create(request_.generation, request_.terms, now=0.0)
+        drafted(request, [5, 6], [0.9, 0.1], asked)
+        Speculator().learn(request, num_accepted, min(2, num_accepted + 1))
+        return request.speculation.acceptance(prior=0.5)
+
+    assert believed(asked=3, num_accepted=2) < believed(asked=2, num_accepted=2)
+    assert believed(asked=3, num_accepted=1) == believed(asked=2, num_accepted=1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
+import msgspec
 import pytest
 import torch
 from tiny_models import CONTEXT, VOCAB_SIZE
@@ -59,6 +61,26 @@ def test_guesses_and_their_rows_are_those_of_single_steps(load: Load, architectu
         assert output.logits is not None
         torch.testing.assert_close(output.logits, torch.stack(rows), rtol=1e-4, atol=1e-4)
     engine.free(drafts)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_guessing_ends_once_the_guesses_are_unlikely_to_stand_all(load: Load, temperature: float) -> None:
+    engine = load("llama")
+    whole = draft(8, temperature=temperature)
+    tokens, rows = stepwise(engine, "again", PROMPTS["a"], whole)
+    own = [float(row.softmax(dim=-1)[token]) for row, token in zip(rows, tokens, strict=True)]
+    (output,) = engine.forward([SequenceStep("s", 0, PROMPTS["a"], 1, draft=whole)])
+    assert list(output.confidences) == pytest.approx(own, rel=1e-4)
+    for num_tokens in (1, 3, 8):
+        before, after = prod(own[: num_tokens - 1]), prod(own[:num_tokens])
+        least = (before + after) / 2 if num_tokens < 8 else after / 2
+        for confidence in (1.0, 0.5):
+            asked = msgspec.structs.replace(whole, confidence=confidence, min_confidence=confidence * least)
+            (output,) = engine.forward([SequenceStep("s", 0, PROMPTS["a"], 1, draft=asked)])
+            assert list(output.drafted) == tokens[:num_tokens]
+            assert output.logits is not None
+            assert len(output.logits) == num_tokens
+    engine.free(["s"])
 
 
 def test_all_guesses_but_the_last_are_held_and_the_next_step_goes_on_from_there(load: Load) -> None:

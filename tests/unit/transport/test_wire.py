@@ -67,12 +67,15 @@ def test_replies_come_back_bit_for_bit(
         held = value if kind == "held" else None
         error = value if kind == "error" else None
         logits = torch.randn(int(value), vocab_size).to(dtype) if kind == "logits" else None
-        outputs.append(StepOutput(name, held=held, error=error, logits=logits))  # type: ignore[arg-type]
+        drafted = list(range(int(value))) if kind == "logits" else []
+        confidences = [0.5 / (1 + i) for i in drafted]
+        outputs.append(StepOutput(name, held, error, logits, drafted, confidences))  # type: ignore[arg-type]
     reply = decode_reply(encode_reply(7, outputs, seconds))
     assert (reply.message_id, reply.forward_seconds, reply.failure) == (7, seconds, None)
     assert len(reply.outputs) == len(outputs)
     for got, sent in zip(reply.outputs, outputs, strict=True):
         assert (got.sequence_id, got.held, got.error) == (sent.sequence_id, sent.held, sent.error)
+        assert (list(got.drafted), list(got.confidences)) == (sent.drafted, sent.confidences)
         if sent.logits is None:
             assert got.logits is None
         else:
