@@ -22,6 +22,7 @@ from eft_serve.engine.lanes import Lanes, lane_rows
 from eft_serve.engine.paged_tensors import PagedTensors, block_rows, head_rows
 
 _PART_ELEMENTS = 1 << 19  # gathered keys of one part on a CPU: what follows reads them from its caches
+_CALL_ELEMENTS = 1 << 16  # keys and values that are read in the time that another part takes by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,9 @@ class Group:
         key = (window, heads)
         if key not in self._parts:
             if self.lanes is not None and window is None:
-                self._parts[key] = [self._part(rows, lanes, None, heads, dtype) for rows, lanes in _runs(self.lanes)]
+                worth = _CALL_ELEMENTS // (2 * heads.kv_heads * heads.head_dim)
+                runs = _runs(self.lanes, self.lengths, worth)
+                self._parts[key] = [self._part(rows, lanes, None, heads, dtype) for rows, lanes in runs]
             else:
                 self._parts[key] = [self._part(rows, None, window, heads, dtype) for rows in self._slices(heads)]
         return self._parts[key]
@@ -118,7 +121,7 @@ class Group:
     def _part(self, rows: slice, lanes: slice | None, window: int | None, heads: Heads, dtype: torch.dtype) -> Part:
         tables, positions, lengths = self.tables[rows], self.positions[rows], self.lengths[rows]
         device = tables.device
-        first = torch.zeros(len(tables), 1, dtype=torch.int64, device=device)  # column of the first key gathered
+        first: Tensor | int = 0  # column of the first key gathered
         if window is not None:
             first_block = (positions[:, :1] - window + 1).clamp(min=0) // BLOCK_SIZE
             reach = -(-(self.q_length + window - 1) // BLOCK_SIZE) + 1
@@ -129,10 +132,11 @@ class Group:
         blocks = block_rows(tables[:, : -(-kv_length // BLOCK_SIZE)], heads.kv_heads) if lanes is None else None
         if window is None and self.q_length == 1 and min(lengths) == kv_length:
             return Part(rows, lanes, blocks, kv_length, None)
-        key = first + torch.arange(kv_length, device=device)  # [rows, kv_length], position of each column
-        hidden = key[:, None] > positions[:, :, None]
+        key = first + torch.arange(kv_length, device=device)  # [rows or 1, kv_length], position of each column
+        key = key.view(-1, 1, kv_length)
+        hidden = key > positions[:, :, None]
         if window is not None:
-            hidden |= key[:, None] <= positions[:, :, None] - window
+            hidden |= key <= positions[:, :, None] - window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
         return Part(rows, lanes, blocks, kv_length, mask[:, None].repeat(1, 1, heads.repeats, 1))
 
@@ -235,11 +239,28 @@ def _slots(tables: Tensor, positions: Tensor) -> Tensor:
     return tables.gather(1, positions // BLOCK_SIZE) * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
-def _runs(lanes: list[int]) -> list[tuple[slice, slice]]:
-    """Rows in neighbouring lanes: (rows, their lanes)."""
-    breaks = [i for i in range(1, len(lanes)) if lanes[i] != lanes[i - 1] + 1]
-    bounds = zip([0, *breaks], [*breaks, len(lanes)], strict=True)
-    return [(slice(start, stop), slice(lanes[start], lanes[start] + stop - start)) for start, stop in bounds]
+def _runs(lanes: Sequence[int], lengths: Sequence[int], worth: int) -> list[tuple[slice, slice]]:
+    """Rows in neighbouring lanes, to be attended to together: (rows, their lanes).
+
+    All rows of a run are read to the length of its longest.
+
+    Args:
+        lanes: of each row, rising.
+        lengths: of each row, in tokens.
+        worth: so many tokens read in vain cost as much as another run.
+    """
+    runs: list[tuple[slice, slice]] = []
+    start, longest = 0, lengths[0]
+    for i in range(1, len(lanes) + 1):
+        if i < len(lanes) and lanes[i] == lanes[i - 1] + 1:
+            length = lengths[i]
+            wasted = longest - length if length <= longest else (i - start) * (length - longest)
+            if wasted <= worth:
+                longest = max(longest, length)
+                continue
+        runs.append((slice(start, i), slice(lanes[start], lanes[start] + i - start)))
+        start, longest = i, lengths[min(i, len(lanes) - 1)]
+    return runs
 
 
 def _group(rows: Sequence[BatchRow], start: int, q_length: int, lanes: list[int] | None, device: torch.device) -> Group:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_models import VOCAB_SIZE, stock_logits
 from transformers import PreTrainedModel
 
-from eft_serve.engine import lanes
+from eft_serve.engine import lanes, layout
 from eft_serve.engine.batch import BatchRow
 from eft_serve.engine.engine import Engine
 from eft_serve.engine.lanes import Lanes
@@ -33,7 +33,34 @@ def narrow(
         patch.setattr(lanes, "LANE_TOKENS", 64)
         patch.setattr(lanes, "MAX_NEW_TOKENS", 4)
         patch.setattr(lanes, "IDLE_FORWARDS", 1)
+        patch.setattr(layout, "_CALL_ELEMENTS", 400)  # rows of unequal length are attended to apart
         yield load(request.param, lease_s=77.0), references(request.param)
+
+
+rows_in_lanes = st.dictionaries(st.integers(0, 40), st.integers(1, 700), min_size=1, max_size=20)
+
+
+@given(rows_in_lanes, st.integers(0, 500))
+def test_rows_are_attended_to_once_each_and_together_where_little_is_read_in_vain(
+    rows: dict[int, int], worth: int
+) -> None:
+    lanes, lengths = zip(*sorted(rows.items()), strict=True)
+    runs = layout._runs(lanes, lengths, worth)
+    assert [i for of, _ in runs for i in range(of.start, of.stop)] == list(range(len(rows)))
+    assert [lane for _, of in runs for lane in range(of.start, of.stop)] == list(lanes)
+    for of, _ in runs:
+        wasted = sum(max(lengths[of]) - length for length in lengths[of])
+        assert wasted <= worth * (of.stop - of.start - 1)
+
+
+def test_equal_rows_in_neighbouring_lanes_are_one_run_and_an_odd_one_is_left_out() -> None:
+    assert layout._runs([3, 4, 5], [70, 70, 70], 0) == [(slice(0, 3), slice(3, 6))]
+    assert layout._runs([3, 4, 6], [70, 70, 70], 0) == [(slice(0, 2), slice(3, 5)), (slice(2, 3), slice(6, 7))]
+    assert [of for of, _ in layout._runs([0, 1, 2, 3], [90, 90, 9, 90], 80)] == [
+        slice(0, 2),
+        slice(2, 3),
+        slice(3, 4),
+    ]
 
 
 def tokens_of(sequence: int) -> list[int]:
