@@ -111,8 +111,9 @@ class Scheduler:
     def observe(self, plan: Plan, seconds: float, results: Mapping[str, StepResult]) -> None:
         """A planned step took so long, from the first send to the last answer."""
         self.pacer.observe(seconds, plan.num_prefill_tokens, maybe_cached=plan.maybe_cached)
-        if plan.num_prefill_tokens == 0:
-            self.speculator.observe(plan.final, seconds, dict(_draft_forwards(plan, results)))
+        decoding = [request for request in plan.final if not request.is_prefilling and not request.is_given]
+        forwards = dict(_draft_forwards(plan, results))
+        self.speculator.observe(decoding, seconds, forwards, beside_prefills=plan.num_prefill_tokens > 0)
 
     def lose_replica(self, replica_id: str, now: float) -> None:
         """It failed or is gone: whatever it held has to be computed again, there or elsewhere."""
@@ -144,7 +145,7 @@ class Scheduler:
                 _ask_for_none(request)
             else:
                 decoding.append(request)
-        self.speculator.plan(decoding)
+        self.speculator.plan(decoding, beside_prefills=len(decoding) < len(self.running))
 
     def _make_room(self) -> None:
         """Guesses give way first, then the youngest requests."""

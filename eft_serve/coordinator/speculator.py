@@ -27,6 +27,8 @@ _KEPT = 0.8  # of a known time, with each further step
 _KEPT_ACCEPTANCE = 0.98  # of a recipe's, with each guess that was put to the test
 _OUTLIER = 2.0  # times what is known; more is not believed
 
+_Load = tuple[int, bool]  # batch size in powers of two, and whether others are prefilled beside it
+
 
 def tokens_per_step(acceptance: float, depth: int, *, overlap: bool) -> float:
     """Expected tokens of a request's step in the long run.
@@ -46,7 +48,7 @@ def tokens_per_step(acceptance: float, depth: int, *, overlap: bool) -> float:
 
 @dataclass(slots=True)
 class _Times:
-    """Seconds of a step at one batch size, by depth, and of a draft forward."""
+    """Seconds of a step under one load, by depth, and of a draft forward."""
 
     known: dict[int, float] = field(default_factory=dict)
     forward: float = 0.0
@@ -78,7 +80,8 @@ class Speculator:
     """Asks requests' drafters for guesses. Everything belongs to the decode loop's thread."""
 
     def __init__(self) -> None:
-        self._times: dict[int, _Times] = defaultdict(_Times)  # by batch size, in powers of two
+        self._times: dict[_Load, _Times] = defaultdict(_Times)
+        self._load: _Load = (0, False)  # of the present step
         self._acceptance: dict[str, float] = {}  # of a recipe's requests
         self._step = 0
         self._best = 0  # depth, as far as is known
@@ -91,10 +94,14 @@ class Speculator:
         self._next_trial = FIRST_TRIAL
         self._least_chance = 0.0  # that a guess must have to stand, to be worth its time
 
-    def plan(self, requests: Sequence[Request]) -> None:
+    def plan(self, requests: Sequence[Request], *, beside_prefills: bool = False) -> None:
         """Say what each decoding request's drafter is asked for in this step; look up what the text itself guesses.
 
         Tokens that are given stand in for guesses: the last of them is not computed, only its logits are wanted.
+
+        Args:
+            requests: those that decode.
+            beside_prefills: others are prefilled in the same step.
         """
         self._step += 1
         for request in requests:
@@ -103,6 +110,7 @@ class Speculator:
         requests = [request for request in requests if not request.is_given]
         adaptive = [r for r in requests if r.speculation.drafter and r.speculation.settings.num_tokens is None]
         if adaptive:
+            self._load = ((len(requests) - 1).bit_length(), beside_prefills)
             self._choose(adaptive, len(requests))
             left_over = any(request.guesses for request in adaptive)
             self._is_pure = not left_over if self._depth == 0 else self._held_for > 0
@@ -110,17 +118,27 @@ class Speculator:
             depth = request.speculation.settings.num_tokens
             self._ask(request, self._own_depth(request) if depth is None else depth)
 
-    def observe(self, requests: Sequence[Request], seconds: float, forwards: Mapping[str, float]) -> None:
-        """A step of decoding requests alone took so long, and so long each model that was asked for guesses.
+    def observe(
+        self,
+        requests: Sequence[Request],
+        seconds: float,
+        forwards: Mapping[str, float],
+        *,
+        beside_prefills: bool = False,
+    ) -> None:
+        """A step took so long, and so long each model that was asked for guesses.
 
         Args:
-            requests: those of the step.
+            requests: those of the step that decode.
             seconds: from the first send to the last answer.
             forwards: by model, seconds of one of its forwards.
+            beside_prefills: there were others after all.
         """
-        if not any(request.speculation.settings.num_tokens is None for request in requests):
+        if beside_prefills != self._load[1] or not any(
+            request.speculation.settings.num_tokens is None for request in requests
+        ):
             return
-        times = self._times[_bucket(len(requests))]
+        times = self._times[self._load]
         for forward in forwards.values():
             times.add_forward(forward)
         if self._is_pure:
@@ -147,7 +165,7 @@ class Speculator:
             speculation.num_asked = max(0, min(depth, request.num_left - num_guesses))
 
     def _choose(self, requests: Sequence[Request], batch: int) -> None:
-        times = self._times[_bucket(batch)]
+        times = self._times[self._load]
         if 0 not in times.known:
             self._hold(0)
             return
@@ -198,7 +216,3 @@ class Speculator:
         acceptance = self._believed(request)
         worth = (depth for depth in range(self._depth, 1, -1) if acceptance**depth >= self._least_chance)
         return next(worth, 1)
-
-
-def _bucket(batch: int) -> int:
-    return (batch - 1).bit_length()
