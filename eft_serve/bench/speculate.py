@@ -81,15 +81,21 @@ class Stage:
         self._count = 0
 
     def measure(
-        self, sides: Sequence[Side], batch: int, temperature: float = 0.0, *, ignore_eos: bool = False
+        self,
+        sides: Sequence[Side],
+        batch: int,
+        temperature: float = 0.0,
+        *,
+        num_batches: int | None = None,
+        ignore_eos: bool = False,
     ) -> dict[str, Outcome]:
-        """Every side on every batch of prompts, in turn.
+        """Every side on so many batches of prompts, or as many as there are, in turn.
 
         Raises:
             RuntimeError: keyed sides gave different tokens.
         """
         outcomes = {side.name: Outcome([], 0, GuessReport()) for side in sides}
-        batches = [self.prompts[i : i + batch] for i in range(0, len(self.prompts) - batch + 1, batch)]
+        batches = [self.prompts[i : i + batch] for i in range(0, len(self.prompts) - batch + 1, batch)][:num_batches]
         for number, prompts in enumerate([batches[0], *batches]):  # the first one warms up
             said = set()
             for side in sides:
@@ -153,7 +159,8 @@ def measure_zoo(stage: Stage) -> dict[str, Any]:
         sides = [Side(PLAIN, None), *(Side.of(k) for k in BLOCKS)]
         if temperature:
             sides.append(Side("4, classic", Speculative(num_tokens=4, method="classic")))
-        sides.append(Side("4, no overlap", Speculative(num_tokens=4, overlap=False)))
+        sides.append(Side("8, sure or not", Speculative(num_tokens=8, min_confidence=0.0)))
+        sides.append(Side("8, no overlap", Speculative(num_tokens=8, overlap=False)))
         sides.append(Side("4, ngram", Speculative(num_tokens=4, draft="ngram")))
         outcomes = stage.measure(sides, batch=1, temperature=temperature)
         result[name] = _show(f"The embedded family, one request at a time, {name}", outcomes)
@@ -187,7 +194,7 @@ def measure_batched(stage: Stage, batches: Sequence[int]) -> dict[str, Any]:
     ratios: dict[str, float] = {}
     rows = []
     for batch in batches:
-        outcomes = stage.measure([Side(PLAIN, None), Side.of(None)], batch)
+        outcomes = stage.measure([Side(PLAIN, None), Side.of(None)], batch, num_batches=max(4, 12 // batch))
         adaptive, plain = outcomes["adaptive"], outcomes[PLAIN]
         ratios[str(batch)] = round(adaptive.speedup(plain), 3)
         per_pass = adaptive.tokens / adaptive.report.num_passes
@@ -235,7 +242,7 @@ def run(
         slow = simulated_stage([ms / 1e3 for ms in latencies_ms], acceptance, num_prompts=3, max_tokens=80)
         result["simulated"] = _closing(slow, lambda: measure_simulated(slow, latencies_ms, acceptance))
     if "batched" in parts:
-        wide = zoo_stage(2 * max(batches), max_tokens=80)
+        wide = zoo_stage(4 * max(batches), max_tokens=80)
         result["batched"] = _closing(wide, lambda: measure_batched(wide, batches))
     report.finish(result)
 

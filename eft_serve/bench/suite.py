@@ -52,7 +52,7 @@ BENCHMARKS = (
         "Guessing ahead, one engine process for each model: the embedded family's long answers one at a time by block "
         "length, models that sleep the paper's latencies beside the paper's own figures, and adaptive guessing against "
         "plain decoding by batch size. Speed-ups are medians of ratios to plain decoding, taken in turn.",
-        "--prompts 4",
+        "--prompts 6",
     ),
     Benchmark(
         "serve",

@@ -100,11 +100,11 @@ class _Layer:
     head_dim: int
     scaling: float
     window: int | None
-    output: nn.Module
+    output: Callable[[Tensor], Tensor]
     mlp_norm: _Norm
     gate_up: _Joined  # hidden to 2 * intermediate
-    activation: nn.Module
-    down: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    down: Callable[[Tensor], Tensor]
 
     @classmethod
     def of(cls, module: Any, window: int | None, adapters: Adapters) -> _Layer:
@@ -120,11 +120,11 @@ class _Layer:
             head_dim=attention.head_dim,
             scaling=attention.scaling,
             window=window,
-            output=attention.o_proj,
+            output=_direct(attention.o_proj),
             mlp_norm=_Norm.of(module.post_attention_layernorm),
             gate_up=_Joined.of([mlp.gate_proj, mlp.up_proj], adapters),
-            activation=mlp.act_fn,
-            down=mlp.down_proj,
+            activation=_direct(mlp.act_fn),
+            down=_direct(mlp.down_proj),
         )
 
     def project(self, states: Tensor, rotary: _Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,8 +140,7 @@ class _Layer:
     def feed_forward(self, states: Tensor) -> Tensor:
         """[num_tokens, hidden]."""
         gate, up = self.gate_up(self.mlp_norm(states)).chunk(2, dim=1)
-        out: Tensor = self.down(self.activation(gate).mul_(up))
-        return out
+        return self.down(self.activation(gate).mul_(up))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +181,7 @@ class CompactPath:
         self._attention = attention
         self._adapters = adapters
         self._layers = [_Layer.of(layer, window_of(layer.self_attn), adapters) for layer in self._model.model.layers]
+        self._embed = _direct(self._model.model.embed_tokens)
         self._norm = _Norm.of(self._model.model.norm)
         self._rotary_table = self._whole_rotary_table()
         self._packed = PackedHead(model.lm_head.weight) if PackedHead.suits(model.lm_head) else None
@@ -189,7 +189,7 @@ class CompactPath:
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor:
         """Logits [num_logits, vocab_size] in the order of `layout.logit_index`."""
         self._adapters.select(layout.groups)
-        states = self._model.model.embed_tokens(layout.input_ids)
+        states = self._embed(layout.input_ids)
         rotary = _Rotary.of(self._rotary(states, layout.positions))
         for index, layer in enumerate(self._layers):
             query, key, value = layer.project(states, rotary)
@@ -220,6 +220,13 @@ class CompactPath:
             return self._packed(states)
         logits: Tensor = self._model.lm_head(states[None])[0]  # a split head takes three dimensions
         return logits
+
+
+def _direct(module: Any) -> Callable[[Tensor], Tensor]:
+    """What calling the module does, without looking for hooks where there are none."""
+    has_hooks = module._forward_hooks or module._forward_pre_hooks
+    called: Callable[[Tensor], Tensor] = module if has_hooks else module.forward
+    return called
 
 
 def _stack(parameters: Sequence[nn.Parameter]) -> Tensor:

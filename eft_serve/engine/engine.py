@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
@@ -234,5 +235,6 @@ def _by_row(rows: list[BatchRow], logits: Tensor) -> tuple[Tensor, ...]:
 
 def _are_sick(rows: list[BatchRow], logits: Tensor) -> list[bool]:
     """Whether a row's logits have infinities or NaN, found for all of them at once."""
-    finite = iter(logits.sum(dim=-1, dtype=torch.float32).isfinite().tolist())
+    with np.errstate(invalid="ignore", over="ignore"):
+        finite = iter(np.isfinite(logits.float().numpy().sum(axis=-1)).tolist())
     return [not all(list(islice(finite, row.num_logits))) for row in rows]

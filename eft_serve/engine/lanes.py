@@ -106,7 +106,7 @@ class Lanes:
 
 def lane_rows(lanes: Tensor, positions: Tensor, kv_heads: int) -> Tensor:
     """[..., kv_heads] int64: rows of these lanes and positions in a tensor seen as [lanes * kv_heads * tokens, ...]."""
-    head = torch.arange(kv_heads) * LANE_TOKENS
+    head = torch.arange(0, kv_heads * LANE_TOKENS, LANE_TOKENS)
     return (lanes * (kv_heads * LANE_TOKENS) + positions)[..., None] + head
 
 

@@ -65,9 +65,9 @@ class PagedTensors:
 
 def head_rows(slots: Tensor, kv_heads: int) -> Tensor:
     """[..., kv_heads] int64: rows of these slots in a cache seen as [num_blocks * kv_heads * BLOCK_SIZE, ...]."""
-    head = torch.arange(kv_heads, device=slots.device) * BLOCK_SIZE
-    block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
-    return (block * (kv_heads * BLOCK_SIZE) + offset)[..., None] + head
+    head = torch.arange(0, kv_heads * BLOCK_SIZE, BLOCK_SIZE, device=slots.device)
+    first = slots + slots // BLOCK_SIZE * ((kv_heads - 1) * BLOCK_SIZE)
+    return first[..., None] + head
 
 
 def block_rows(tables: Tensor, kv_heads: int) -> Tensor:
