@@ -155,7 +155,7 @@ def simulated_stage(latencies_s: Sequence[float], acceptance: float, num_prompts
 def measure_zoo(stage: Stage) -> dict[str, Any]:
     """Part (a): one request at a time, greedy and drawn, by block length."""
     result: dict[str, Any] = {}
-    for name, temperature in (("greedy", 0.0), ("t0.7", 0.7), ("t1", 1.0)):
+    for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
         sides = [Side(PLAIN, None), *(Side.of(k) for k in BLOCKS)]
         if temperature:
             sides.append(Side("4, classic", Speculative(num_tokens=4, method="classic")))
@@ -194,7 +194,7 @@ def measure_batched(stage: Stage, batches: Sequence[int]) -> dict[str, Any]:
     ratios: dict[str, float] = {}
     rows = []
     for batch in batches:
-        outcomes = stage.measure([Side(PLAIN, None), Side.of(None)], batch, num_batches=max(4, 12 // batch))
+        outcomes = stage.measure([Side(PLAIN, None), Side.of(None)], batch, num_batches=max(3, 8 // batch))
         adaptive, plain = outcomes["adaptive"], outcomes[PLAIN]
         ratios[str(batch)] = round(adaptive.speedup(plain), 3)
         per_pass = adaptive.tokens / adaptive.report.num_passes
@@ -239,7 +239,7 @@ def run(
         stage = zoo_stage(prompts, max_tokens=80)
         result["zoo"] = _closing(stage, lambda: measure_zoo(stage))
     if "simulated" in parts:
-        slow = simulated_stage([ms / 1e3 for ms in latencies_ms], acceptance, num_prompts=3, max_tokens=80)
+        slow = simulated_stage([ms / 1e3 for ms in latencies_ms], acceptance, num_prompts=2, max_tokens=60)
         result["simulated"] = _closing(slow, lambda: measure_simulated(slow, latencies_ms, acceptance))
     if "batched" in parts:
         wide = zoo_stage(4 * max(batches), max_tokens=80)
