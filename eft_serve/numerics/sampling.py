@@ -49,15 +49,15 @@ class SamplingRows:
     position: Tensor  # int64, of the token within the output
 
     def __post_init__(self) -> None:
+        for name in self.__slots__:
+            shape = getattr(self, name).shape
+            if shape != self.temperature.shape or len(shape) != 1:
+                raise ValueError(f"{name}: shape {tuple(shape)}; every parameter is one number a row")
         for name, (low, high) in _RANGES.items():
             values = getattr(self, name).cpu().numpy()
             within = (values >= low) & (values <= high)
             if not within.all():
                 raise ValueError(f"{name}: out of range in rows {(~within).nonzero()[0].tolist()}")
-        for name in self.__slots__:
-            shape = getattr(self, name).shape
-            if shape != self.temperature.shape or len(shape) != 1:
-                raise ValueError(f"{name}: shape {tuple(shape)}; every parameter is one number a row")
 
     def __len__(self) -> int:
         return len(self.temperature)
