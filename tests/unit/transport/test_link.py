@@ -1,0 +1,30 @@
+"""Which answers a step may have."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eft_serve.transport.link import _answers
+from eft_serve.types import Draft, SequenceStep, StepOutput
+
+STEP = SequenceStep("s", 0, [1, 2], 1, draft=Draft(3, 0, 8, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "drafted", "confidences", "fits"),
+    [
+        (2, [4, 5], [0.5, 0.5], True),
+        (1, [4], [0.5], True),
+        (2, [4, 5], [0.5], False),
+        (2, [4, 5], [], False),
+        (1, [4, 5], [0.5, 0.5], False),
+        (1, [], [], False),
+        (4, [4, 5, 6, 7], [0.5] * 4, False),
+    ],
+)
+def test_guesses_come_with_their_rows_and_confidences(
+    num_rows: int, drafted: list[int], confidences: list[float], fits: bool
+) -> None:
+    output = StepOutput("s", logits=torch.zeros(num_rows, 8), drafted=drafted, confidences=confidences)
+    assert _answers(output, STEP) == fits
