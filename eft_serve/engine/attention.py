@@ -53,23 +53,43 @@ class GroupedAttention:
         softcap: float | None = None,
     ) -> Tensor:
         cache.write(layer, layout.cache_rows(key.shape[1]), key, value)
+        return joined(
+            [
+                self.attend(layer, group, cache, query, key, value, scaling=scaling, window=window, softcap=softcap)
+                for group in layout.groups
+            ]
+        )
+
+    def attend(
+        self,
+        layer: int,
+        group: Group,
+        cache: PagedTensors,
+        query: Tensor,  # of all groups, as the others
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """One group's, [its tokens, heads, head_dim]; its keys and values are written."""
+        q = _by_row(query[group.tokens], group)
         heads = Heads(key.shape[1], query.shape[1] // key.shape[1], key.shape[2])
-        outputs: list[Tensor] = []
-        for group in layout.groups:
-            rows = slice(group.start, group.stop)
-            if layout.lanes is not None and group.lanes is not None:
-                layout.lanes.write(layer, group.lane_rows(heads.kv_heads), key[rows], value[rows])
-            q = _by_row(query[rows], group)
-            if group.q_length > 1 and group.nothing_cached and window is None and softcap is None:
-                k, v = _by_row(key[rows], group), _by_row(value[rows], group)
-                grouped = heads.repeats > 1
-                out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
-                outputs.append(_flat(out))
-                continue
-            for part in group.parts(window, heads, query.dtype):
-                k, v = layout.read(layer, cache, part)
-                outputs.append(_flat(_masked(q[part.rows], k, v, part.mask, scaling, softcap)))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if group.q_length > 1 and group.nothing_cached and window is None and softcap is None:
+            k, v = _by_row(key[group.tokens], group), _by_row(value[group.tokens], group)
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=heads.repeats > 1)
+            return _flat(out)
+        outputs = []
+        for part in group.parts(window, heads, query.dtype):
+            k, v = cache.gather(layer, part.blocks, part.kv_length)
+            outputs.append(_flat(_masked(q[part.rows], k, v, part.mask, scaling, softcap)))
+        return joined(outputs)
+
+
+def joined(outputs: list[Tensor]) -> Tensor:
+    """One after the other."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _by_row(flat: Tensor, group: Group) -> Tensor:

@@ -15,7 +15,6 @@ class BatchRow:
     position: int  # where the first of them stands in its sequence; as many are in the cache
     block_ids: list[int]  # blocks of the sequence, enough for position + len(token_ids) tokens
     num_logits: int  # logits wanted, of the last so many new tokens
-    owner: int  # the sequence; a new number each time that one begins
     adapter: str | None = None  # None: the model as it is
 
 

@@ -171,7 +171,6 @@ class CompactPath:
     """All rows in one forward, written out."""
 
     name = "compact"
-    attends_through_us = True
 
     def __init__(self, model: PreTrainedModel, attention: Attention, adapters: Adapters) -> None:
         window_of = _SAME_LAYER.get(type(model))

@@ -41,7 +41,6 @@ class Guesses:
             position=self.sequence.num_computed_tokens,
             block_ids=list(self.sequence.block_ids),
             num_logits=1,
-            owner=self.sequence.number,
             adapter=self.sequence.adapter,
         )
 

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import count
 
 from eft_serve.engine.batch import Copy
 from eft_serve.engine.block_pool import BLOCK_SIZE, BlockPool, blocks_for
@@ -30,7 +29,6 @@ class Sequence:
     """One model's KV-bearing state of one request."""
 
     sequence_id: str
-    number: int  # never given twice; another one each time that the sequence begins anew
     token_ids: array[int] = field(default_factory=token_array)  # int64; those whose keys and values are in the cache
     block_ids: list[int] = field(default_factory=list)  # may reach beyond the computed tokens while a step runs
     digests: list[bytes] = field(default_factory=list)  # of the root, then of each full block; empty: nobody shares
@@ -69,7 +67,6 @@ class KVCache:
         self.copies: list[Copy] = []  # that the next forward has to make first; until then nobody writes a source
         self._sequences: OrderedDict[str, Sequence] = OrderedDict()
         self._digests = Digests()
-        self._numbers = count(1)
 
     @property
     def capacity_tokens(self) -> int:
@@ -93,7 +90,7 @@ class KVCache:
         """The sequence, created when new, as the most recently stepped one."""
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
-            sequence = self._sequences[sequence_id] = Sequence(sequence_id, next(self._numbers))
+            sequence = self._sequences[sequence_id] = Sequence(sequence_id)
         self._sequences.move_to_end(sequence_id)
         sequence.last_step_time = now
         return sequence
@@ -140,7 +137,6 @@ class KVCache:
 
         It is the longest that there is.
         """
-        sequence.number = next(self._numbers)  # whoever knew the old one knew other tokens
         sequence.adapter = adapter
         sequence.digests = [] if salt is None else [self._digests.of_root(salt, adapter)]
         if salt is None:

@@ -14,15 +14,14 @@ from itertools import accumulate, groupby
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
-from eft_serve.engine.lanes import Lanes, lane_rows
-from eft_serve.engine.paged_tensors import PagedTensors, block_rows, head_rows
+from eft_serve.engine.paged_tensors import block_rows, head_rows
 
 _PART_ELEMENTS = 1 << 19  # gathered keys of one part on a CPU: what follows reads them from its caches
-_CALL_ELEMENTS = 1 << 16  # keys and values that are read in the time that another part takes by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +38,7 @@ class Part:
     """Some rows of a group, as one kind of attention sees them."""
 
     rows: slice  # of the group
-    lanes: slice | None  # where they stand in one piece
-    blocks: Tensor | None  # [rows, kv_heads, num_blocks] int64, see `block_rows`; where they stand otherwise
+    blocks: Tensor  # [rows, kv_heads, num_blocks] int64, see `block_rows`
     kv_length: int  # columns attended to; gathered blocks may hold a few more
     mask: Tensor | None  # [rows, 1, repeats * q_length, kv_length], 0 where attended and −inf elsewhere; None: all
 
@@ -62,14 +60,12 @@ class Group:
 
     start: int  # the group's first token in the flat order
     q_length: int  # new tokens of each row
-    lengths: list[int]  # tokens of each row, cached and new
+    lengths: NDArray[np.int64]  # [batch], tokens of each row, cached and new
     num_logits: list[int]  # wanted of each row, its last new tokens
     tables: Tensor  # [batch, num_blocks] int64, each row's blocks in order; the null block where it has no more
     positions: Tensor  # [batch, q_length] int64
     slots: Tensor  # [batch, q_length] int64, where each new token's key and value go: block * BLOCK_SIZE + offset
-    lanes: list[int] | None  # each row's, rising; None: these rows are gathered
     adapters: list[str | None]  # each row's
-    _lane_rows: dict[int, Tensor] = field(default_factory=dict)
     _parts: dict[tuple[int | None, Heads], list[Part]] = field(default_factory=dict)
 
     @property
@@ -82,15 +78,14 @@ class Group:
         return self.start + self.batch_size * self.q_length
 
     @property
+    def tokens(self) -> slice:
+        """Where the group stands in the flat order."""
+        return slice(self.start, self.stop)
+
+    @property
     def nothing_cached(self) -> bool:
         """All tokens of all rows are new."""
-        return all(length == self.q_length for length in self.lengths)
-
-    def lane_rows(self, kv_heads: int) -> Tensor:
-        """[batch * q_length * kv_heads] int64, where the new tokens go in their lanes."""
-        if kv_heads not in self._lane_rows:
-            self._lane_rows[kv_heads] = lane_rows(torch.tensor(self.lanes)[:, None], self.positions, kv_heads).flatten()
-        return self._lane_rows[kv_heads]
+        return bool((self.lengths == self.q_length).all())
 
     def parts(self, window: int | None, heads: Heads, dtype: torch.dtype) -> list[Part]:
         """What to gather and to hide, part by part.
@@ -100,16 +95,11 @@ class Group:
             heads: the layer's; queries of one key-value head are stacked, one block of rows after the other.
             dtype: of the queries.
         """
-        if window is not None and window >= max(self.lengths):
+        if window is not None and window >= self.lengths.max():
             window = None
         key = (window, heads)
         if key not in self._parts:
-            if self.lanes is not None and window is None:
-                worth = _CALL_ELEMENTS // (2 * heads.kv_heads * heads.head_dim)
-                runs = _runs(self.lanes, self.lengths, worth)
-                self._parts[key] = [self._part(rows, lanes, None, heads, dtype) for rows, lanes in runs]
-            else:
-                self._parts[key] = [self._part(rows, None, window, heads, dtype) for rows in self._slices(heads)]
+            self._parts[key] = [self._part(rows, window, heads, dtype) for rows in self._slices(heads)]
         return self._parts[key]
 
     def _slices(self, heads: Heads) -> list[slice]:
@@ -118,7 +108,7 @@ class Group:
             size = max(1, _PART_ELEMENTS // (self.tables.shape[1] * BLOCK_SIZE * heads.kv_heads * heads.head_dim))
         return [slice(i, min(i + size, self.batch_size)) for i in range(0, self.batch_size, size)]
 
-    def _part(self, rows: slice, lanes: slice | None, window: int | None, heads: Heads, dtype: torch.dtype) -> Part:
+    def _part(self, rows: slice, window: int | None, heads: Heads, dtype: torch.dtype) -> Part:
         tables, positions, lengths = self.tables[rows], self.positions[rows], self.lengths[rows]
         device = tables.device
         first: Tensor | int = 0  # column of the first key gathered
@@ -128,17 +118,17 @@ class Group:
             columns = first_block + torch.arange(min(reach, tables.shape[1]), device=device)
             tables = tables.gather(1, columns.clamp(max=tables.shape[1] - 1))
             first = first_block * BLOCK_SIZE
-        kv_length = max(lengths) if window is None else tables.shape[1] * BLOCK_SIZE
-        blocks = block_rows(tables[:, : -(-kv_length // BLOCK_SIZE)], heads.kv_heads) if lanes is None else None
-        if window is None and self.q_length == 1 and min(lengths) == kv_length:
-            return Part(rows, lanes, blocks, kv_length, None)
+        kv_length = int(lengths.max()) if window is None else tables.shape[1] * BLOCK_SIZE
+        blocks = block_rows(tables[:, : -(-kv_length // BLOCK_SIZE)], heads.kv_heads)
+        if window is None and self.q_length == 1 and lengths.min() == kv_length:
+            return Part(rows, blocks, kv_length, None)
         key = first + torch.arange(kv_length, device=device)  # [rows or 1, kv_length], position of each column
         key = key.view(-1, 1, kv_length)
         hidden = key > positions[:, :, None]
         if window is not None:
             hidden |= key <= positions[:, :, None] - window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-        return Part(rows, lanes, blocks, kv_length, mask[:, None].repeat(1, 1, heads.repeats, 1))
+        return Part(rows, blocks, kv_length, mask[:, None].repeat(1, 1, heads.repeats, 1))
 
 
 @dataclass(slots=True)
@@ -151,16 +141,8 @@ class Layout:
     logit_index: Tensor  # [num_logits] int64, flat token of each wanted row, in the order of the batch's rows
     begun: Tensor | None  # int64, blocks that this forward begins and does not fill; what they held must not be read
     groups: list[Group]
-    lanes: Lanes | None
     _cache_rows: dict[int, Tensor] = field(default_factory=dict)
     _packed: Packed | None = None
-
-    def read(self, layer: int, cache: PagedTensors, part: Part) -> tuple[Tensor, Tensor]:
-        """A part's keys and values, each [rows, kv_heads, kv_length, head_dim]."""
-        if self.lanes is not None and part.lanes is not None:
-            return self.lanes.read(layer, part.lanes, part.kv_length)
-        assert part.blocks is not None
-        return cache.gather(layer, part.blocks, part.kv_length)
 
     def packed(self) -> Packed:
         """Built at the first call."""
@@ -175,9 +157,7 @@ class Layout:
         return self._cache_rows[kv_heads]
 
     @classmethod
-    def of(cls, batch: ForwardBatch, device: torch.device, lanes: Lanes | None = None) -> Layout:
-        if lanes is not None:
-            lanes.begin_forward()
+    def of(cls, batch: ForwardBatch, device: torch.device) -> Layout:
         by_length = sorted(range(len(batch.rows)), key=lambda i: len(batch.rows[i].token_ids))
         order: list[int] = []
         groups: list[Group] = []
@@ -185,11 +165,7 @@ class Layout:
         start = 0
         for q_length, members in groupby(by_length, key=lambda i: len(batch.rows[i].token_ids)):
             indices = list(members)
-            assigned = lanes.assign([batch.rows[i] for i in indices]) if lanes is not None else None
-            if assigned is not None:
-                indices = [i for _, i in sorted(zip(assigned, indices, strict=True))]
-                assigned.sort()
-            groups.append(_group([batch.rows[i] for i in indices], start, q_length, assigned, device))
+            groups.append(_group([batch.rows[i] for i in indices], start, q_length, device))
             for i in indices:
                 start += q_length
                 stops[i] = start
@@ -204,17 +180,16 @@ class Layout:
             logit_index=torch.tensor(wanted, dtype=torch.int64, device=device),
             begun=torch.tensor(begun, device=device) if begun else None,
             groups=groups,
-            lanes=lanes,
         )
 
 
 def _pack(groups: Sequence[Group]) -> Packed:
     slots = []
     for group in groups:
-        positions = torch.arange(max(group.lengths), device=group.tables.device).expand(group.batch_size, -1)
-        stands = positions < torch.tensor(group.lengths, device=positions.device)[:, None]
+        positions = torch.arange(int(group.lengths.max()), device=group.tables.device).expand(group.batch_size, -1)
+        stands = positions < torch.from_numpy(group.lengths).to(positions.device)[:, None]
         slots.append(_slots(group.tables, positions)[stands])
-    key_lengths = [length for group in groups for length in group.lengths]
+    key_lengths = [length for group in groups for length in group.lengths.tolist()]
     query_lengths = [group.q_length for group in groups for _ in group.lengths]
     device = slots[0].device
     return Packed(
@@ -239,31 +214,7 @@ def _slots(tables: Tensor, positions: Tensor) -> Tensor:
     return tables.gather(1, positions // BLOCK_SIZE) * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
-def _runs(lanes: Sequence[int], lengths: Sequence[int], worth: int) -> list[tuple[slice, slice]]:
-    """Rows in neighbouring lanes, to be attended to together: (rows, their lanes).
-
-    All rows of a run are read to the length of its longest.
-
-    Args:
-        lanes: of each row, rising.
-        lengths: of each row, in tokens.
-        worth: so many tokens read in vain cost as much as another run.
-    """
-    runs: list[tuple[slice, slice]] = []
-    start, longest = 0, lengths[0]
-    for i in range(1, len(lanes) + 1):
-        if i < len(lanes) and lanes[i] == lanes[i - 1] + 1:
-            length = lengths[i]
-            wasted = longest - length if length <= longest else (i - start) * (length - longest)
-            if wasted <= worth:
-                longest = max(longest, length)
-                continue
-        runs.append((slice(start, i), slice(lanes[start], lanes[start] + i - start)))
-        start, longest = i, lengths[min(i, len(lanes) - 1)]
-    return runs
-
-
-def _group(rows: Sequence[BatchRow], start: int, q_length: int, lanes: list[int] | None, device: torch.device) -> Group:
+def _group(rows: Sequence[BatchRow], start: int, q_length: int, device: torch.device) -> Group:
     tables = np.full((len(rows), max(len(row.block_ids) for row in rows)), NULL_BLOCK)
     for table, row in zip(tables, rows, strict=True):
         table[: len(row.block_ids)] = row.block_ids
@@ -272,11 +223,10 @@ def _group(rows: Sequence[BatchRow], start: int, q_length: int, lanes: list[int]
     return Group(
         start=start,
         q_length=q_length,
-        lengths=[row.position + q_length for row in rows],
+        lengths=positions[:, -1] + 1,
         num_logits=[row.num_logits for row in rows],
         tables=torch.from_numpy(tables).to(device),
         positions=torch.from_numpy(positions).to(device),
         slots=torch.from_numpy(slots).to(device),
-        lanes=lanes,
         adapters=[row.adapter for row in rows],
     )

@@ -19,15 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eft_serve.config import ModelConfig
-from eft_serve.engine import checkpoint, varlen_attention
+from eft_serve.engine import checkpoint, paged_attention, varlen_attention
 from eft_serve.engine.adapters import Adapters
 from eft_serve.engine.attention import GroupedAttention
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE
 from eft_serve.engine.compact_path import CompactPath
-from eft_serve.engine.lanes import Lanes
 from eft_serve.engine.layout import Layout
 from eft_serve.engine.padded_path import PaddedPath
+from eft_serve.engine.paged_attention import PagedAttention
 from eft_serve.engine.paged_tensors import PagedTensors
 from eft_serve.engine.ragged_path import RaggedPath
 from eft_serve.engine.varlen_attention import VarlenAttention
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 PATHS: dict[str, type[CompactPath] | type[RaggedPath] | type[PaddedPath]] = {
     path.name: path for path in (CompactPath, RaggedPath, PaddedPath)
+}
+ATTENTIONS: dict[str, type[VarlenAttention] | type[PagedAttention] | type[GroupedAttention]] = {
+    attention.name: attention for attention in (VarlenAttention, PagedAttention, GroupedAttention)
 }
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # of one all-reduce; a dead peer shows at once, a stopped one after this
 PROBE_TOKENS = 8
@@ -50,7 +53,6 @@ class ForwardPath(Protocol):
     """A way of running the model on a layout."""
 
     name: str
-    attends_through_us: bool
 
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor: ...
 
@@ -88,7 +90,6 @@ class ModelRunner:
         self.device = resolve_device(config, rank)
         self.dtype = resolve_dtype(config, self.device)
         self._cache = PagedTensors([], [])
-        self._lanes: Lanes | None = None
         self._path: ForwardPath | None = None
         self._joined = False
 
@@ -201,18 +202,20 @@ class ModelRunner:
             [torch.zeros(blocks, heads, BLOCK_SIZE, value_dim, **options) for heads, _, value_dim in self._shapes],  # type: ignore[call-overload]
         )
 
-        self._lanes = Lanes(self._cache) if self.device.type == "cpu" else None
-
     def ways(self) -> list[str]:
         """How the model could be run here, the quickest first: a path, and the attention that it is given."""
-        attentions = [VarlenAttention.name] if varlen_attention.suits(self.device, self.dtype) else []
-        attentions.append(GroupedAttention.name)
+        suited = {
+            VarlenAttention.name: varlen_attention.suits(self.device, self.dtype),
+            PagedAttention.name: paged_attention.suits(self.device, self.dtype),
+            GroupedAttention.name: True,
+        }
+        attentions = [name for name, suits in suited.items() if suits]
         return [f"{path}+{attention}" for path in ("compact", "ragged") for attention in attentions] + ["padded"]
 
     def try_way(self, way: str) -> Probes | str:
         """The probe's last logits, see `_probe`, or why there are none."""
         path, _, attention = way.partition("+")
-        attend = VarlenAttention() if attention == VarlenAttention.name else GroupedAttention()
+        attend = ATTENTIONS[attention or GroupedAttention.name]()
         try:
             if self.model.config._attn_implementation != self._stock_attention:
                 self.model.set_attn_implementation(self._stock_attention)
@@ -225,8 +228,8 @@ class ModelRunner:
         """Logits of the probe's second half, run in two pieces, then of a plain sequence's second token beside it."""
         ids, cut = self.probe_ids(), PROBE_TOKENS // 2
         rest = PROBE_TOKENS - cut
-        first = [BatchRow(ids[:cut], 0, [1], 0, -1, adapter), BatchRow(ids[:1], 0, [2], 0, owner=-2)]
-        second = [BatchRow(ids[cut:], cut, [1], rest, -1, adapter), BatchRow(ids[1:2], 1, [2], 1, owner=-2)]
+        first = [BatchRow(ids[:cut], 0, [1], 0, adapter), BatchRow(ids[:1], 0, [2], 0)]
+        second = [BatchRow(ids[cut:], cut, [1], rest, adapter), BatchRow(ids[1:2], 1, [2], 1)]
         self.forward(ForwardBatch(first))
         return self.forward(ForwardBatch(second))
 
@@ -236,15 +239,13 @@ class ModelRunner:
         if self._path is None:
             raise EngineError("forward before try_way")
         self._cache.copy(batch.copies)
-        lanes = self._lanes if self._path.attends_through_us else None
-        layout = Layout.of(batch, self.device, lanes)
+        layout = Layout.of(batch, self.device)
         self._cache.clear(layout.begun)
         return self._path.forward(layout, self._cache).cpu()
 
     def close(self) -> None:
         """Leave the group and forget the class-level state that DeepSpeed keeps of it."""
         self._cache = PagedTensors([], [])
-        self._lanes = None
         self._path = None
         if self._joined:
             import deepspeed

@@ -76,7 +76,6 @@ class PaddedPath:
     """One forward for each group of rows, on left-padded keys and values; the model attends by itself."""
 
     name = "padded"
-    attends_through_us = False
 
     def __init__(self, model: PreTrainedModel, attention: Attention, adapters: Adapters) -> None:
         self._model = model

@@ -43,7 +43,6 @@ class RaggedPath:
     """All rows in one forward; every layer attends through `ragged_attention`."""
 
     name = "ragged"
-    attends_through_us = True
 
     def __init__(self, model: PreTrainedModel, attention: Attention, adapters: Adapters) -> None:
         layer_types = set(getattr(model.config, "layer_types", None) or ())

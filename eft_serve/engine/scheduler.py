@@ -67,7 +67,6 @@ class Chunk:
             position=step.position + self.start,
             block_ids=self.admitted.sequence.block_ids[: blocks_for(end)],
             num_logits=self.num_logits,
-            owner=self.admitted.sequence.number,
             adapter=self.admitted.sequence.adapter,
         )
 

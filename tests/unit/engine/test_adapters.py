@@ -33,9 +33,9 @@ TOLERANCE = 1e-4
 SMALL: dict[str, Any] = {"kv_cache_tokens": 96, "max_num_batched_tokens": 16}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-PATHS = {"llama": "compact+grouped", "qwen3": "compact+grouped", "olmo2": "ragged+grouped"} | {
-    "gpt_neox": "ragged+grouped",
-    "gpt2": "ragged+grouped",
+PATHS = {"llama": "compact+paged", "qwen3": "compact+paged", "olmo2": "ragged+paged"} | {
+    "gpt_neox": "ragged+paged",
+    "gpt2": "ragged+paged",
     "falcon-new": "padded",
 }
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of adapters a and b
@@ -271,7 +271,7 @@ def test_a_way_that_computes_an_adapter_wrongly_is_not_taken(
     """Also when the adapter changes less than the model's own check would tolerate."""
     made = adapted("llama")
     directory = write_random_lora(tmp_path / "a", made.checkpoint, ATTENTION, strength=strength)
-    compact_only = lambda self: ["compact+grouped"]  # noqa: E731
+    compact_only = lambda self: ["compact+paged"]  # noqa: E731
     monkeypatch.setattr("eft_serve.engine.model_runner.ModelRunner.ways", compact_only)
     if mistake == "ignored":
         monkeypatch.setattr(engine_adapters.Adapters, "add", lambda self, updates, states, out: out)

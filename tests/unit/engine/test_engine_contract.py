@@ -28,7 +28,7 @@ def test_info_says_what_was_loaded(load: Load) -> None:
         "llama",
         VOCAB_SIZE,
         "float32",
-        "compact+grouped",
+        "compact+paged",
     )
     assert (info.kv_capacity_tokens, info.kv_block_size, info.max_model_len) == (64, BLOCK_SIZE, 64)
     assert load("llama", max_model_len=33).info.max_model_len == 33

@@ -61,7 +61,7 @@ def alike(sequence: int) -> list[int]:
 
 
 def expected_path(architecture: str) -> str:
-    return "padded" if architecture in PADDED else "compact+grouped" if architecture in COMPACT else "ragged+grouped"
+    return "padded" if architecture in PADDED else "compact+paged" if architecture in COMPACT else "ragged+paged"
 
 
 def to_step(draw: Draw, believed: dict[int, int]) -> SequenceStep:

@@ -91,7 +91,7 @@ class TestLlama:
         assert leftovers() <= before
 
     def test_two_ranks_equal_one(self, engine: Engine, references: Callable[[str], PreTrainedModel]) -> None:
-        assert (engine.info.tensor_parallel, engine.info.attention) == (2, "compact+grouped")
+        assert (engine.info.tensor_parallel, engine.info.attention) == (2, "compact+paged")
         assert_equals_one_rank(engine, references("llama"))
 
     def test_a_second_group_is_refused_and_harms_not_the_first(self, engine: Engine, checkpoints: Checkpoints) -> None:

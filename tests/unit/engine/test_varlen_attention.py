@@ -19,11 +19,11 @@ from eft_serve.engine.varlen_attention import VarlenAttention, suits
 KV_HEADS, HEADS, HEAD_DIM = 2, 4, 8
 CPU = torch.device("cpu")
 ROWS = [  # decode, prefill, chunk after cached tokens, verification of a draft, decode
-    BatchRow([1], 36, [3, 5, 1], 1, owner=1),
-    BatchRow(list(range(20)), 0, [7, 2], 1, owner=2),
-    BatchRow(list(range(9)), 17, [4, 6], 1, owner=3),
-    BatchRow([1, 2, 3], 30, [8, 9, 10], 3, owner=4),
-    BatchRow([1], 0, [11], 1, owner=5),
+    BatchRow([1], 36, [3, 5, 1], 1),
+    BatchRow(list(range(20)), 0, [7, 2], 1),
+    BatchRow(list(range(9)), 17, [4, 6], 1),
+    BatchRow([1, 2, 3], 30, [8, 9, 10], 3),
+    BatchRow([1], 0, [11], 1),
 ]
 
 
