@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from eft_serve.types import Endpoint, StepBatch, StepResult
@@ -19,6 +19,11 @@ class LogitsBackend(Protocol):
         """Let go of all of them."""
         ...
 
-    def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
-        """Send every replica its batch, wait for all of them or the deadline; keys are replica ids. Never raises."""
+    def fan_out(
+        self, batches: Mapping[str, StepBatch], timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> Mapping[str, StepResult]:
+        """Send every replica its batch, wait for all of them or the deadline; keys are replica ids. Never raises.
+
+        What is to be done `meanwhile` is done once, when all is sent.
+        """
         ...

@@ -13,9 +13,8 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from operator import eq
-
-import msgspec
 
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.backend import LogitsBackend
@@ -59,7 +58,7 @@ class DecodeLoop:
         self.scheduler = Scheduler(config, self.replicas)
         self.error: BaseException | None = None  # what ended the thread, if anything did
         self._requests: dict[str, tuple[Request, OutputStream]] = {}
-        self._deltas: list[tuple[str, Delta]] = []
+        self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even spelt
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
@@ -81,7 +80,7 @@ class DecodeLoop:
 
     def abort(self, request_id: str) -> None:
         """Free what it holds in every model; nothing more is emitted for it. Unknown ids are ignored."""
-        self._inbox.put(lambda: self._end(request_id, FinishReason.ABORT))
+        self._inbox.put(lambda: self._abort(request_id))
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         """All replicas that there are now; each is used once it has answered a step."""
@@ -126,14 +125,16 @@ class DecodeLoop:
         if batches:
             sent = time.monotonic()
             with self._timed("fan_out"):
-                results = self.backend.fan_out(batches, self.config.step_timeout_s)
+                results = self.backend.fan_out(batches, self.config.step_timeout_s, meanwhile=self._flush)
             if plan.entries:
                 self.scheduler.observe(plan, time.monotonic() - sent, results)
             ready = self._absorb(plan, results)
             drawn = draw(ready, self._timed)
-            with self._timed("emit"):
+            is_urgent = not all(request.output_token_ids for request in ready)  # nobody waits for a first token
+            with self._timed("advance"):
                 self._advance(ready, drawn)
-        self._flush()
+        if not batches or is_urgent:  # else while the models compute the next step
+            self._flush()
         return bool(batches)
 
     def _absorb(self, plan: Plan, results: Mapping[str, StepResult]) -> list[Request]:
@@ -161,14 +162,14 @@ class DecodeLoop:
             self._count(request, taken.token_ids)
             request.take(taken.token_ids)
             request.last_progress = now
-            delta = self._requests[request_id][1].push_all(taken.token_ids)
-            self.metrics.generated_tokens.inc(len(delta.token_ids))
-            if taken.components is not None:
-                delta = msgspec.structs.replace(delta, components=taken.components[: len(delta.token_ids)])
-            if (reason := delta.finish_reason) is not None:
-                delta = msgspec.structs.replace(delta, report=request.speculation.report)
+            output = self._requests[request_id][1]
+            token_ids, reason = output.take(taken.token_ids)
+            self.metrics.generated_tokens.inc(len(token_ids))
+            components = None if taken.components is None else taken.components[: len(token_ids)]
+            report = None if reason is None else request.speculation.report
+            self._deltas.append((request_id, partial(output.delta, token_ids, reason, components, report)))
+            if reason is not None:
                 self._end(request_id, reason)
-            self._deltas.append((request_id, delta))
 
     def _count(self, request: Request, tokens: list[int]) -> None:
         if request.is_given:
@@ -197,7 +198,7 @@ class DecodeLoop:
             request.check_given()
             request.limit(self._context_left(request))
         except EftServeError as error:
-            self._deltas.append((request.request_id, failed(error)))
+            self._deltas.append((request.request_id, partial(failed, error)))
             return
         self._requests[request.request_id] = (request, OutputStream.of(request, vocabularies))
         self.scheduler.add(request)
@@ -230,7 +231,11 @@ class DecodeLoop:
         self.metrics.finished.labels(reason).inc()
         self.metrics.count_guesses(request.speculation.report)
         if error is not None:
-            self._deltas.append((request_id, failed(error)))
+            self._deltas.append((request_id, partial(failed, error)))
+
+    def _abort(self, request_id: str) -> None:
+        self._end(request_id, FinishReason.ABORT)
+        self._deltas = [delta for delta in self._deltas if delta[0] != request_id]
 
     def _fail_overdue(self, now: float) -> None:
         for request in self.scheduler.requests:
@@ -254,8 +259,9 @@ class DecodeLoop:
         self.metrics.running.set(len(self.scheduler.running))
         self.metrics.waiting.set(len(self.scheduler.waiting))
         if self._deltas:
-            deltas, self._deltas = self._deltas, []
-            self.emit(deltas)
+            with self._timed("emit"):
+                deltas, self._deltas = self._deltas, []
+                self.emit([(request_id, spell()) for request_id, spell in deltas])
 
     def _set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         self.backend.set_replicas(endpoints)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.errors import EftServeError, to_failure
-from eft_serve.types import Delta, FinishReason
+from eft_serve.types import Delta, FinishReason, GuessReport, TokenComponents
 
 
 @dataclass(slots=True)
@@ -21,6 +20,8 @@ class OutputStream:
     detokenizer: Detokenizer
     stop_checker: StopChecker
     num_tokens: int = 0
+    _unspelt: list[int] = field(default_factory=list)
+    _spelt: str = ""  # and not given out
 
     @classmethod
     def of(cls, request: Request, vocabularies: list[Vocabulary]) -> OutputStream:
@@ -36,39 +37,45 @@ class OutputStream:
             stop_checker=StopChecker(() if request.is_given else sampling.stop),
         )
 
-    def push_all(self, token_ids: Sequence[int]) -> Delta:
-        """More tokens, as far as the first that ends the request; the delta has a finish reason then."""
-        deltas = []
-        for token_id in token_ids:
-            deltas.append(self.push(token_id))
-            if deltas[-1].finish_reason is not None:
-                break
-        if len(deltas) == 1:
-            return deltas[0]
-        return Delta(
-            text="".join(delta.text for delta in deltas),
-            token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
-            finish_reason=deltas[-1].finish_reason,
-        )
+    def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
+        """More tokens: those up to the one that ends the request, and why it does.
 
-    def push(self, token_id: int) -> Delta:
-        """One more token; the delta has a finish reason when it was the last."""
-        self.num_tokens += 1
-        if token_id in self.eos_token_ids:
-            return Delta(text=self._rest(), token_ids=[token_id], finish_reason=FinishReason.STOP)
-        text = self.stop_checker.push(self.detokenizer.push([token_id]))
-        if self.stop_checker.stopped:
-            return Delta(text=text, token_ids=[token_id], finish_reason=FinishReason.STOP)
-        if self.num_tokens == self.max_tokens:
-            text += self._rest()
-            reason = FinishReason.STOP if self.stop_checker.stopped else FinishReason.LENGTH
-            return Delta(text=text, token_ids=[token_id], finish_reason=reason)
-        return Delta(text=text, token_ids=[token_id])
+        Nothing is spelt here, which can wait, but where a stop string might be the end.
+        """
+        for count, token_id in enumerate(token_ids, start=1):
+            self.num_tokens += 1
+            if token_id in self.eos_token_ids:
+                return token_ids[:count], FinishReason.STOP
+            self._unspelt.append(token_id)
+            is_last = self.num_tokens == self.max_tokens
+            if self.stop_checker.stops:
+                self._spell(is_last)
+                if self.stop_checker.stopped:
+                    return token_ids[:count], FinishReason.STOP
+            if is_last:
+                return token_ids[:count], FinishReason.LENGTH
+        return token_ids, None
 
-    def _rest(self) -> str:
-        """What was kept back; a stop string may still be completed by it."""
-        text = self.stop_checker.push(self.detokenizer.flush())
-        return text if self.stop_checker.stopped else text + self.stop_checker.flush()
+    def delta(
+        self,
+        token_ids: list[int],
+        reason: FinishReason | None,
+        components: list[TokenComponents] | None,
+        report: GuessReport | None,
+    ) -> Delta:
+        """What was taken, with the text that is certain by now and was not given out yet."""
+        self._spell(is_last=reason is not None)
+        text, self._spelt = self._spelt, ""
+        return Delta(text=text, token_ids=token_ids, finish_reason=reason, components=components, report=report)
+
+    def _spell(self, is_last: bool) -> None:
+        token_ids, self._unspelt = self._unspelt, []
+        if token_ids:
+            self._spelt += self.stop_checker.push(self.detokenizer.push(token_ids))
+        if is_last and not self.stop_checker.stopped:
+            self._spelt += self.stop_checker.push(self.detokenizer.flush())
+            if not self.stop_checker.stopped:  # by what was kept back
+                self._spelt += self.stop_checker.flush()
 
 
 def failed(error: EftServeError) -> Delta:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,11 @@ class InProcess:
         for engine in self._engines.values():
             engine.close()
 
-    def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
+    def fan_out(
+        self, batches: Mapping[str, StepBatch], timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> Mapping[str, StepResult]:
+        if meanwhile is not None:
+            meanwhile()
         return {model: self._step(self._engines[model], batch) for model, batch in batches.items()}
 
     def _step(self, engine: Engine, batch: StepBatch) -> StepResult:

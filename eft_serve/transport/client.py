@@ -7,7 +7,7 @@ exception; a replica that dies is noticed by its broken connection, long before 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import zmq
 
@@ -36,16 +36,21 @@ class FanOut:
                 self._context, self._poller, endpoints[replica_id], self.public_key, self._secret_key
             )
 
-    def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
+    def fan_out(
+        self, batches: Mapping[str, StepBatch], timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> Mapping[str, StepResult]:
         """Send every replica its batch, wait for all of them or the deadline; keys are replica ids. Never raises.
 
-        Logits are views of the received bytes, read them before the next call.
+        What is to be done `meanwhile` is done once, when all is sent. Logits are views of the received bytes, read them
+        before the next call.
         """
         started = time.monotonic()
         links = {replica_id: self._links[replica_id] for replica_id in batches if replica_id in self._links}
         for replica_id, link in sorted(links.items(), key=_slowest_first):
             self._last_message_id += 1
             link.begin(self._last_message_id, batches[replica_id], started)
+        if meanwhile is not None:
+            meanwhile()
         while (left_s := started + timeout_s - time.monotonic()) > 0 and any(link.waiting for link in links.values()):
             ready = {socket for socket, _ in self._poller.poll(max(1, int(left_s * 1000)))}
             for link in self._links.values():

@@ -69,7 +69,11 @@ class ToyBackend:
     def close(self) -> None:
         self.connected = {}
 
-    def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
+    def fan_out(
+        self, batches: Mapping[str, StepBatch], timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> Mapping[str, StepResult]:
+        if meanwhile is not None:
+            meanwhile()
         self.disturb(self)
         self.batches.append(batches)
         return {replica_id: self._answer(replica_id, batch) for replica_id, batch in batches.items()}

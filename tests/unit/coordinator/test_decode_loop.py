@@ -359,13 +359,46 @@ def test_requests_join_while_others_run_and_a_long_prompt_does_not_stop_them() -
     harness.submit(request("long", {model: [rng.randrange(60) for _ in range(60)] for model in EFT}, max_tokens=2))
     for _ in range(8):
         harness.loop.receive()
-        before = len(harness.tokens("short"))
+        before = len(short.output_token_ids)
         harness.loop.step()
-        assert len(harness.tokens("short")) == before + 1
+        assert len(short.output_token_ids) == before + 1
     assert "long" not in harness.deltas
     harness.drive()
     assert len(harness.tokens("long")) == 2
     assert harness.backend.max_computed <= 8
+
+
+def test_text_is_spelt_while_the_next_step_is_computed_and_a_first_token_at_once() -> None:
+    emitted_at_fan_out: list[int] = []
+
+    def note(backend: ToyBackend) -> None:
+        emitted_at_fan_out.append(len(harness.deltas.get("r", ())))
+
+    harness = Harness(ToyBackend(three_models()))
+    req = request("r", {model: [1, 2] for model in EFT}, max_tokens=10, ignore_eos=True)
+    harness.submit(req)
+    harness.loop.receive()
+    harness.backend.disturb = note  # after what is done meanwhile
+    for step in range(1, 5):
+        harness.loop.step()
+        assert len(req.output_token_ids) == step
+        assert len(harness.tokens("r")) == max(1, step - 1)
+    assert emitted_at_fan_out == [0, 1, 2, 3]
+    harness.drive()
+    assert harness.tokens("r") == naive(req)
+
+
+def test_nothing_is_emitted_for_an_aborted_request_not_even_what_is_drawn() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    for name in ("r", "other"):
+        harness.submit(request(name, {model: [1, 2] for model in EFT}, max_tokens=10, ignore_eos=True))
+    harness.loop.receive()
+    for _ in range(3):
+        harness.loop.step()
+    harness.loop.abort("r")
+    harness.drive()
+    assert len(harness.tokens("r")) == 2
+    assert len(harness.tokens("other")) == 10
 
 
 LONG = {model: [i * step % 59 for i in range(60)] for step, model in enumerate(EFT, 1)}
@@ -422,7 +455,7 @@ def test_an_evicted_sequence_finds_its_blocks_again_with_what_it_generated() -> 
         harness.loop.receive()
         harness.loop.step()
     computed = harness.backend.num_computed
-    assert len(harness.tokens("r")) == 13
+    assert len(req.output_token_ids) == 13
     del harness.backend.held["tuned-0"]["r/tuned"]
     harness.drive()
     assert harness.tokens("r") == naive(req)

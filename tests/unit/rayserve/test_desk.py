@@ -69,7 +69,11 @@ class CountingBackend:
     def close(self) -> None:
         pass
 
-    def fan_out(self, batches: Mapping[str, StepBatch], timeout_s: float) -> Mapping[str, StepResult]:
+    def fan_out(
+        self, batches: Mapping[str, StepBatch], timeout_s: float, meanwhile: Callable[[], None] | None = None
+    ) -> Mapping[str, StepResult]:
+        if meanwhile is not None:
+            meanwhile()
         assert self.gate.wait(timeout_s)
         for batch in batches.values():
             self.freed |= set(batch.freed)

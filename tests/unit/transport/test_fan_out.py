@@ -187,6 +187,24 @@ def test_the_deadline_holds_and_late_replies_are_discarded(stage: Stage) -> None
     assert slow.forwards == [["a"], ["b", "c"]]
 
 
+def test_what_is_done_meanwhile_holds_no_replica_up(stage: Stage) -> None:
+    """It is done when all have been sent their batch, and before anybody's answer is waited for."""
+    engines = [stage.serve("base"), stage.serve("tuned")]
+    client = stage.client()
+    client.fan_out({"base": batch("warm"), "tuned": batch("warm")}, TIMEOUT_S)
+    for engine in engines:
+        engine.gate.clear()
+
+    def meanwhile() -> None:
+        eventually(lambda: all(engine.forwards[-1] == ["a"] for engine in engines))
+        for engine in engines:
+            engine.gate.set()
+
+    results = client.fan_out({"base": batch("a"), "tuned": batch("a")}, TIMEOUT_S, meanwhile)
+    assert_answered(results["base"])
+    assert_answered(results["tuned"])
+
+
 def test_the_slowest_replica_is_sent_its_batch_first(stage: Stage) -> None:
     for name in ("quick", "slow", "middling"):
         stage.serve(name)
