@@ -61,6 +61,7 @@ class DecodeLoop:
         self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even spelt
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._last_plan = 0.0  # monotonic seconds
         self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
 
     # From any thread.
@@ -119,8 +120,8 @@ class DecodeLoop:
         with self._timed("schedule"):
             self._probe(self.replicas.due(now))
             self._fail_overdue(now)
-            self._fail_stalled(now)
-            plan = self.scheduler.plan(now)
+            self._fail_stalled(self._last_plan)  # who only waited for a turn was told apart then
+            plan, self._last_plan = self.scheduler.plan(now), now
             batches = plan.batches()
         if batches:
             sent = time.monotonic()
@@ -151,7 +152,7 @@ class DecodeLoop:
 
     def _advance(self, requests: Sequence[Request], drawn: Sequence[Drawn | EftServeError]) -> None:
         """Give every request its tokens; end those that they end."""
-        now = time.monotonic()
+        now, num_taken = time.monotonic(), 0
         for request, taken in zip(requests, drawn, strict=True):
             request_id = request.request_id
             if isinstance(taken, EftServeError):
@@ -164,12 +165,13 @@ class DecodeLoop:
             request.last_progress = now
             output = self._requests[request_id][1]
             token_ids, reason = output.take(taken.token_ids)
-            self.metrics.generated_tokens.inc(len(token_ids))
+            num_taken += len(token_ids)
             components = None if taken.components is None else taken.components[: len(token_ids)]
             report = None if reason is None else request.speculation.report
             self._deltas.append((request_id, partial(output.delta, token_ids, reason, components, report)))
             if reason is not None:
                 self._end(request_id, reason)
+        self.metrics.generated_tokens.inc(num_taken)
 
     def _count(self, request: Request, tokens: list[int]) -> None:
         if request.is_given:

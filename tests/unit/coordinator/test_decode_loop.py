@@ -569,9 +569,9 @@ def test_a_replica_that_never_answers_is_asked_ever_more_rarely_and_stops_nobody
 
 
 def test_waiting_for_a_turn_is_not_waiting_for_a_model() -> None:
-    """Twelve long prompts through a small budget take far longer than a request's time to recover."""
+    """Twelve long prompts through a small budget take far longer than a request's time to recover; so may one step."""
     harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=10, recovery_timeout_s=0.05))
-    harness.backend.disturb = lambda backend: time.sleep(0.002)
+    harness.backend.disturb = lambda backend: time.sleep(0.1 if len(backend.batches) == 20 else 0.002)
     requests = [request(f"r{i}", {m: [i] * 60 for m in EFT}, max_tokens=2) for i in range(12)]
     for req in requests:
         harness.submit(req)
