@@ -35,7 +35,7 @@ class SequenceState:
 
     @property
     def num_rows(self) -> int:
-        return 0 if self.rows is None else len(self.rows)
+        return 0 if self.rows is None else self.rows.shape[0]
 
     def forget(self) -> None:
         """The cache is gone."""
@@ -87,7 +87,11 @@ class Request:
     @property
     def is_prefilling(self) -> bool:
         """Some model has more to compute than the newest token."""
-        return any(self.num_pending(sequence) > 1 for sequence in self.sequences)
+        num_output = len(self.output_token_ids)
+        for sequence in self.sequences:  # written out: asked for many times a step
+            if len(sequence.prompt_token_ids) + num_output - sequence.num_computed > 1:
+                return True
+        return False
 
     @property
     def num_left(self) -> int:
@@ -159,10 +163,6 @@ class Request:
     def num_reserved(self, sequence: SequenceState) -> int:
         """Tokens that it may come to hold in the next step."""
         return self.num_tokens(sequence) + len(self.guesses) + self.speculation.num_asked
-
-    def num_pending(self, sequence: SequenceState) -> int:
-        """Tokens still to be computed before the next one can be drawn; none where guesses were computed ahead."""
-        return max(0, self.num_tokens(sequence) - sequence.num_computed)
 
     def tokens_between(self, sequence: SequenceState, start: int, end: int) -> list[int]:
         """Tokens `start:end` of prompt, output and guesses together."""

@@ -78,7 +78,7 @@ def num_rows(request: Request) -> int:
 
 def tested(request: Request) -> list[int]:
     """Its guesses for the positions that can be combined."""
-    return request.guesses[: num_rows(request)]
+    return request.guesses[: num_rows(request)] if request.guesses else []
 
 
 def _draw_group(requests: Sequence[Request], timed: Timed) -> Sequence[Drawn | EftServeError]:
@@ -95,7 +95,7 @@ def _combine_and_sample(requests: Sequence[Request], timed: Timed) -> list[Drawn
     with timed("combine"):
         terms = [
             _stacked(
-                [_rows(request, term)[:n] for request, n in zip(requests, lengths, strict=True)], requests[0].num_ids
+                [_rows(request, term, n) for request, n in zip(requests, lengths, strict=True)], requests[0].num_ids
             )
             for term in range(len(requests[0].terms))
         ]
@@ -133,27 +133,28 @@ def _take(
     return take_keyed(own, guesses, lengths)
 
 
-def _rows(request: Request, term: int) -> Tensor:
+def _rows(request: Request, term: int, count: int) -> Tensor:
     rows = request.sequences[term].rows
     assert rows is not None
-    return rows
+    return rows if rows.shape[0] == count else rows[:count]
 
 
 def _stacked(blocks: Sequence[Tensor], num_ids: int) -> Tensor:
     """All rows, [num_rows, num_ids]; a view where they stand evenly in one buffer, as in a replica's answer."""
     first = blocks[0]
-    starts = [b.storage_offset() + i * b.stride(0) for b in blocks for i in range(len(b))]
+    starts = offsets = [int(block.storage_offset()) for block in blocks]
+    if any(block.shape[0] > 1 for block in blocks):
+        starts = [start + i * b.stride(0) for start, b in zip(offsets, blocks, strict=True) for i in range(b.shape[0])]
     distance = starts[1] - starts[0] if len(starts) > 1 else first.shape[1]
-    evenly = starts == [starts[0] + index * distance for index in range(len(starts))]
-    if evenly and distance > 0 and all(_are_alike(first, block) for block in blocks):
+    evenly = distance > 0 and starts == list(range(starts[0], starts[0] + len(starts) * distance, distance))
+    if evenly and first.stride(1) == 1 and len(set(map(_buffer, blocks, offsets))) == 1:
         return first.as_strided((len(starts), num_ids), (distance, 1))
     return torch.cat([block[:, :num_ids] for block in blocks])
 
 
-def _are_alike(first: Tensor, other: Tensor) -> bool:
-    """Parts of one buffer, each of whose rows is without gaps."""
-    one, two = first.untyped_storage(), other.untyped_storage()
-    return one.data_ptr() == two.data_ptr() and first.dtype == other.dtype and other.stride(1) == 1
+def _buffer(block: Tensor, offset: int) -> tuple[int, torch.dtype, int]:
+    """Where the buffer begins that it is a part of, and how its rows lie there."""
+    return block.data_ptr() - offset * block.dtype.itemsize, block.dtype, block.stride(1)
 
 
 def _sampling_rows(requests: Sequence[Request], lengths: Sequence[int]) -> SamplingRows:

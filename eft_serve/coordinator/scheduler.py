@@ -134,8 +134,10 @@ class Scheduler:
         return [request for request in self.requests if now - request.last_progress > timeout_s]
 
     def _place_lost(self) -> None:
-        self.replicas.count_blocks(self.running)
-        for request in self.running:
+        lost = [r for r in self.running if any(sequence.replica_id is None for sequence in r.sequences)]
+        if lost:
+            self.replicas.count_blocks(self.running)
+        for request in lost:
             self.replicas.place(request, within_budget=False)
 
     def _ask_for_guesses(self) -> None:
@@ -224,11 +226,13 @@ def _draft_forwards(plan: Plan, results: Mapping[str, StepResult]) -> Iterator[t
             yield entries[0].sequence.model, result.forward_seconds / deepest
 
 
-def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> Counter[str]:
+def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> dict[str, int]:
     """Tokens that each replica computes in its final step: one may hold several of its sequences."""
-    wanted: Counter[str] = Counter()
+    wanted: dict[str, int] = {}
+    num_guesses = len(request.guesses)
     for sequence, replica_id in placed:
-        wanted[replica_id] += request.num_tokens(sequence) + len(request.guesses) - sequence.num_computed
+        count = request.num_tokens(sequence) + num_guesses - sequence.num_computed
+        wanted[replica_id] = wanted.get(replica_id, 0) + count
     return wanted
 
 

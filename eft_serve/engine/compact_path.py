@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import rms_norm
 from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -69,7 +69,7 @@ class _Norm:
 class _Joined:
     """Matrices with one input as one product."""
 
-    weight: Tensor  # [num_outputs of all, num_inputs]
+    transposed: Tensor  # [num_inputs, num_outputs of all]
     bias: Tensor | None
     adapters: Adapters
     updates: Mapping[str, Update]  # by adapter
@@ -81,10 +81,14 @@ class _Joined:
         biases = [module.bias for module in modules]
         if len({bias is None for bias in biases}) > 1:
             raise UnsupportedModelError("some of the joined projections have a bias and some have none")
-        return cls(weight, None if biases[0] is None else _stack(biases), adapters, adapters.joined(modules))
+        return cls(weight.t(), None if biases[0] is None else _stack(biases), adapters, adapters.joined(modules))
 
     def __call__(self, states: Tensor) -> Tensor:
-        return self.adapters.add(self.updates, states, linear(states, self.weight, self.bias))
+        if self.bias is None:
+            product = torch.mm(states, self.transposed)  # `linear` takes several microseconds more
+        else:
+            product = torch.addmm(self.bias, states, self.transposed)
+        return self.adapters.add(self.updates, states, product)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +124,11 @@ class _Layer:
             head_dim=attention.head_dim,
             scaling=attention.scaling,
             window=window,
-            output=_direct(attention.o_proj),
+            output=_product(attention.o_proj),
             mlp_norm=_Norm.of(module.post_attention_layernorm),
             gate_up=_Joined.of([mlp.gate_proj, mlp.up_proj], adapters),
             activation=_direct(mlp.act_fn),
-            down=_direct(mlp.down_proj),
+            down=_product(mlp.down_proj),
         )
 
     def project(self, states: Tensor, rotary: _Rotary) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,8 +199,8 @@ class CompactPath:
             attended = self._attention(
                 index, layout, cache, query, key, value, scaling=layer.scaling, window=layer.window
             )
-            states = layer.output(attended.flatten(1)) + states
-            states = layer.feed_forward(states) + states
+            states = layer.output(attended.flatten(1)).add_(states)
+            states = layer.feed_forward(states).add_(states)
         return self._head(self._norm(states[layout.logit_index]))
 
     def _rotary(self, states: Tensor, positions: Tensor) -> Tensor:
@@ -226,6 +230,15 @@ def _direct(module: Any) -> Callable[[Tensor], Tensor]:
     has_hooks = module._forward_hooks or module._forward_pre_hooks
     called: Callable[[Tensor], Tensor] = module if has_hooks else module.forward
     return called
+
+
+def _product(module: Any) -> Callable[[Tensor], Tensor]:
+    """What the module makes of [num_tokens, num_inputs]; a plain matrix is multiplied without asking the module."""
+    is_plain = type(module) is nn.Linear and module.bias is None and "forward" not in vars(module)
+    if not is_plain or module._forward_hooks or module._forward_pre_hooks:
+        return _direct(module)
+    transposed = module.weight.t()
+    return lambda states: torch.mm(states, transposed)
 
 
 def _stack(parameters: Sequence[nn.Parameter]) -> Tensor:

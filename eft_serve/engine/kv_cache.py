@@ -101,7 +101,10 @@ class KVCache:
         Rows will be written from there on, so a block in the middle of which that is must be the sequence's own: it is
         copied when others hold it too, and forgotten as well when there is no room for a copy.
         """
-        num_tokens = min(num_tokens, sequence.num_computed_tokens)
+        num_computed = sequence.num_computed_tokens
+        if num_tokens >= num_computed and blocks_for(num_computed) == len(sequence.block_ids):
+            return  # nothing to forget, and the block that goes on is the sequence's own since it was begun
+        num_tokens = min(num_tokens, num_computed)
         num_full, num_left = divmod(num_tokens, BLOCK_SIZE)
         if num_left and not self._own(sequence, num_full):
             num_tokens -= num_left
@@ -156,6 +159,8 @@ class KVCache:
         if not sequence.digests:
             return
         num_named = len(sequence.digests) - 1
+        if len(sequence.token_ids) < (num_named + 1) * BLOCK_SIZE:
+            return
         unnamed = sequence.token_ids[num_named * BLOCK_SIZE :]
         for index, digest in enumerate(self._digests.of_blocks(sequence.digests[-1], unnamed), num_named):
             self.pool.register(sequence.block_ids[index], digest)

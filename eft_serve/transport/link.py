@@ -174,4 +174,4 @@ def _answers(output: StepOutput, step: SequenceStep) -> bool:
     num_drafted = len(output.drafted)
     if not fewest <= num_drafted <= most or len(output.confidences) != num_drafted:
         return False
-    return len(output.logits) == step.num_logits + max(0, num_drafted - 1)
+    return output.logits.shape[0] == step.num_logits + max(0, num_drafted - 1)

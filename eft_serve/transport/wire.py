@@ -152,24 +152,22 @@ def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Rep
     except (msgspec.MsgspecError, ValueError) as error:
         raise WireError(f"reply: {error}; run the same version on both sides") from error
     logits = _payload(header, frames[1], segment)
-    outputs, start = [], 0
-    for answer in header.answers:
+    outputs = []
+    for answer, rows in zip(header.answers, logits.split([answer.num_rows for answer in header.answers]), strict=True):
         if answer.held is not None or answer.error is not None:
             outputs.append(StepOutput(answer.sequence_id, held=answer.held, error=answer.error))
-            continue
-        rows = logits[start : start + answer.num_rows]
-        outputs.append(
-            StepOutput(answer.sequence_id, logits=rows, drafted=answer.drafted, confidences=answer.confidences)
-        )
-        start += answer.num_rows
+        else:
+            outputs.append(
+                StepOutput(answer.sequence_id, logits=rows, drafted=answer.drafted, confidences=answer.confidences)
+            )
     return Reply(header.message_id, outputs, header.forward_seconds, header.failure)
 
 
 def _answer(output: StepOutput) -> Answer:
-    set_fields = [name for name in ("held", "error", "logits") if getattr(output, name) is not None]
-    if len(set_fields) != 1:
+    if (output.held is not None) + (output.error is not None) + (output.logits is not None) != 1:
+        set_fields = [name for name in ("held", "error", "logits") if getattr(output, name) is not None]
         raise WireError(f"output of {output.sequence_id!r} sets {set_fields}; exactly one of held, error, logits")
-    num_rows = 0 if output.logits is None else len(output.logits)
+    num_rows = 0 if output.logits is None else output.logits.shape[0]
     drafted, confidences = list(output.drafted), list(output.confidences)
     return Answer(output.sequence_id, output.held, output.error, num_rows, drafted, confidences)
 
