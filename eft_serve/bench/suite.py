@@ -60,7 +60,7 @@ BENCHMARKS = (
         "write without it: three transformers models in one process with as many threads as are quickest, static "
         "padded batches, no HTTP. Waiting for a free place counts in TTFT. Then running streams while long prompts "
         "arrive beside them, and prompts that are sent twice.",
-        "--concurrency 16 --peer naive --requests 80 --long-prompt --repeated-prefix",
+        "--concurrency 16 --peer naive --requests 64 --long-prompt --repeated-prefix",
     ),
 )
 

@@ -219,7 +219,8 @@ def _group(rows: Sequence[BatchRow], start: int, q_length: int, device: torch.de
     for table, row in zip(tables, rows, strict=True):
         table[: len(row.block_ids)] = row.block_ids
     positions = np.array([row.position for row in rows])[:, None] + np.arange(q_length)
-    slots = np.take_along_axis(tables, positions // BLOCK_SIZE, axis=1) * BLOCK_SIZE + positions % BLOCK_SIZE
+    block, offset = np.divmod(positions, BLOCK_SIZE)
+    slots = tables[np.arange(len(rows))[:, None], block] * BLOCK_SIZE + offset
     return Group(
         start=start,
         q_length=q_length,
