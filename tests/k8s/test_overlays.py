@@ -273,6 +273,18 @@ def test_the_image_runs_as_the_user_of_the_pods(ray_service: Manifest) -> None:
     )
 
 
+def test_what_the_image_compiles_is_kept_where_pods_can_write(ray_service: Manifest) -> None:
+    """Their root file system is read-only."""
+    dockerfile = (ROOT / "k8s" / "Dockerfile").read_text()
+    kept = re.findall(r"\b(?:TORCH_EXTENSIONS_DIR|NUMBA_CACHE_DIR)=(\S+)", dockerfile)
+    assert len(kept) == 2
+    for pod in pods(ray_service):
+        writable = {volume["name"] for volume in pod["spec"]["volumes"] if "emptyDir" in volume}
+        for container in pod["spec"]["containers"]:
+            mounts = [m["mountPath"] for m in container["volumeMounts"] if m["name"] in writable]
+            assert all(any(path.startswith(f"{mount}/") for mount in mounts) for path in kept)
+
+
 def test_what_is_missing_skips_here_and_fails_in_ci(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EFT_SERVE_KUBERAY_CRDS", str(tmp_path))
     monkeypatch.delenv("CI", raising=False)

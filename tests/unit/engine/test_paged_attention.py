@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -124,6 +126,22 @@ def test_scores_that_are_far_apart() -> None:
     rows = Rows([33], 1, 1, 1, (8, 8))
     rows.query *= 1000
     np.testing.assert_allclose(rows.attend(1 << 40, 1.0), rows.plain(1 << 40, 1.0), atol=1e-4, rtol=0)
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_each_time() -> None:
+    program = """if True:
+        import numpy as np
+        from numba.core import caching
+
+        caching.CacheImpl._locator_classes = []  # as on a file system that is read-only throughout
+        from eft_serve.engine.paged_kernel import attend
+
+        ones, out = np.ones((2, 1, 16, 8), np.float32), np.zeros((1, 1, 8), np.float32)
+        attend(ones[0, :, :1], ones, ones, np.array([[1]]), np.array([3]), 9, 0.3, out)
+        print(out.sum())
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "8.0\n"), done.stderr
 
 
 def test_it_is_for_cpus_in_32_bits() -> None:
