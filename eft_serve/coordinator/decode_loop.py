@@ -26,7 +26,7 @@ from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import Drawn, draw, tested
 from eft_serve.coordinator.scheduler import Plan, Scheduler
 from eft_serve.coordinator.vocabulary import Vocabulary
-from eft_serve.errors import ContextLengthError, DeadlineError, EftServeError, UnavailableError
+from eft_serve.errors import ContextLengthError, DeadlineError, EftServeError, EngineError, UnavailableError
 from eft_serve.types import Delta, Endpoint, FinishReason, SequenceStep, StepBatch, StepResult
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class DecodeLoop:
         self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even spelt
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
-        self._last_plan = 0.0  # monotonic seconds
+        self._last_plan = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
 
     # From any thread.
@@ -148,7 +148,7 @@ class DecodeLoop:
             self.replicas.give_back_freed(replica_id, plan.freed.get(replica_id, ()))
         for request, error in gathered.errors.items():
             self._end(request.request_id, FinishReason.ERROR, error)
-        return [request for request in gathered.ready if request not in gathered.errors]
+        return [request for request in gathered.ready if request.request_id in self._requests]
 
     def _advance(self, requests: Sequence[Request], drawn: Sequence[Drawn | EftServeError]) -> None:
         """Give every request its tokens; end those that they end."""
@@ -263,7 +263,15 @@ class DecodeLoop:
         if self._deltas:
             with self._timed("emit"):
                 deltas, self._deltas = self._deltas, []
-                self.emit([(request_id, spell()) for request_id, spell in deltas])
+                self.emit([(request_id, self._spelt(request_id, spell)) for request_id, spell in deltas])
+
+    def _spelt(self, request_id: str, spell: Callable[[], Delta]) -> Delta:
+        try:
+            return spell()
+        except Exception as error:  # a tokenizer's: this request's end, and nobody else's
+            logger.exception("the text of request %s cannot be spelt", request_id)
+            self._end(request_id, FinishReason.ERROR)
+            return failed(EngineError(f"request {request_id}: its text cannot be spelt: {error}"))
 
     def _set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         self.backend.set_replicas(endpoints)
@@ -276,7 +284,9 @@ class DecodeLoop:
         if not replica_ids:
             return
         probe = SequenceStep(f"probe/{uuid.uuid4().hex}", 0, [0], num_logits=1)
-        results = self.backend.fan_out(dict.fromkeys(replica_ids, StepBatch(steps=[probe])), PROBE_TIMEOUT_S)
+        results = self.backend.fan_out(
+            dict.fromkeys(replica_ids, StepBatch(steps=[probe])), PROBE_TIMEOUT_S, self._flush
+        )
         for replica_id, result in results.items():
             reason = result.failure or result.outputs[0].error
             if reason is None:  # "no room now" is an answer too

@@ -124,13 +124,16 @@ class Scheduler:
                 if sequence.replica_id == replica_id:
                     self.replicas.drop(sequence)
                     request.last_progress = now  # the time to recover begins with the loss
+        for request in self.waiting:
+            if replica and replica.info.model in request.models:
+                request.last_progress = now
 
     def find_stalled(self, now: float, timeout_s: float) -> list[Request]:
         """Requests that have waited so long for a model that does not come, rather than for their turn."""
         proven = self.replicas.proven()
         for request in self.waiting:
             if could_hold(proven, request):
-                request.last_progress = now
+                request.last_progress = max(request.last_progress, now)
         return [request for request in self.requests if now - request.last_progress > timeout_s]
 
     def _place_lost(self) -> None:

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -579,6 +580,87 @@ def test_waiting_for_a_turn_is_not_waiting_for_a_model() -> None:
     harness.drive()
     assert time.monotonic() - started > 0.1
     assert [harness.tokens(r.request_id) for r in requests] == [naive(r) for r in requests]
+
+
+def test_a_long_step_is_not_counted_against_who_came_during_it() -> None:
+    """Nor is it when an engine then has no room for it at first, so that it makes no progress by itself."""
+    harness = Harness(ToyBackend(three_models()), CoordinatorConfig(recovery_timeout_s=0.3))
+    harness.submit(request("first", prompts_for(random.Random(1)), max_tokens=2, ignore_eos=True))
+    harness.loop.receive()
+    harness.loop.step()
+
+    def long_step(backend: ToyBackend) -> None:
+        backend.disturb = lambda backend: None
+        time.sleep(0.4)
+        late = request("late", prompts_for(random.Random(2)), ignore_eos=True)
+        harness.submit(late)
+        backend.full = {"tuned-0"}
+
+    harness.backend.disturb = long_step
+    for _ in range(4):
+        harness.loop.step()
+        harness.loop.receive()
+    harness.backend.full = set()
+    harness.drive()
+    assert harness.last("late").failure is None
+    assert len(harness.tokens("late")) == 12
+
+
+def test_the_time_to_recover_begins_with_the_loss_for_those_who_wait_too() -> None:
+    config = CoordinatorConfig(recovery_timeout_s=0.3, max_num_seqs=1)
+    harness = Harness(ToyBackend(three_models()), config)
+    for name in ("runs", "waits"):
+        harness.submit(request(name, prompts_for(random.Random(1)), max_tokens=5, ignore_eos=True))
+    harness.loop.receive()
+    harness.loop.step()
+
+    def hang(backend: ToyBackend) -> None:
+        backend.disturb = lambda backend: None
+        time.sleep(0.4)
+        backend.dead = {"tuned-0"}
+
+    harness.backend.disturb = hang
+    for _ in range(3):
+        harness.loop.step()
+    assert harness.loop.num_requests == 2
+    harness.backend.dead = set()
+    harness.retry_now()
+    harness.drive()
+    assert [len(harness.tokens(name)) for name in ("runs", "waits")] == [5, 5]
+
+
+def test_what_is_drawn_does_not_wait_for_a_probe() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("r", prompts_for(random.Random(1)), max_tokens=2, ignore_eos=True))
+    harness.loop.receive()
+    harness.loop.step()
+    harness.loop.step()
+    assert len(harness.tokens("r")) == 1
+    harness.loop.replicas.replicas["tuned-0"].proven = False
+    emitted: list[int] = []
+    harness.backend.disturb = lambda backend: emitted.append(len(harness.tokens("r")))
+    harness.loop.step()
+    assert emitted[0] == 2, "before the probe's answer was waited for"
+
+
+def test_a_text_that_cannot_be_spelt_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
+    harness = Harness(ToyBackend(three_models()))
+    for name in ("bad", "good"):
+        harness.submit(request(name, prompts_for(random.Random(1)), max_tokens=6, ignore_eos=True))
+    harness.loop.receive()
+    harness.loop.step()
+    output = harness.loop._requests["bad"][1]
+
+    def refuse(token_ids: list[int]) -> str:
+        raise ValueError("no such token")
+
+    output.detokenizer.decoder = SimpleNamespace(decode=refuse)
+    harness.drive()
+    failure = harness.last("bad").failure
+    assert failure is not None
+    assert "no such token" in failure.message
+    assert len(harness.tokens("good")) == 6
+    assert "cannot be spelt" in caplog.text
 
 
 def test_an_engine_that_never_has_room_ends_in_an_error() -> None:
