@@ -215,8 +215,8 @@ class ModelRunner:
     def try_way(self, way: str) -> Probes | str:
         """The probe's last logits, see `_probe`, or why there are none."""
         path, _, attention = way.partition("+")
-        attend = ATTENTIONS[attention or GroupedAttention.name]()
         try:
+            attend = ATTENTIONS[attention or GroupedAttention.name]()
             if self.model.config._attn_implementation != self._stock_attention:
                 self.model.set_attn_implementation(self._stock_attention)
             self._path = PATHS[path](self.model, attend, self._adapters)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from eft_serve.engine.layout import Group, Layout
 from eft_serve.engine.paged_tensors import PagedTensors
 
 MAX_NEW_TOKENS = 16  # of a row; more are arithmetic rather than reading, which torch does better on gathered blocks
+
+_SHARE = 1 << 18  # elements of keys that are worth another thread
 
 
 def suits(device: torch.device, dtype: torch.dtype) -> bool:
@@ -28,6 +32,7 @@ class PagedAttention:
         from eft_serve.engine.paged_kernel import attend  # takes half a second, which nobody else need wait for
 
         self._kernel = attend
+        self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="attention")
         self._prefills = GroupedAttention()
 
     def __call__(
@@ -60,14 +65,27 @@ class PagedAttention:
         self, layer: int, group: Group, cache: PagedTensors, query: Tensor, scaling: float | None, window: int | None
     ) -> Tensor:
         out = query.new_empty(*query.shape[:2], cache.values[layer].shape[3])
-        self._kernel(
-            query.contiguous().numpy(),
-            cache.keys[layer].numpy(),
-            cache.values[layer].numpy(),
-            group.tables.numpy(),
-            group.lengths,
-            sys.maxsize if window is None else window,
-            query.shape[2] ** -0.5 if scaling is None else scaling,
-            out.numpy(),
-        )
+        keys, values = cache.keys[layer].numpy(), cache.values[layer].numpy()
+        queries, outputs, tables = query.contiguous().numpy(), out.numpy(), group.tables.numpy()
+        window = sys.maxsize if window is None else window
+        scaling = query.shape[2] ** -0.5 if scaling is None else scaling
+
+        def attend(rows: slice) -> None:
+            tokens = slice(rows.start * group.q_length, rows.stop * group.q_length)
+            arrays = queries[tokens], keys, values, tables[rows], group.lengths[rows]
+            self._kernel(*arrays, window, scaling, outputs[tokens])
+
+        num_elements = int(group.lengths.sum()) * keys.shape[1] * keys.shape[3]
+        shares = _shares(group.batch_size, min(torch.get_num_threads(), num_elements // _SHARE))
+        if len(shares) == 1:
+            attend(shares[0])
+        else:
+            list(self._threads.map(attend, shares))  # raises what they raise
         return out
+
+
+def _shares(num_rows: int, most: int) -> list[slice]:
+    """The rows in neighbouring parts, as even as can be; no more than are wanted."""
+    count = max(1, min(num_rows, most))
+    bounds = [num_rows * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,13 @@ from tiny_models import VOCAB_SIZE, stock_logits
 from transformers import PreTrainedModel
 
 from eft_serve.engine import paged_attention
+from eft_serve.engine.attention import Attention, GroupedAttention
+from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.engine import Engine
+from eft_serve.engine.layout import Layout
+from eft_serve.engine.paged_attention import PagedAttention
 from eft_serve.engine.paged_kernel import attend
+from eft_serve.engine.paged_tensors import PagedTensors
 from eft_serve.types import SequenceStep
 
 BLOCK_SIZE = 16
@@ -126,6 +133,56 @@ def test_scores_that_are_far_apart() -> None:
     rows = Rows([33], 1, 1, 1, (8, 8))
     rows.query *= 1000
     np.testing.assert_allclose(rows.attend(1 << 40, 1.0), rows.plain(1 << 40, 1.0), atol=1e-4, rtol=0)
+
+
+ROWS = [  # decodes, prefill, chunk after cached tokens, verification of a draft
+    BatchRow([1], 36, [3, 5, 1], 1),
+    BatchRow(list(range(20)), 0, [7, 2], 1),
+    BatchRow(list(range(9)), 17, [4, 6], 1),
+    BatchRow([1, 2, 3], 30, [8, 9, 10], 3),
+    BatchRow([1], 0, [11], 1),
+    BatchRow([1], 18, [12, 13], 1),
+]
+
+
+def attended(attention: Attention, window: int | None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    num_tokens = sum(len(row.token_ids) for row in ROWS)
+    keys, values = (torch.randn(14, 2, BLOCK_SIZE, 8, generator=generator) for _ in range(2))
+    query = torch.randn(num_tokens, 6, 8, generator=generator)[:, :4]  # a part of something larger, as in a layer
+    key, value = (torch.randn(num_tokens, 2, 8, generator=generator) for _ in range(2))
+    layout = Layout.of(ForwardBatch(ROWS), torch.device("cpu"))
+    return attention(0, layout, PagedTensors([keys], [values]), query, key, value, scaling=0.3, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
+def test_it_attends_like_the_other(window: int | None) -> None:
+    torch.testing.assert_close(
+        attended(PagedAttention(), window), attended(GroupedAttention(), window), atol=1e-5, rtol=0
+    )
+
+
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = attended(PagedAttention(), None)
+    seen: list[str] = []
+    attention = PagedAttention()
+    kernel = attention._kernel
+
+    def noted(*args: Any) -> None:
+        seen.append(threading.current_thread().name)
+        kernel(*args)
+
+    monkeypatch.setattr(attention, "_kernel", noted)
+    monkeypatch.setattr(paged_attention, "_SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert torch.equal(attended(attention, None), alone)
+    assert any(name.startswith("attention") for name in seen)
+    assert [paged_attention._shares(5, most) for most in (0, 1, 2, 9)] == [
+        [slice(0, 5)],
+        [slice(0, 5)],
+        [slice(0, 2), slice(2, 5)],
+        [slice(i, i + 1) for i in range(5)],
+    ]
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_each_time() -> None:
