@@ -25,8 +25,6 @@ def combine_rows(logits: Sequence[Tensor], terms: Sequence[Sequence[Term]], trun
     """
     columns = {id(row): [term.coefficient for term in row] for row in terms}  # most rows have one recipe's terms
     coefficients = torch.tensor([columns[id(row)] for row in terms]).T
-    if min(truncate_top_p) >= 1:
-        return combine(logits, coefficients)
     is_truncated = [top_p < 1 and any(t.ratio for t in row) for row, top_p in zip(terms, truncate_top_p, strict=True)]
     if not any(is_truncated):
         return combine(logits, coefficients)

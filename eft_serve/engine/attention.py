@@ -53,7 +53,7 @@ class GroupedAttention:
         softcap: float | None = None,
     ) -> Tensor:
         cache.write(layer, layout.cache_rows(key.shape[1]), key, value)
-        return joined(
+        return _joined(
             [
                 self.attend(layer, group, cache, query, key, value, scaling=scaling, window=window, softcap=softcap)
                 for group in layout.groups
@@ -84,10 +84,10 @@ class GroupedAttention:
         for part in group.parts(window, heads, query.dtype):
             k, v = cache.gather(layer, part.blocks, part.kv_length)
             outputs.append(_flat(_masked(q[part.rows], k, v, part.mask, scaling, softcap)))
-        return joined(outputs)
+        return _joined(outputs)
 
 
-def joined(outputs: list[Tensor]) -> Tensor:
+def _joined(outputs: list[Tensor]) -> Tensor:
     """One after the other."""
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from eft_serve.engine.attention import GroupedAttention, joined
-from eft_serve.engine.layout import Group, Layout
+from eft_serve.engine.attention import GroupedAttention
+from eft_serve.engine.layout import Group
 from eft_serve.engine.paged_tensors import PagedTensors
 
 MAX_NEW_TOKENS = 16  # of a row; more are arithmetic rather than reading, which torch does better on gathered blocks
@@ -23,7 +23,7 @@ def suits(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.float32
 
 
-class PagedAttention:
+class PagedAttention(GroupedAttention):
     """Group by group: rows with few new tokens by the kernel, the others by torch's scaled dot product."""
 
     name = "paged"
@@ -33,37 +33,25 @@ class PagedAttention:
 
         self._kernel = attend
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="attention")
-        self._prefills = GroupedAttention()
 
-    def __call__(
+    def attend(
         self,
         layer: int,
-        layout: Layout,
+        group: Group,
         cache: PagedTensors,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         *,
-        scaling: float | None = None,
-        window: int | None = None,
-        softcap: float | None = None,
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
     ) -> Tensor:
-        cache.write(layer, layout.cache_rows(key.shape[1]), key, value)
-        outputs = []
-        for group in layout.groups:
-            if group.q_length <= MAX_NEW_TOKENS and softcap is None:
-                outputs.append(self._attend(layer, group, cache, query[group.tokens], scaling, window))
-            else:
-                outputs.append(
-                    self._prefills.attend(
-                        layer, group, cache, query, key, value, scaling=scaling, window=window, softcap=softcap
-                    )
-                )
-        return joined(outputs)
-
-    def _attend(
-        self, layer: int, group: Group, cache: PagedTensors, query: Tensor, scaling: float | None, window: int | None
-    ) -> Tensor:
+        if group.q_length > MAX_NEW_TOKENS or softcap is not None:
+            return super().attend(
+                layer, group, cache, query, key, value, scaling=scaling, window=window, softcap=softcap
+            )
+        query = query[group.tokens]
         out = query.new_empty(*query.shape[:2], cache.values[layer].shape[3])
         keys, values = cache.keys[layer].numpy(), cache.values[layer].numpy()
         queries, outputs, tables = query.contiguous().numpy(), out.numpy(), group.tables.numpy()
