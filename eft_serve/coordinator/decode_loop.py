@@ -21,12 +21,12 @@ from eft_serve.coordinator.backend import LogitsBackend
 from eft_serve.coordinator.gather import Gathered, gather
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.output import OutputStream, failed
-from eft_serve.coordinator.replicas import ReplicaTable, longest_output
+from eft_serve.coordinator.replicas import ReplicaTable
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import Drawn, draw, tested
 from eft_serve.coordinator.scheduler import Plan, Scheduler
 from eft_serve.coordinator.vocabulary import Vocabulary
-from eft_serve.errors import ContextLengthError, DeadlineError, EftServeError, EngineError, UnavailableError
+from eft_serve.errors import DeadlineError, EftServeError, EngineError, UnavailableError
 from eft_serve.types import Delta, Endpoint, FinishReason, SequenceStep, StepBatch, StepResult
 
 logger = logging.getLogger(__name__)
@@ -198,32 +198,14 @@ class DecodeLoop:
             vocabularies = [self.vocabularies[sequence.model] for sequence in request.sequences]
             request.num_ids = min(vocabulary.num_tokens for vocabulary in vocabularies)
             request.check_given()
-            request.limit(self._context_left(request))
+            if len(self.scheduler.waiting) >= self.config.max_waiting:
+                raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
+            request.limit(self.replicas.context_left(request))
         except EftServeError as error:
             self._deltas.append((request.request_id, partial(failed, error)))
             return
         self._requests[request.request_id] = (request, OutputStream.of(request, vocabularies))
         self.scheduler.add(request)
-
-    def _context_left(self, request: Request) -> int:
-        """Tokens that the shortest context leaves for the output; refuses what no replica could ever hold."""
-        if len(self.scheduler.waiting) >= self.config.max_waiting:
-            raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
-        left = request.max_tokens
-        for model in sorted(request.models):
-            replicas = self.replicas.of(model)
-            if not replicas:
-                continue  # one may come back; the request waits for it
-            prompts = [len(sequence.prompt_token_ids) for sequence in request.sequences if sequence.model == model]
-            left = longest_output(replicas, prompts, left)
-            if not left:
-                longest = max(replica.longest_sequence for replica in replicas)
-                has = " and ".join(f"{num_tokens}" for num_tokens in prompts)
-                whose = "prompt has" if len(prompts) == 1 else "prompts that it reads side by side have"
-                raise ContextLengthError(
-                    f"model {model} holds {longest} tokens and the {whose} {has}; shorten the prompt", param="prompt"
-                )
-        return left
 
     def _end(self, request_id: str, reason: FinishReason, error: EftServeError | None = None) -> None:
         request, _ = self._requests.pop(request_id, (None, None))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eft_serve.coordinator.request import Request, SequenceState
+from eft_serve.errors import ContextLengthError
 from eft_serve.types import Endpoint, ModelInfo
 
 FIRST_RETRY_S = 1.0  # a replica that failed is left alone for so long; twice as long after each further failure
@@ -92,6 +93,28 @@ class ReplicaTable:
             if replica.proven:
                 found[replica.info.model].append(replica)
         return found
+
+    def context_left(self, request: Request) -> int:
+        """Tokens that the shortest context leaves for the output.
+
+        Raises:
+            ContextLengthError: no replica of some model could ever hold the prompt and a token.
+        """
+        left = request.max_tokens
+        for model in sorted(request.models):
+            replicas = self.of(model)
+            if not replicas:
+                continue  # one may come back; the request waits for it
+            prompts = [len(sequence.prompt_token_ids) for sequence in request.sequences if sequence.model == model]
+            left = longest_output(replicas, prompts, left)
+            if not left:
+                longest = max(replica.longest_sequence for replica in replicas)
+                has = " and ".join(f"{num_tokens}" for num_tokens in prompts)
+                whose = "prompt has" if len(prompts) == 1 else "prompts that it reads side by side have"
+                raise ContextLengthError(
+                    f"model {model} holds {longest} tokens and the {whose} {has}; shorten the prompt", param="prompt"
+                )
+        return left
 
     def count_blocks(self, requests: Iterable[Request]) -> None:
         """Recount what running requests need once all their pending tokens and guesses are computed."""
