@@ -113,6 +113,8 @@ class CoordinatorConfig(Frozen):
     """Tokens per model and step; longer prompts are prefilled in chunks."""
     max_prefill_slowdown: float = Field(default=2.0, gt=1, allow_inf_nan=False)
     """A step may take so many times as long for the prompts that are prefilled beside decoding requests."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where logits are combined and tokens drawn; `auto` takes a GPU when the coordinator was given one."""
     step_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline of one call to one model."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)

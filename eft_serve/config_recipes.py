@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from eft_serve.config_base import Frozen, Name
 
 ROLES = ("base", "reference", "tuned")
-DRAFTERS = ("auto", "ngram", "none")  # beside the recipe's own models
+DRAFTERS = ("auto", "none")  # beside the recipe's own models
 MAX_GUESSES = 16
 MAX_KNOB = 100.0  # far beyond any use; keeps |logit| * knob finite in fp32
 
@@ -104,17 +104,15 @@ class SpeculativeConfig(Frozen):
     """How a recipe's tokens are guessed ahead (arXiv 2310.12962). No setting changes their distribution."""
 
     draft: Name = "auto"
-    """Who guesses: `auto`, the tuned model of the largest weight; `ngram`, the text itself, by what followed its newest
-    tokens before; `none`, nobody; or a model of the recipe."""
-    num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
-    """Guesses at a time, at most; when not set, as many as pay, by measure: none where none pay."""
+    """Who guesses: `auto`, the tuned model of the largest weight; `none`, nobody; or a model of the recipe."""
+    num_tokens: int = Field(default=8, ge=1, le=MAX_GUESSES)
+    """Draft tokens at a time, at most."""
     min_confidence: float = Field(default=0.5, ge=0, le=1)
     """The drafter goes on while it gives its guesses this probability, all together; 0 never stops it."""
-    method: Literal["keyed", "classic"] = "keyed"
-    """`keyed`: a guess stands when plain decoding with the same seed draws it, so tokens are the same with and without.
-    `classic`: rejection sampling; other tokens, of the same distribution."""
     overlap: bool = True
-    """Guess on while guesses are verified."""
+    """Draft on while draft tokens are verified."""
+    disable_by_batch_size: int = Field(default=32, ge=0)
+    """Nothing is drafted while more requests than this decode: a large batch has no idle device to draft on."""
 
 
 class RecipeConfig(Frozen):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,6 +29,14 @@ class FinishReason(StrEnum):
     ERROR = "error"  # a typed error ended it
 
 
+_RANGES: dict[str, tuple[float, float]] = {
+    "temperature": (0, 3.4e38),  # as float32 holds it
+    "top_k": (0, 2**63 - 1),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+}
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How to draw tokens from the combined distribution. Validated by the API before it gets here."""
 
@@ -41,6 +49,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the parameter that is out of its range."""
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:  # NaN is in none
+                raise ValueError(f"{name}: {getattr(self, name)} is not between {low:g} and {high:g}")
+
 
 class Draft(msgspec.Struct, frozen=True, array_like=True):
     """Have the engine guess what follows a step: each guess is drawn from the logits after the one before it.
@@ -51,11 +65,7 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int  # at least 1; the engine may stop earlier
     position: int  # of the first guess within the output
     num_ids: int  # guesses are below this: ids that all models have
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    seed: int
+    sampling: SamplingParams
     confidence: float = 1.0  # that all guesses before the first of these stand
     min_confidence: float = 0.0  # no forward is spent once the guesses are less likely than this to stand, all of them
 
@@ -63,11 +73,11 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
 class Speculative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a request's tokens are guessed ahead; whatever it says, they are drawn from the same distribution."""
 
-    draft: str = "auto"  # the tuned model of the largest weight; "ngram", "none", or a term's name
-    num_tokens: int | None = None  # guesses at a time, at most; None: as many as pay
+    draft: str = "auto"  # the tuned model of the largest weight; "none", or a term's name
+    num_tokens: int = 8  # draft tokens at a time, at most
     min_confidence: float = 0.5  # the drafter goes on while it gives its guesses this probability, all together
-    method: Literal["keyed", "classic"] = "keyed"  # guesses stand by equal draws, or by rejection sampling
-    overlap: bool = True  # guess on while guesses are verified
+    overlap: bool = True  # draft on while draft tokens are verified
+    disable_by_batch_size: int = 32  # nothing is drafted while more requests than this decode
 
 
 class Knobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

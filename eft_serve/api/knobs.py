@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -27,19 +27,17 @@ class SpeculativeKnobs(Strict):
     """How tokens are guessed ahead; what is not given is the recipe's own. Changes how soon tokens come, not which."""
 
     draft: str | None = Field(default=None, max_length=256)
-    """`auto`, `ngram`, `none`, or a model of the recipe."""
+    """`auto`, `none`, or a model of the recipe."""
     num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
-    """Guesses at a time, at most; null for as many as pay."""
+    """Draft tokens at a time, at most."""
     min_confidence: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     """The drafter goes on while it gives its guesses this probability, all together; 0 never stops it."""
-    method: Literal["keyed", "classic"] | None = None
     overlap: bool | None = None
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Those that were given; a null `num_tokens` says something and the other nulls do not."""
-        given = self.model_dump(exclude_unset=True)
-        return {name: value for name, value in given.items() if value is not None or name == "num_tokens"}
+        """Those that were given."""
+        return self.model_dump(exclude_unset=True, exclude_none=True)
 
 
 class RecipeKnobs(Strict):

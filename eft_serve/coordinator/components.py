@@ -7,57 +7,37 @@ temperature, top-p and the like.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eft_serve.coordinator.request import Request
 from eft_serve.numerics.logprobs import token_logprobs
+from eft_serve.numerics.rows import RequestRows
 from eft_serve.types import TokenComponents
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Tokens of one request, and the first of the rows that they were taken from."""
-
-    request: Request
-    start: int
-    token_ids: list[int]
-
-    @property
-    def num_alternatives(self) -> int:
-        return self.request.generation.components or 0
-
-
-def components_of(blocks: Sequence[Block], terms: Sequence[Tensor], combined: Tensor) -> list[list[TokenComponents]]:
-    """Those of each block, one for each of its tokens.
+def describe(request: Request, rows: RequestRows, token_ids: Sequence[int], combined: Tensor) -> list[TokenComponents]:
+    """Of each token that a request has taken.
 
     Args:
-        blocks: of requests that want components.
-        terms: num_terms times [num_rows, vocab_size], floating, without padding.
-        combined: [num_rows, vocab_size], not normalised.
+        request: one that wants components.
+        rows: its rows; the first ones are those that the tokens were taken from.
+        token_ids: what was taken.
+        combined: [at least as many, at least vocab_size] float32, not normalised.
 
     Raises:
-        ValueError: a term, of whatever coefficient, has NaN, +inf or no possible token in a block's rows.
+        ValueError: a term, of whatever coefficient, has NaN, +inf or no possible token in these rows.
     """
-    rows = torch.tensor([block.start + i for block in blocks for i in range(len(block.token_ids))])
-    chosen = combined[rows]
-    num_alternatives = min(max(block.num_alternatives for block in blocks), combined.shape[1])
-    token_ids = torch.tensor([token_id for block in blocks for token_id in block.token_ids], device=combined.device)
-    token_ids = torch.cat(
-        [token_ids[:, None], chosen.topk(num_alternatives).indices], dim=1
-    )  # [rows, 1 + alternatives]
-    logprobs = token_logprobs(chosen, token_ids)
-    by_term = torch.stack([token_logprobs(term[rows], token_ids) for term in terms])
-    described, start = [], 0
-    for block in blocks:
-        part = slice(start, start := start + len(block.token_ids))
-        columns = slice(0, 1 + block.num_alternatives)
-        described.append(
-            _described(block.request, token_ids[part, columns], logprobs[part, columns], by_term[:, part, columns])
-        )
-    return described
+    count = len(token_ids)
+    chosen = combined[:count, : rows.vocab_size]
+    num_alternatives = min(request.generation.components or 0, rows.vocab_size)
+    taken = torch.tensor([token_ids], device=chosen.device).T
+    described = torch.cat([taken, chosen.topk(num_alternatives).indices], dim=1)  # [count, 1 + alternatives]
+    by_term = torch.stack(
+        [token_logprobs(term[:count, : rows.vocab_size].to(chosen.device), described) for term in rows.logits]
+    )
+    return _described(request, described, token_logprobs(chosen, described), by_term)
 
 
 def _described(request: Request, token_ids: Tensor, logprobs: Tensor, by_term: Tensor) -> list[TokenComponents]:

@@ -16,6 +16,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from operator import eq
 
+import torch
+
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.backend import LogitsBackend
 from eft_serve.coordinator.gather import Gathered, gather
@@ -23,10 +25,11 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.output import OutputStream, failed
 from eft_serve.coordinator.replicas import ReplicaTable
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.sampler import Drawn, draw, tested
+from eft_serve.coordinator.sampler import Sampler, SamplerOutput
 from eft_serve.coordinator.scheduler import Plan, Scheduler
 from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.errors import DeadlineError, EftServeError, EngineError, UnavailableError
+from eft_serve.numerics.backends import choose_backend
 from eft_serve.types import Delta, Endpoint, FinishReason, SequenceStep, StepBatch, StepResult
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class DecodeLoop:
         self.metrics = metrics
         self.replicas = ReplicaTable(share=config.num_replicas)
         self.scheduler = Scheduler(config, self.replicas)
+        self.sampler = Sampler(choose_backend(config.device), torch.get_num_threads(), self._observe_phase)
         self.error: BaseException | None = None  # what ended the thread, if anything did
         self._requests: dict[str, tuple[Request, OutputStream]] = {}
         self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even spelt
@@ -128,9 +132,9 @@ class DecodeLoop:
             with self._timed("fan_out"):
                 results = self.backend.fan_out(batches, self.config.step_timeout_s, meanwhile=self._flush)
             if plan.entries:
-                self.scheduler.observe(plan, time.monotonic() - sent, results)
+                self.scheduler.observe(plan, time.monotonic() - sent)
             ready = self._absorb(plan, results)
-            drawn = draw(ready, self._timed)
+            drawn = self.sampler.sample(ready)
             is_urgent = not all(request.output_token_ids for request in ready)  # nobody waits for a first token
             with self._timed("advance"):
                 self._advance(ready, drawn)
@@ -150,7 +154,7 @@ class DecodeLoop:
             self._end(request.request_id, FinishReason.ERROR, error)
         return [request for request in gathered.ready if request.request_id in self._requests]
 
-    def _advance(self, requests: Sequence[Request], drawn: Sequence[Drawn | EftServeError]) -> None:
+    def _advance(self, requests: Sequence[Request], drawn: Sequence[SamplerOutput | EftServeError]) -> None:
         """Give every request its tokens; end those that they end."""
         now, num_taken = time.monotonic(), 0
         for request, taken in zip(requests, drawn, strict=True):
@@ -174,12 +178,8 @@ class DecodeLoop:
         self.metrics.generated_tokens.inc(num_taken)
 
     def _count(self, request: Request, tokens: list[int]) -> None:
-        if request.is_given:
-            return
-        guesses = tested(request)
-        num_accepted = sum(map(eq, guesses, tokens))
-        num_tested = min(len(guesses), num_accepted + 1)
-        self.scheduler.speculator.learn(request, num_accepted, num_tested)
+        if not request.is_given:
+            request.speculation.count(sum(map(eq, request.guesses[: request.num_rows], tokens)))
 
     def receive(self, wait_s: float = 0.0) -> None:
         """Do what other threads have asked for until now, waiting so long for the first."""
@@ -291,6 +291,9 @@ class DecodeLoop:
                 self.metrics.model_forward_seconds.labels(model).observe(result.forward_seconds)
                 num_tokens = sum(entry.step.max_computed or len(entry.step.token_ids) for entry in entries)
                 self.metrics.computed_tokens.labels(model).inc(num_tokens)
+
+    def _observe_phase(self, phase: str, seconds: float) -> None:
+        self.metrics.step_seconds.labels(phase).observe(seconds)
 
     def _timed(self, phase: str) -> AbstractContextManager[object]:
         return self.metrics.step_seconds.labels(phase).time()

@@ -74,5 +74,4 @@ def _apply(
         if output.drafted:
             request.guesses += output.drafted
             request.speculation.confidences += output.confidences
-            request.speculation.is_short = step.draft is not None and len(output.drafted) < step.draft.num_tokens
             request.speculation.count_drafted(len(output.drafted))

@@ -18,7 +18,7 @@ class CoordinatorMetrics:
         self.step_seconds = Histogram(
             "eft_step_seconds",
             "One decode step, split into phases",
-            ["phase"],  # schedule, fan_out, combine, sample, components, advance; and emit, beside fan_out
+            ["phase"],  # schedule, fan_out, combine, process, sample, describe, advance; and emit, beside fan_out
             registry=self.registry,
             buckets=STEP_BUCKETS,
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from eft_serve.coordinator.speculation import Speculation
 from eft_serve.ensemble import Reward, Term
 from eft_serve.errors import ContextLengthError, InvalidRequestError
+from eft_serve.numerics.rows import RequestRows, Truncation
 from eft_serve.types import GenerationRequest
 
 
@@ -155,6 +156,35 @@ class Request:
         assert self.generation.given is not None
         start = len(self.output_token_ids)
         return self.generation.given[start : start + count]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that all its models have: those that can be combined."""
+        return min(sequence.num_rows for sequence in self.sequences)
+
+    def rows(self) -> RequestRows:
+        """What the sampling pipeline takes of it: the rows that all its models have."""
+        num_rows = self.num_rows
+        return RequestRows(
+            logits=[sequence.rows for sequence in self.sequences if sequence.rows is not None],
+            coefficients=[term.coefficient for term in self.terms],
+            num_rows=num_rows,
+            vocab_size=self.num_ids,
+            sampling=self.generation.sampling,
+            output_token_ids=self.output_token_ids,
+            draft_token_ids=self.guesses[:num_rows],
+            forced_token_ids=self.next_given(num_rows) if self.is_given else None,
+            truncation=self._truncation(),
+        )
+
+    def _truncation(self) -> Truncation | None:
+        if self.truncate_top_p == 1 or not any(term.ratio for term in self.terms):
+            return None
+        return Truncation(
+            top_p=self.truncate_top_p,
+            unscaled=[term.standing for term in self.terms],
+            ratio=[term.ratio for term in self.terms],
+        )
 
     def num_tokens(self, sequence: SequenceState) -> int:
         """Tokens that this model has to hold before the next one can be drawn."""

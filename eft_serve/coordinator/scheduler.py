@@ -9,15 +9,16 @@ there is preempted and computed again later.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.replicas import ReplicaTable, could_hold
 from eft_serve.coordinator.request import Request, SequenceState
-from eft_serve.coordinator.speculator import Speculator
-from eft_serve.types import Draft, SequenceStep, StepBatch, StepResult
+from eft_serve.types import Draft, SequenceStep, StepBatch
+
+GIVEN_ROWS = 32  # given tokens that a step scores of one request
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,6 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
-        self.speculator = Speculator()
         self.pacer = Pacer(config.max_prefill_slowdown, config.max_num_batched_tokens)
 
     def __len__(self) -> int:
@@ -108,12 +108,9 @@ class Scheduler:
         plan.maybe_cached = any(e.step.salt is not None for entries in plan.entries.values() for e in entries)
         return plan
 
-    def observe(self, plan: Plan, seconds: float, results: Mapping[str, StepResult]) -> None:
+    def observe(self, plan: Plan, seconds: float) -> None:
         """A planned step took so long, from the first send to the last answer."""
         self.pacer.observe(seconds, plan.num_prefill_tokens, maybe_cached=plan.maybe_cached)
-        decoding = [request for request in plan.final if not request.is_prefilling and not request.is_given]
-        forwards = dict(_draft_forwards(plan, results))
-        self.speculator.observe(decoding, seconds, forwards, beside_prefills=plan.num_prefill_tokens > 0)
 
     def lose_replica(self, replica_id: str, now: float) -> None:
         """It failed or is gone: whatever it held has to be computed again, there or elsewhere."""
@@ -144,13 +141,16 @@ class Scheduler:
             self.replicas.place(request, within_budget=False)
 
     def _ask_for_guesses(self) -> None:
-        decoding = []
+        """Forced tokens stand in for draft tokens: the last of them is not computed, only its logits are wanted."""
+        decoding = [request for request in self.running if not request.is_prefilling]
+        num_drawn = sum(not request.is_given for request in decoding)
         for request in self.running:
             if request.is_prefilling:
                 _ask_for_none(request)
+            elif request.is_given:
+                request.guesses = request.next_given(GIVEN_ROWS)[:-1]
             else:
-                decoding.append(request)
-        self.speculator.plan(decoding, beside_prefills=len(decoding) < len(self.running))
+                request.speculation.request(len(request.guesses), request.num_left, num_drawn)
 
     def _make_room(self) -> None:
         """Guesses give way first, then the youngest requests."""
@@ -218,15 +218,6 @@ class Scheduler:
             plan.entries.setdefault(replica_id, []).append(Entry(request, sequence, step))
         if final:
             plan.final.append(request)
-
-
-def _draft_forwards(plan: Plan, results: Mapping[str, StepResult]) -> Iterator[tuple[str, float]]:
-    """Seconds of one forward of each model that some request may have draft."""
-    for replica_id, entries in plan.entries.items():
-        result = results[replica_id]
-        if result.failure is None and any(e.sequence.term.name == e.request.speculation.drafter for e in entries):
-            deepest = max(max(1, len(output.drafted)) for output in result.outputs)
-            yield entries[0].sequence.model, result.forward_seconds / deepest
 
 
 def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> dict[str, int]:

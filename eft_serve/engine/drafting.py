@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eft_serve.engine.batch import BatchRow
 from eft_serve.engine.kv_cache import Sequence
-from eft_serve.numerics.sampling import SamplingRows, most_likely, sample
+from eft_serve.numerics.sampling import sample
 from eft_serve.types import Draft
 
 
@@ -57,8 +57,8 @@ def guess(guesses: SequenceOf[Guesses], logits: Tensor) -> None:
         places = [i for i, n in enumerate(num_ids) if n == width]
         rows = (logits if len(places) == len(guesses) else logits[places])[:, :width]
         group = [guesses[i] for i in places]
-        is_random = any(each.draft.temperature for each in group)
-        drawn = sample(rows, _sampling_rows(group)) if is_random else most_likely(rows)
+        positions = [each.draft.position + len(each.token_ids) for each in group]
+        drawn = sample(rows, [each.draft.sampling for each in group], positions)
         for each, token_id, confidence in zip(group, drawn.tolist(), _probabilities(rows, drawn).tolist(), strict=True):
             each.token_ids.append(token_id)
             each.confidences.append(confidence)
@@ -71,8 +71,3 @@ def _probabilities(logits: Tensor, token_ids: Tensor) -> NDArray[np.float32]:
         behind = np.exp(rows - rows[np.arange(len(rows)), token_ids.numpy()][:, None])
     sums: NDArray[np.float32] = behind.sum(axis=-1)
     return np.float32(1) / sums
-
-
-def _sampling_rows(guesses: SequenceOf[Guesses]) -> SamplingRows:
-    drafts = [(each.draft, each.draft.position + len(each.token_ids)) for each in guesses]
-    return SamplingRows.of([(d.temperature, d.top_p, d.min_p, d.top_k, d.seed, position) for d, position in drafts])

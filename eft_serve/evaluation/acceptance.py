@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eft_serve.numerics.sampling import draw
+from eft_serve.numerics.sampling import sample
+from eft_serve.types import SamplingParams
 
 
 def total_variation(draft: Tensor, target: Tensor) -> Tensor:
@@ -35,8 +36,8 @@ def drawn_acceptance(draft: Tensor, target: Tensor, positions: Tensor, seeds: Se
     """How often the keyed draws of the product agree over these seeds; [num_rows] of log-probabilities."""
     agreed = torch.zeros(len(positions))
     for seed in seeds:
-        keys = torch.full_like(positions, seed)
-        agreed += draw(draft, keys, positions) == draw(target, keys, positions)
+        params = [SamplingParams(seed=seed)] * len(positions)
+        agreed += sample(draft, params, positions.tolist()) == sample(target, params, positions.tolist())
     return agreed / len(seeds)
 
 

@@ -20,7 +20,6 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _UNIFORM_BITS = 52  # (bits + ½) · 2⁻⁵² is exact in float64 and never 0 or 1
-_UNIFORM_MASK = np.uint64((1 << _UNIFORM_BITS) - 1)
 _ONE = np.uint64(1)
 
 MAX_NOISE = -math.log(-math.log1p(-(2.0**-53)))  # 36.7
@@ -37,28 +36,12 @@ def row_keys(seeds: Integers, positions: Integers) -> Bits:
     return _mix(_mix(_bits(seeds) + _GOLDEN) + _bits(positions) * _GOLDEN)
 
 
-def separate(seeds: Integers, purpose: int) -> Integers:
-    """Seeds, [num_rows], whose noise is independent of that of the originals and of every other purpose's."""
-    shift = np.uint64(purpose * int(_MIX_1) % (1 << 64))
-    return _mix(_mix(_bits(seeds) + shift) ^ _MIX_2).view(np.int64)
-
-
-def uniform(keys: Bits) -> NDArray[np.float64]:
-    """Uniform on (0, 1), the shape of `keys`; not independent of `gumbel` for the same keys."""
-    return _as_fraction(_uniform_bits(keys, np.zeros(1, dtype=np.int64)), np.float64)
-
-
 def gumbel(keys: Bits, token_ids: Integers) -> NDArray[np.float64]:
     """Standard Gumbel noise between MIN_NOISE and MAX_NOISE; arguments are broadcast together."""
     noise = _as_fraction(_uniform_bits(keys, token_ids), np.float64)
     for _ in range(2):
         np.negative(np.log(noise, out=noise), out=noise)
     return noise
-
-
-def upper_tail(keys: Bits, token_ids: Integers) -> NDArray[np.float32]:
-    """How likely Gumbel noise is to exceed that of `gumbel`; costs no logarithm."""
-    return _as_fraction(_uniform_bits(keys, token_ids) ^ _UNIFORM_MASK, np.float32)
 
 
 def _bits(integers: Integers) -> Bits:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from eft_serve.numerics.combine import combine
-from eft_serve.numerics.filters import nucleus_threshold
+from eft_serve.numerics.filters import threshold
 from eft_serve.numerics.logprobs import log_softmax
 
 
@@ -34,5 +34,6 @@ def truncate_weights(logits: Tensor | Sequence[Tensor], standing: Tensor, ratio:
         raise ValueError("top_p: out of range; give numbers in [0, 1]")
     unscaled = combine(logits, standing)
     confined = combine([log_softmax(t) if r.any() else t for t, r in zip(logits, ratio, strict=True)], ratio)
-    inside = unscaled >= nucleus_threshold(unscaled, top_p)[:, None]
+    shifted = unscaled - unscaled.amax(dim=-1, keepdim=True)
+    inside = shifted >= threshold(shifted, top_p.float())[:, None]
     return unscaled + confined.where(inside, 0.0)

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from eft_serve.numerics.sampling import SamplingRows, sample
+from eft_serve.numerics.sampling import sample
 from eft_serve.types import Endpoint, ModelInfo, SequenceStep, StepBatch, StepOutput, StepResult
 
 VOCAB_SIZE = 61
@@ -133,16 +133,8 @@ class ToyBackend:
         assert draft is not None
         assert rows
         while True:
-            position = torch.tensor([draft.position + len(guesses)])
-            one = {
-                "temperature": draft.temperature,
-                "top_k": draft.top_k,
-                "top_p": draft.top_p,
-                "min_p": draft.min_p,
-                "seed": draft.seed,
-            }
-            params = SamplingRows(**{name: torch.tensor([value]) for name, value in one.items()}, position=position)
-            token_id = int(sample(rows[-1][None, : draft.num_ids], params))
+            position = draft.position + len(guesses)
+            token_id = int(sample(rows[-1][None, : draft.num_ids], [draft.sampling], [position]))
             guesses.append((token_id, float(rows[-1][: draft.num_ids].softmax(dim=-1)[token_id])))
             used = sum(-(-len(t) // info.kv_block_size) * info.kv_block_size for t in held.values())
             has_room = used + info.kv_block_size <= info.kv_capacity_tokens and len(tokens) < info.max_model_len

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from test_decode_loop import Harness, LetterVocabulary, naive, prompts_for, request, some_tokens, three_models
 
 from eft_serve.config import CoordinatorConfig
-from eft_serve.coordinator.combining import combine_rows
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.speculator import GIVEN_ROWS
+from eft_serve.coordinator.scheduler import GIVEN_ROWS
 from eft_serve.ensemble import Reward, Term
+from eft_serve.numerics.combine import combine
+from eft_serve.numerics.truncate import truncate_weights
 from eft_serve.types import (
     Failure,
     FinishReason,
@@ -74,7 +75,7 @@ def by_brute_force(req: Request, tokens: list[int]) -> list[TokenComponents]:
     found = []
     for position, token_id in enumerate(tokens):
         logits = {t.name: toy_logits(t.model, req.generation.prompts[t.name] + tokens[:position]) for t in req.terms}
-        combined = combine_rows([row[None] for row in logits.values()], [req.terms], [req.truncate_top_p])[0]
+        combined = combined_row([row[None] for row in logits.values()], req)
         logprobs = {name: torch.log_softmax(row, -1) for name, row in logits.items()}
         emulated = torch.log_softmax(combined, -1)
 
@@ -82,6 +83,16 @@ def by_brute_force(req: Request, tokens: list[int]) -> list[TokenComponents]:
         one, *top = (_describe(token, logprobs, emulated) for token in [token_id, *likeliest])
         found.append(msgspec.structs.replace(one, top=top))
     return found
+
+
+def combined_row(logits: list[torch.Tensor], req: Request) -> torch.Tensor:
+    def column(attribute: str) -> torch.Tensor:
+        return torch.tensor([[getattr(term, attribute)] for term in req.terms])
+
+    if req.truncate_top_p < 1 and any(term.ratio for term in req.terms):
+        top_p = torch.tensor([req.truncate_top_p])
+        return truncate_weights(logits, column("standing"), column("ratio"), top_p)[0]
+    return combine(logits, column("coefficient"))[0]
 
 
 def _describe(token_id: int, logprobs: dict[str, torch.Tensor], emulated: torch.Tensor) -> TokenComponents:

@@ -21,7 +21,7 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.request import Request
 from eft_serve.ensemble import Term
-from eft_serve.numerics.sampling import SamplingRows, sample
+from eft_serve.numerics.sampling import sample
 from eft_serve.types import Delta, Endpoint, FinishReason, GenerationRequest, SamplingParams, Speculative
 
 EFT = {"base": 1.0, "reference": -1.0, "tuned": 1.0}
@@ -139,9 +139,8 @@ def naive(req: Request) -> list[int]:
         for term in req.terms:
             logits = toy_logits(term.model, req.generation.prompts[term.name] + output, term.adapter)
             combined += term.coefficient * torch.log_softmax(logits, -1)
-        params = {name: torch.tensor([getattr(sampling, name)]) for name in ("temperature", "top_k", "top_p", "min_p")}
-        rows = SamplingRows(**params, seed=torch.tensor([sampling.seed]), position=torch.tensor([len(output)]))
-        output.append(int(sample(combined[None], rows)) if sampling.temperature else int(combined.argmax()))
+        drawn = sample(combined[None], [sampling], [len(output)]) if sampling.temperature else combined.argmax()
+        output.append(int(drawn))
     return output
 
 
@@ -190,7 +189,7 @@ def speculative(rng: random.Random) -> Speculative | None:
                 min_confidence=rng.choice([0.0, 0.1, 0.5]),
                 overlap=rng.random() < 0.5,
             ),
-            Speculative(draft="ngram", num_tokens=rng.choice([None, 3])),
+            Speculative(num_tokens=4, disable_by_batch_size=2),
         ]
     )
 

@@ -8,7 +8,6 @@ import torch
 from eft_serve.coordinator.gather import Gathered, gather
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.scheduler import Entry, Plan
-from eft_serve.coordinator.speculator import Speculator
 from eft_serve.ensemble import Term
 from eft_serve.types import (
     Draft,
@@ -59,7 +58,7 @@ def test_an_engine_that_claims_to_hold_what_was_never_sent_is_not_believed(reque
 
 def drafted(request: Request, token_ids: list[int], confidences: list[float], asked: int) -> None:
     sequence = request.sequences[0]
-    draft = Draft(asked, 0, 100, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
+    draft = Draft(asked, 0, 100, SamplingParams(temperature=0.0))
     step = SequenceStep(sequence.sequence_id, 0, PROMPT, num_logits=1, draft=draft)
     logits = torch.zeros(len(token_ids), 100)
     output = StepOutput(sequence.sequence_id, logits=logits, drafted=token_ids, confidences=confidences)
@@ -79,14 +78,3 @@ def test_the_drafter_is_told_how_likely_the_guesses_before_its_own_are(
     draft = request_.speculation.draft(request_.generation, count=2, position=3, num_ids=100)
     assert draft.confidence == confidence
     assert draft.min_confidence == Speculative().min_confidence
-
-
-def test_a_guess_that_the_drafter_kept_to_itself_counts_as_one_that_fell(request_: Request) -> None:
-    def believed(asked: int, num_accepted: int) -> float:
-        request = Request.create(request_.generation, request_.terms, now=0.0)
-        drafted(request, [5, 6], [0.9, 0.1], asked)
-        Speculator().learn(request, num_accepted, min(2, num_accepted + 1))
-        return request.speculation.acceptance(prior=0.5)
-
-    assert believed(asked=3, num_accepted=2) < believed(asked=2, num_accepted=2)
-    assert believed(asked=3, num_accepted=1) == believed(asked=2, num_accepted=1)

@@ -1,49 +1,116 @@
-"""A term's rows become one matrix, without a copy where they stand evenly in one buffer."""
+"""The pipeline over requests: tiles, threads, processors and faults change nobody else's tokens."""
 
 from __future__ import annotations
 
-import hypothesis.strategies as st
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given
+from torch import Tensor
 
-from eft_serve.coordinator.sampler import _stacked
+from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.sampler import PHASES, Sampler, SamplerOutput, process
+from eft_serve.ensemble import Term
+from eft_serve.errors import EngineError
+from eft_serve.numerics.backends import CpuBackend, SamplingBackend, TorchBackend
+from eft_serve.numerics.rows import RowBatch
+from eft_serve.types import GenerationRequest, SamplingParams
 
-ROWS, VOCAB, NUM_TOKENS = 6, 8, 7
-answers = torch.arange(2 * ROWS * VOCAB, dtype=torch.float32).view(2, ROWS, VOCAB)
-picks = st.lists(st.tuples(st.integers(0, 1), st.integers(0, ROWS - 1)), min_size=1, max_size=ROWS)
-
-
-@given(picks)
-def test_the_rows_come_in_their_order(picked: list[tuple[int, int]]) -> None:
-    buffers = [answers[0].clone(), answers[1].clone()]
-    got = _stacked([buffers[which][row : row + 1] for which, row in picked], NUM_TOKENS)
-    assert torch.equal(got, torch.stack([answers[which, row, :NUM_TOKENS] for which, row in picked]))
+VOCAB = 50
+TERMS = (Term("base", "base", 1.0), Term("tuned", "tuned", 1.0, weight=1.0), Term("reference", "reference", -1.0))
 
 
-@pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4, 5], [2], [1, 3, 5], [2, 3]])
-def test_rows_at_equal_distances_are_not_copied(chosen: list[int]) -> None:
-    buffer = answers[0].clone()
-    assert _stacked([buffer[row : row + 1] for row in chosen], NUM_TOKENS).data_ptr() == buffer[chosen[0]].data_ptr()
+def ready(seed: int, num_rows: int = 1, temperature: float = 1.0, components: int | None = None) -> Request:
+    """A request whose models have all answered."""
+    generation = GenerationRequest(
+        request_id=f"r{seed}",
+        recipe="eft",
+        prompts={term.name: [1] for term in TERMS},
+        sampling=SamplingParams(temperature=temperature, seed=seed, max_tokens=100),
+        components=components,
+    )
+    request = Request.create(generation, TERMS, now=0.0)
+    request.num_ids = VOCAB
+    generator = torch.Generator().manual_seed(seed)
+    for sequence in request.sequences:
+        sequence.rows = torch.randn(num_rows, VOCAB, generator=generator) * 2
+    return request
 
 
-def test_rows_of_neighbouring_buffers_or_with_gaps_are_copied() -> None:
-    memory = bytearray(4 * 4 * VOCAB)
-    halves = [torch.frombuffer(memory, dtype=torch.float32, count=2 * VOCAB, offset=o) for o in (0, 8 * VOCAB)]
-    halves[1].fill_(1.0)
-    got = _stacked([halves[0][None, :VOCAB], halves[1][None, VOCAB:]], NUM_TOKENS)
-    assert got.tolist() == [[0.0] * NUM_TOKENS, [1.0] * NUM_TOKENS]
-    columns = answers[0].clone()
-    assert torch.equal(_stacked([columns[:, :1].T, columns[:, 1:2].T], ROWS), columns.T[:2])
+def tokens(outputs: Sequence[object]) -> list[list[int]]:
+    found = []
+    for output in outputs:
+        assert isinstance(output, SamplerOutput)
+        found.append(output.token_ids)
+    return found
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), min_size=1, max_size=5))
-def test_blocks_of_several_rows_come_in_their_order(picked: list[tuple[int, int]]) -> None:
-    buffer = answers[0].clone()
-    got = _stacked([buffer[start : start + length] for start, length in picked], NUM_TOKENS)
-    assert torch.equal(got, torch.cat([answers[0, start : start + length, :NUM_TOKENS] for start, length in picked]))
+class SmallTiles(CpuBackend):
+    tile_elements = 3 * VOCAB
 
 
-def test_blocks_that_follow_one_another_are_not_copied() -> None:
-    buffer = answers[0].clone()
-    assert _stacked([buffer[0:2], buffer[2:3], buffer[3:6]], NUM_TOKENS).data_ptr() == buffer.data_ptr()
+@pytest.mark.parametrize(
+    ("backend", "num_threads"),
+    [(CpuBackend(), 2), (SmallTiles(), 1), (SmallTiles(), 3), (TorchBackend(torch.device("cpu")), 1)],
+)
+def test_tokens_depend_neither_on_tiles_nor_on_threads_nor_on_the_backend(
+    backend: SamplingBackend, num_threads: int
+) -> None:
+    def sampled(sampler: Sampler) -> list[list[int]]:
+        return tokens(sampler.sample([ready(seed, 1 + seed % 3, seed % 2) for seed in range(20)]))
+
+    assert sampled(Sampler(backend, num_threads, lambda *_: None)) == sampled(Sampler(CpuBackend(), 1, lambda *_: None))
+
+
+def test_a_request_without_a_distribution_ends_alone() -> None:
+    requests = [ready(seed) for seed in range(4)]
+    bad = requests[2].sequences[1].rows
+    assert bad is not None
+    bad[0, 7] = torch.nan
+    outputs = Sampler(CpuBackend(), 1, lambda *_: None).sample(requests)
+    assert isinstance(outputs[2], EngineError)
+    assert "r2" in outputs[2].message
+    healthy = Sampler(CpuBackend(), 1, lambda *_: None).sample([ready(0), ready(1), ready(3)])
+    assert tokens([outputs[i] for i in (0, 1, 3)]) == tokens(healthy)
+
+
+def test_each_phase_is_observed_once_a_step() -> None:
+    observed: list[str] = []
+    Sampler(SmallTiles(), 2, lambda phase, _: observed.append(phase)).sample([ready(seed) for seed in range(9)])
+    assert observed == list(PHASES)
+
+
+class Ban:
+    """Forbids every token that the output has."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def __call__(self, token_ids: Sequence[int], logits: Tensor) -> None:
+        self.seen.append(list(token_ids))
+        logits[list(token_ids)] = -torch.inf
+
+
+def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_the_combined_logits_alone() -> None:
+    ban, other = Ban(), ready(5)
+    request = ready(4, num_rows=3)
+    request.output_token_ids = [10, 11]
+    request.guesses = [12, 13, 14]
+    rows = replace(request.rows(), processors=[ban])
+    batch = RowBatch([other.rows(), rows])
+    combined, _ = CpuBackend().combine(batch)
+    before = combined.clone()
+    processed = process(batch, combined)
+    assert ban.seen == [[10, 11], [10, 11, 12], [10, 11, 12, 13]]
+    assert torch.equal(combined, before)
+    assert torch.equal(processed[0], combined[0])
+    for row, banned in enumerate(ban.seen, start=1):
+        assert (processed[row] == -torch.inf).nonzero().flatten().tolist() == banned
+        assert not set(CpuBackend().sample(batch, processed)[row : row + 1]) & set(banned)
+
+
+def test_no_processors_cost_no_copy() -> None:
+    batch = RowBatch([ready(1).rows()])
+    combined, _ = CpuBackend().combine(batch)
+    assert process(batch, combined) is combined

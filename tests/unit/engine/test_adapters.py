@@ -24,7 +24,7 @@ from eft_serve.engine.engine import Engine
 from eft_serve.errors import CheckpointError, EngineError
 from eft_serve.testing import naive
 from eft_serve.testing.lora import merge, write_random_lora
-from eft_serve.types import Draft, SequenceStep
+from eft_serve.types import Draft, SamplingParams, SequenceStep
 
 Checkpoints = Callable[[str], Path]
 
@@ -187,8 +187,7 @@ def test_greedy_beside_the_others_equals_generate(architecture: str, adapted: Ca
 @pytest.mark.parametrize("architecture", ["llama", "falcon-new"])
 def test_an_adapters_guesses_are_its_own(architecture: str, adapted: Callable[[str], Adapted]) -> None:
     made, prompt = adapted(architecture), tokens_of(0)[:7]
-    settings = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 0}
-    draft = Draft(num_tokens=6, position=0, num_ids=VOCAB_SIZE, **settings)  # type: ignore[arg-type]
+    draft = Draft(num_tokens=6, position=0, num_ids=VOCAB_SIZE, sampling=SamplingParams(temperature=0.0))
     steps = [SequenceStep(f"guess-{name}", 0, prompt, 1, draft=draft, adapter=name) for name in made.models]
     for (name, model), output in zip(made.models.items(), made.engine.forward(steps), strict=True):
         assert list(output.drafted) == generated(model, prompt, 6), name

@@ -11,29 +11,23 @@ import torch
 from tiny_models import CONTEXT, VOCAB_SIZE
 
 from eft_serve.engine.engine import Engine
-from eft_serve.numerics.sampling import SamplingRows, sample
-from eft_serve.types import Draft, SequenceStep, StepOutput
+from eft_serve.numerics.sampling import sample
+from eft_serve.types import Draft, SamplingParams, SequenceStep, StepOutput
 
 Load = Callable[..., Engine]
 PROMPTS = {"a": list(range(20)), "b": [7, 7, 3], "c": list(range(40, 57))}
 
 
 def draft(num_tokens: int, **changes: object) -> Draft:
-    fields = {
-        "position": 0,
-        "num_ids": VOCAB_SIZE,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "seed": 3,
-    }
-    return Draft(num_tokens=num_tokens, **{**fields, **changes})  # type: ignore[arg-type]
+    """Changes are of the draft's own fields and of how it is sampled."""
+    own = {name: value for name, value in changes.items() if name in Draft.__struct_fields__}
+    fields = {"position": 0, "num_ids": VOCAB_SIZE, **own}
+    sampling = {"temperature": 0.0, "seed": 3, **{k: v for k, v in changes.items() if k not in own}}
+    return Draft(num_tokens=num_tokens, sampling=SamplingParams(**sampling), **fields)  # type: ignore[arg-type]
 
 
 def own_draw(row: torch.Tensor, d: Draft, position: int) -> int:
-    fields = {name: torch.tensor([getattr(d, name)]) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    return int(sample(row[None, : d.num_ids].clone(), SamplingRows(**fields, position=torch.tensor([position]))))
+    return int(sample(row[None, : d.num_ids].clone(), [d.sampling], [position]))
 
 
 def stepwise(engine: Engine, name: str, prompt: list[int], d: Draft) -> tuple[list[int], list[torch.Tensor]]:

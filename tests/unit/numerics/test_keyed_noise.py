@@ -15,8 +15,12 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_keys, to_int64, upper_tail
-from eft_serve.numerics.sampling import SamplingRows, filtered_logprobs, sample
+from eft_serve.numerics import device_sampling
+from eft_serve.numerics.device_sampling import filtered_logits
+from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_keys, to_int64
+from eft_serve.numerics.sampling import sample
+from eft_serve.numerics.sampling_rows import SamplingRows
+from eft_serve.types import SamplingParams
 
 NUM_DRAWS, VOCAB = 24_000, 16
 CRITICAL = 44.26  # chi-square, 15 degrees of freedom, upper 1e-4
@@ -36,12 +40,8 @@ def chi_square(tokens: Tensor, probs: Tensor) -> float:
 
 
 def draws(logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float = 1.0, top_k: int = 0) -> Tensor:
-    return sample(logits.expand(NUM_DRAWS, VOCAB), params_of(seeds, positions, temperature, top_k))
-
-
-def params_of(seeds: Tensor, positions: Tensor, temperature: float, top_k: int) -> SamplingRows:
-    ones = torch.ones(len(seeds))
-    return SamplingRows(ones * temperature, (ones * top_k).long(), ones, ones * 0, seeds, positions)
+    params = [SamplingParams(temperature=temperature, top_k=top_k, seed=seed) for seed in seeds.tolist()]
+    return sample(logits.expand(NUM_DRAWS, VOCAB), params, positions.tolist())
 
 
 COUNTING, FIXED = torch.arange(NUM_DRAWS), torch.full((NUM_DRAWS,), 1234567)
@@ -56,8 +56,8 @@ SPREAD_OUT = torch.randint(-(2**62), 2**62, (NUM_DRAWS,), generator=torch.Genera
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (1.7, 6)])
 def test_the_draw_is_softmax(seeds: Tensor, positions: Tensor, temperature: float, top_k: int) -> None:
     logits = logits_of_16()
-    one = params_of(seeds[:1], positions[:1], temperature, top_k)
-    probs = filtered_logprobs(logits[None], one)[0].exp()
+    one = SamplingRows.of([SamplingParams(temperature=temperature, top_k=top_k)], [0])
+    probs = filtered_logits(logits[None], one)[0].softmax(dim=-1)
     assert chi_square(draws(logits, seeds, positions, temperature, top_k), probs) < CRITICAL
 
 
@@ -88,11 +88,11 @@ def test_noise_is_bounded_and_belongs_to_its_token(seed: int, position: int, tok
         assert gumbel(key, np.array([token])).item() == noise.item()
 
 
-@given(int64s, st.integers(0, 300_000))
-def test_the_upper_tail_is_that_of_the_noise(seed: int, token: int) -> None:
-    key, tokens = row_keys(np.array([seed]), np.array([0])), np.array([token])
-    wanted = -np.expm1(-np.exp(-gumbel(key, tokens)))
-    np.testing.assert_allclose(upper_tail(key, tokens), wanted.astype(np.float32), rtol=1e-6)
+@given(int64s, st.lists(st.integers(0, 300_000), min_size=1, max_size=20))
+def test_noise_in_torch_is_that_of_numpy(seed: int, tokens: list[int]) -> None:
+    key = row_keys(np.array([seed]), np.array([0]))
+    got = device_sampling.gumbel(key, torch.tensor(tokens))[0].numpy()
+    np.testing.assert_allclose(got, gumbel(key, np.array(tokens)), rtol=1e-14)
 
 
 def test_noise_is_pinned() -> None:

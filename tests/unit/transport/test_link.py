@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from eft_serve.transport.link import _answers
-from eft_serve.types import Draft, SequenceStep, StepOutput
+from eft_serve.types import Draft, SamplingParams, SequenceStep, StepOutput
 
-STEP = SequenceStep("s", 0, [1, 2], 1, draft=Draft(3, 0, 8, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0))
+STEP = SequenceStep("s", 0, [1, 2], 1, draft=Draft(3, 0, 8, SamplingParams(temperature=0.0)))
 
 
 @pytest.mark.parametrize(

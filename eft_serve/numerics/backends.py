@@ -1,0 +1,208 @@
+"""Where a batch of rows is combined and drawn: compiled kernels on a CPU, torch operations on a GPU.
+
+Both give the same bits and the same tokens. They know rows, and neither requests nor where logits come from.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eft_serve.numerics.combine import combine
+from eft_serve.numerics.kernels import combining as kernels
+from eft_serve.numerics.rows import RowBatch
+from eft_serve.numerics.sampling import sample_rows
+from eft_serve.numerics.sampling_rows import SamplingRows
+from eft_serve.numerics.truncate import truncate_weights
+
+Errors = dict[int, str]  # by index of the request in its batch: why it has no distribution
+
+CPU_TILE_ELEMENTS = 1 << 19  # logits that are combined, processed and drawn before they leave the cache
+GPU_TILE_ELEMENTS = 1 << 26
+
+_KINDS = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16, torch.float16: kernels.FLOAT16}
+_FAULTS = {
+    kernels.NOT_A_NUMBER: "logits: a term has NaN or +inf",
+    kernels.OVERFLOW: "coefficients: the combination overflows float32; use smaller ones",
+    kernels.NOTHING_POSSIBLE: "logits: no token is possible",
+}
+
+
+class SamplingBackend(Protocol):
+    """Combines and draws rows; used by several threads at once."""
+
+    tile_elements: int  # logits that it likes to get at a time
+
+    def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
+        """Combined logits, [num_rows, batch.vocab_size] float32, not normalised; undefined from a row's vocabulary on.
+
+        Rows of a request with an error hold 0.
+        """
+        ...
+
+    def sample(self, batch: RowBatch, logits: Tensor) -> list[int]:
+        """A token for each row; the logits are as `combine` gives them."""
+        ...
+
+
+def choose_backend(device: Literal["auto", "cpu", "cuda"]) -> SamplingBackend:
+    """`auto` is a GPU where this process has one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return CpuBackend()
+    if not torch.cuda.is_available():
+        raise ValueError("coordinator.device: no GPU is visible here; give the coordinator one with resources.num_gpus")
+    return TorchBackend(torch.device("cuda"))
+
+
+class CpuBackend:
+    """Every logit is read once, in the dtype that it came in."""
+
+    tile_elements = CPU_TILE_ELEMENTS
+
+    def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
+        addresses: list[int] = []
+        kinds: list[int] = []
+        coefficients: list[float] = []
+        starts = [0]
+        for request in batch.requests:
+            terms = [_rows_of(term) for term in request.logits]
+            for row in range(request.num_rows):
+                addresses += [first + row * pitch for first, pitch, _ in terms]
+                kinds += [kind for _, _, kind in terms]
+                coefficients += request.coefficients
+                starts.append(len(addresses))
+        out = torch.empty(batch.num_rows, batch.vocab_size)
+        status = np.empty((batch.num_rows, 2), np.int64)
+        kernels.combine_rows(
+            np.array(addresses, np.int64),
+            np.array(kinds, np.int8),
+            np.array(coefficients, np.float32),
+            np.array(starts, np.int64),
+            _widths(batch),
+            out.numpy(),
+            status,
+        )
+        errors = _truncate(batch, out)
+        if status[:, 0].any():
+            errors |= self._faults(batch, status, starts)
+        for index in errors:
+            out[batch.starts[index] : batch.starts[index + 1]] = 0
+        return out, errors
+
+    def sample(self, batch: RowBatch, logits: Tensor) -> list[int]:
+        token_ids: list[int] = sample_rows(logits, _widths(batch), _sampling_rows(batch)).tolist()
+        return token_ids
+
+    @staticmethod
+    def _faults(batch: RowBatch, status: NDArray[np.int64], starts: Sequence[int]) -> Errors:
+        errors: Errors = {}
+        for index, (request, rows) in enumerate(batch):
+            bad = np.flatnonzero(status[rows, 0])
+            if len(bad) and request.truncation is None:
+                row = rows.start + int(bad[0])
+                fault, term = status[row]
+                where = f" (term {term - starts[row]}, row {bad[0]})" if fault == kernels.NOT_A_NUMBER else ""
+                errors[index] = _FAULTS[int(fault)] + where
+        return errors
+
+
+class TorchBackend:
+    """Logits go to the device once, through pinned memory, and are combined there.
+
+    Args:
+        device: any of torch's.
+    """
+
+    tile_elements = GPU_TILE_ELEMENTS
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
+        out = torch.full((batch.num_rows, batch.vocab_size), -torch.inf, device=self._device)
+        errors: Errors = {}
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)  # rows that one operation can take
+        for index, request in enumerate(batch.requests):
+            if request.truncation is None:
+                groups[len(request.logits), request.vocab_size].append(index)
+        for indices in groups.values():
+            self._combine_group(batch, indices, out, errors)
+        errors |= _truncate(batch, out)
+        for index in errors:
+            out[batch.starts[index] : batch.starts[index + 1]] = 0
+        return out, errors
+
+    def sample(self, batch: RowBatch, logits: Tensor) -> list[int]:
+        token_ids: list[int] = sample_rows(logits, _widths(batch), _sampling_rows(batch)).tolist()
+        return token_ids
+
+    def _combine_group(self, batch: RowBatch, indices: Sequence[int], out: Tensor, errors: Errors) -> None:
+        """Requests with equally many terms and one vocabulary; where one is at fault, each by itself."""
+        requests = [batch.requests[index] for index in indices]
+        rows = [row for index in indices for row in range(batch.starts[index], batch.starts[index + 1])]
+        coefficients = torch.tensor([r.coefficients for r in requests for _ in range(r.num_rows)]).T
+        terms = [
+            self._moved([r.logits[term][: r.num_rows, : r.vocab_size] for r in requests])
+            for term in range(len(requests[0].logits))
+        ]
+        try:
+            out[rows, : requests[0].vocab_size] = combine(terms, coefficients)
+        except ValueError as error:
+            if len(indices) == 1:
+                errors[indices[0]] = str(error)
+                return
+            for index in indices:
+                self._combine_group(batch, [index], out, errors)
+
+    def _moved(self, blocks: Sequence[Tensor]) -> Tensor:
+        """One after the other on the device, in the dtype that they came in."""
+        if self._device.type != "cuda":
+            return torch.cat([*blocks])
+        shape = (sum(len(block) for block in blocks), blocks[0].shape[1])
+        staging = torch.empty(shape, dtype=blocks[0].dtype, pin_memory=True)
+        torch.cat([*blocks], out=staging)
+        return staging.to(self._device, non_blocking=True)
+
+
+def _rows_of(term: Tensor) -> tuple[int, int, int]:
+    """Where the first row begins in memory, bytes from one to the next, and how numbers are stored."""
+    if term.stride(1) != 1 or term.device.type != "cpu":
+        raise ValueError(f"logits: {term.device} and strides {term.stride()}; rows stand in one piece of CPU memory")
+    return term.data_ptr(), term.stride(0) * term.dtype.itemsize, _KINDS[term.dtype]
+
+
+def _truncate(batch: RowBatch, out: Tensor) -> Errors:
+    """Combine the requests whose weights are truncated, into their rows."""
+    errors: Errors = {}
+    for index, (request, rows) in enumerate(batch):
+        if request.truncation is not None:
+            truncation, n = request.truncation, request.num_rows
+            try:
+                out[rows, : request.vocab_size] = truncate_weights(
+                    [term[:n, : request.vocab_size].to(out.device) for term in request.logits],
+                    torch.tensor([truncation.unscaled] * n).T,
+                    torch.tensor([truncation.ratio] * n).T,
+                    torch.full((n,), truncation.top_p, device=out.device),
+                )
+            except ValueError as error:
+                errors[index] = str(error)
+    return errors
+
+
+def _widths(batch: RowBatch) -> NDArray[np.int64]:
+    return np.array([request.vocab_size for request in batch.requests for _ in range(request.num_rows)], np.int64)
+
+
+def _sampling_rows(batch: RowBatch) -> SamplingRows:
+    rows = [(r.sampling, position) for r in batch.requests for position in r.positions]
+    return SamplingRows.of([params for params, _ in rows], [position for _, position in rows])

@@ -1,0 +1,349 @@
+"""The tokens drawn from rows of combined logits, compiled for a CPU; knows arrays only.
+
+Plain loops over blocks, which the compiler vectorises. A row's token depends on nothing but the row, so the threads
+that share a batch change nothing. What `device_sampling` does in torch operations, this does to the same tokens: every
+operation is rounded by itself, and mass is counted in integers, whose sums come out the same in any order.
+"""
+
+from __future__ import annotations
+
+from math import factorial, log
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eft_serve.numerics.kernels.bits import (
+    Floats,
+    Integers,
+    as_float,
+    compiled,
+    from_order_key,
+    order_key,
+    times_power,
+)
+
+BLOCK = 2048  # columns at a time: they fit the first-level cache
+LANE = 64  # columns that one test passes over
+
+# Keyed noise; see `keyed_noise`.
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_S12, _S27, _S30, _S31, _S40 = (np.uint64(n) for n in (12, 27, 30, 31, 40))
+_HALF, _UNIT = 0.5, 2.0**-52
+_TAIL_UNIT = np.float32(2.0**-24)
+
+
+@compiled
+def _hash(key: np.uint64, token_id: int) -> np.uint64:
+    state = key + np.uint64(token_id + 1) * _GOLDEN
+    state = (state ^ (state >> _S30)) * _MIX_1
+    state = (state ^ (state >> _S27)) * _MIX_2
+    return state ^ (state >> _S31)
+
+
+@compiled
+def _gumbel(bits: np.uint64) -> float:
+    return -log(-log((np.float64(bits >> _S12) + _HALF) * _UNIT))
+
+
+@compiled
+def _tail(bits: np.uint64) -> np.float32:
+    """How likely uniform noise is to exceed this one, rounded down to 24 bits."""
+    return np.float32(np.int32(~bits >> _S40)) * _TAIL_UNIT
+
+
+_PER_LOG_2 = np.float32(1 / log(2))
+_LEAST_POWER, _LARGEST_POWER = np.float32(-126), np.float32(1)
+_BIAS, _MANTISSA = np.float32(127), np.float32(1 << 23)
+_SLACK = np.float32(4096)  # of 2^23: more than float32 gets wrong of an exponent that matters
+
+
+@compiled
+def _reach(behind: np.float32) -> np.float32:
+    """No less than exp(behind): 2^n · (1 + f) for 2^(n + f), which lies above, and some more."""
+    power = behind * _PER_LOG_2
+    power = _LEAST_POWER if power < _LEAST_POWER else power
+    power = _LARGEST_POWER if power > _LARGEST_POWER else power
+    return as_float(np.int32((power + _BIAS) * _MANTISSA + _SLACK))
+
+
+# exp(x) = 2^n · exp(r), |r| ≤ log(2) / 2: Taylor's coefficients; log(2) in two parts, of which the first times n is
+# exact; and a number in whose neighbourhood float32 has no fractions.
+_C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / factorial(k)) for k in range(2, 8))
+_ONE, _LEAST = np.float32(1), np.float32(-87)
+_LOG_2_HIGH, _LOG_2_LOW = np.float32(355 / 512), np.float32(log(2) - 355 / 512)
+_NO_FRACTIONS = np.float32(3 << 22)
+_MASS_UNITS = np.float32(1 << 40)
+
+
+@compiled
+def _mass(x: np.float32) -> np.int64:
+    """exp(x) of x ≤ 0 in units of 2⁻⁴⁰; no mass for less than that."""
+    x = _LEAST if x < _LEAST else x
+    y = x * _PER_LOG_2 + _NO_FRACTIONS
+    n = y - _NO_FRACTIONS
+    r = x - n * _LOG_2_HIGH - n * _LOG_2_LOW
+    p = _C7 * r + _C6
+    p = p * r + _C5
+    p = p * r + _C4
+    p = p * r + _C3
+    p = p * r + _C2
+    return np.int64(times_power(p * r * r + r + _ONE, y) * _MASS_UNITS)
+
+
+# Drawing.
+
+
+@compiled
+def sample_rows(
+    logits: Floats,
+    widths: Integers,
+    temperature: Floats,
+    top_k: Integers,
+    top_p: Floats,
+    log_min_p: Floats,
+    keys: NDArray[np.uint64],
+    token_ids: Integers,
+) -> None:
+    """The token of each row: the most likely one at temperature 0, else drawn with the noise of its key.
+
+    Args:
+        logits: [num_rows, at least the largest width], finite or −inf, a finite one in each row.
+        widths: [num_rows], columns.
+        temperature, top_k, top_p, log_min_p: [num_rows]; 0, 0, 1 and −inf for none.
+        keys: [num_rows], of the noise.
+        token_ids: [num_rows], written.
+    """
+    values = np.empty(logits.shape[1], np.float32)
+    ids = np.empty(logits.shape[1], np.int32)
+    for row in range(len(widths)):
+        numbers = logits[row, : widths[row]]
+        best = _most_likely(numbers)
+        if temperature[row] > 0:
+            peak = numbers[best]
+            if top_k[row] == 0 and top_p[row] == 1 and log_min_p[row] == -np.inf:
+                best = _draw(numbers, peak, temperature[row], keys[row], best)
+            else:
+                k = top_k[row] if top_k[row] < len(numbers) else 0
+                best = _draw_filtered(
+                    numbers, peak, temperature[row], k, top_p[row], log_min_p[row], keys[row], best, values, ids
+                )
+        token_ids[row] = best
+
+
+@compiled
+def _most_likely(numbers: Floats) -> int:
+    """The lowest id of the largest."""
+    highest, at = np.int32(-0x7FFFFFFF), 0
+    for start in range(0, len(numbers), BLOCK):
+        top = _highest_key(numbers[start : start + BLOCK])
+        if top > highest:
+            highest, at = top, start
+    value = from_order_key(highest)
+    while numbers[at] != value:
+        at += 1
+    return at
+
+
+@compiled
+def _highest_key(block: Floats) -> np.int32:
+    top = np.int32(-0x7FFFFFFF)
+    for i in range(len(block)):
+        key = order_key(block[i] + np.float32(0))  # −0 is 0
+        top = key if key > top else top
+    return top
+
+
+@compiled
+def _draw(numbers: Floats, peak: np.float32, temperature: np.float32, key: np.uint64, top: int) -> int:
+    """The largest of (number − peak) / temperature + noise; few tokens can have it, so few need a logarithm.
+
+    Noise of at least x has the upper tail 1 − exp(−exp(−x)) < exp(−x), so a token can only win whose tail is at most
+    exp(its logit − the best score so far).
+    """
+    winner, best = top, _gumbel(_hash(key, top))
+    for start in range(0, len(numbers), LANE):
+        lane = numbers[start : start + LANE]
+        if not _may_win(lane, start, peak, temperature, key, np.float32(best)):
+            continue
+        for i in range(len(lane)):
+            x = (lane[i] - peak) / temperature
+            bits = _hash(key, start + i)
+            if _tail(bits) <= _reach(x - np.float32(best)):
+                score = np.float64(x) + _gumbel(bits)
+                if score > best or (score == best and start + i < winner):
+                    winner, best = start + i, score
+    return winner
+
+
+@compiled
+def _may_win(
+    lane: Floats, start: int, peak: np.float32, temperature: np.float32, key: np.uint64, bar: np.float32
+) -> bool:
+    """Whether some token of the lane may reach the score `bar`."""
+    count = np.int32(0)
+    for i in range(len(lane)):
+        x = (lane[i] - peak) / temperature
+        count |= np.int32(_tail(_hash(key, start + i)) <= _reach(x - bar))
+    return count != 0
+
+
+@compiled
+def _draw_filtered(
+    numbers: Floats,
+    peak: np.float32,
+    temperature: np.float32,
+    top_k: int,
+    top_p: np.float32,
+    log_min_p: np.float32,
+    key: np.uint64,
+    top: int,
+    values: Floats,
+    ids: NDArray[np.int32],
+) -> int:
+    """As `_draw`, of the tokens that top-k, then top-p of what it left, and min-p keep."""
+    count, threshold = 0, log_min_p
+    if top_k > 0:
+        cutoff = _FIRST_CUTOFF
+        while count < top_k:
+            count = _gather(numbers, peak, temperature, cutoff, values, ids)
+            cutoff = _next_cutoff(cutoff)
+        kth = _least_kept(values[:count].copy(), np.ones(count, np.int64), np.float64(top_k))
+        count = _keep(values, ids, count, kth)
+        threshold = kth if kth > threshold else threshold
+    if top_p < 1:
+        if top_k > 0:
+            masses = _masses(values[:count])
+            target = np.float64(top_p) * np.float64(masses.sum())
+        else:
+            target = np.float64(top_p) * np.float64(_total_mass(numbers, peak, temperature))
+            masses, cutoff = np.zeros(0, np.int64), _FIRST_CUTOFF
+            while np.float64(masses.sum()) < target or count == 0:
+                count = _gather(numbers, peak, temperature, cutoff, values, ids)
+                masses = _masses(values[:count])
+                cutoff = _next_cutoff(cutoff)
+        nucleus = _least_kept(values[:count].copy(), masses, target)
+        threshold = nucleus if nucleus > threshold else threshold
+    elif top_k == 0:
+        count = _gather(numbers, peak, temperature, threshold, values, ids)
+    winner, best = top, _gumbel(_hash(key, top))
+    for i in range(count):
+        if values[i] >= threshold:
+            bits = _hash(key, ids[i])
+            if _tail(bits) <= _reach(values[i] - np.float32(best)):
+                score = np.float64(values[i]) + _gumbel(bits)
+                if score > best or (score == best and ids[i] < winner):
+                    winner, best = ids[i], score
+    return winner
+
+
+_FIRST_CUTOFF = np.float32(-4)  # of tempered logits: less likely than the most likely token by a factor of 55
+
+
+@compiled
+def _next_cutoff(cutoff: np.float32) -> np.float32:
+    """Twice as far down, and in the end all the way."""
+    return cutoff * np.float32(2) if cutoff > _LEAST else np.float32(-np.inf)
+
+
+@compiled
+def _gather(
+    numbers: Floats,
+    peak: np.float32,
+    temperature: np.float32,
+    cutoff: np.float32,
+    values: Floats,
+    ids: NDArray[np.int32],
+) -> int:
+    """The tempered logits that reach the cutoff, with their ids, in order; how many."""
+    count = 0
+    for start in range(0, len(numbers), LANE):
+        lane = numbers[start : start + LANE]
+        if _reaches(lane, peak, temperature, cutoff):
+            for i in range(len(lane)):
+                x = (lane[i] - peak) / temperature
+                if x >= cutoff:
+                    values[count], ids[count] = x, start + i
+                    count += 1
+    return count
+
+
+@compiled
+def _reaches(lane: Floats, peak: np.float32, temperature: np.float32, cutoff: np.float32) -> bool:
+    found = np.int32(0)
+    for i in range(len(lane)):
+        found |= np.int32((lane[i] - peak) / temperature >= cutoff)
+    return found != 0
+
+
+@compiled
+def _total_mass(numbers: Floats, peak: np.float32, temperature: np.float32) -> np.int64:
+    mass = np.int64(0)
+    for start in range(0, len(numbers), BLOCK):
+        mass += _mass_of(numbers[start : start + BLOCK], peak, temperature)
+    return mass
+
+
+@compiled
+def _mass_of(block: Floats, peak: np.float32, temperature: np.float32) -> np.int64:
+    mass = np.int64(0)
+    for i in range(len(block)):
+        mass += _mass((block[i] - peak) / temperature)
+    return mass
+
+
+@compiled
+def _keep(values: Floats, ids: NDArray[np.int32], count: int, threshold: np.float32) -> int:
+    """Only those that reach the threshold, in place; how many."""
+    kept = 0
+    for i in range(count):
+        if values[i] >= threshold:
+            values[kept], ids[kept] = values[i], ids[i]
+            kept += 1
+    return kept
+
+
+@compiled
+def _masses(values: Floats) -> Integers:
+    masses = np.empty(len(values), np.int64)
+    for i in range(len(values)):
+        masses[i] = _mass(values[i])
+    return masses
+
+
+@compiled
+def _least_kept(values: Floats, masses: Integers, target: float) -> np.float32:
+    """The least value such that all larger ones together have less mass than the target; the largest if none.
+
+    A weighted quickselect: linear, and whatever order the values come in. Both arrays are shuffled.
+    """
+    start, stop, above = 0, len(values), np.int64(0)
+    least = values.max()
+    while start < stop:
+        a, b, c = values[start], values[(start + stop) // 2], values[stop - 1]
+        pivot = max(min(a, b), min(max(a, b), c))
+        i, larger, end = start, start, stop  # [start, larger): larger, [larger, i): equal, [end, stop): smaller
+        mass_larger, mass_equal = np.int64(0), np.int64(0)
+        while i < end:
+            if values[i] > pivot:
+                mass_larger += masses[i]
+                values[i], values[larger] = values[larger], values[i]
+                masses[i], masses[larger] = masses[larger], masses[i]
+                larger += 1
+                i += 1
+            elif values[i] < pivot:
+                end -= 1
+                values[i], values[end] = values[end], values[i]
+                masses[i], masses[end] = masses[end], masses[i]
+            else:
+                mass_equal += masses[i]
+                i += 1
+        if not np.float64(above + mass_larger) < target:
+            stop = larger
+            continue
+        least = pivot
+        above += mass_larger + mass_equal
+        start = i
+    return least

@@ -1,0 +1,193 @@
+"""Both backends give the same bits; each row is its own formula; a fault ends its request's rows alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from eft_serve.numerics.backends import CpuBackend, SamplingBackend, TorchBackend, choose_backend
+from eft_serve.numerics.combine import combine
+from eft_serve.numerics.rows import RequestRows, RowBatch, Truncation, tiles
+from eft_serve.types import SamplingParams
+
+BACKENDS: list[SamplingBackend] = [CpuBackend(), TorchBackend(torch.device("cpu"))]
+VOCAB, PADDING = 13, 3
+PINNED = json.loads((Path(__file__).parent / "pinned_tokens.json").read_text())
+backends = pytest.mark.parametrize("backend", BACKENDS, ids=["kernels", "torch"])
+
+
+def request(
+    coefficients: Sequence[float],
+    num_rows: int = 1,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    truncation: Truncation | None = None,
+    **sampling: Any,
+) -> RequestRows:
+    """Random logits with padding that must not count."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = [(torch.randn(num_rows, VOCAB + PADDING, generator=generator) * 3).to(dtype) for _ in coefficients]
+    for term in logits:
+        term[:, VOCAB:] = torch.nan
+    return RequestRows(
+        logits=logits,
+        coefficients=coefficients,
+        num_rows=num_rows,
+        vocab_size=VOCAB,
+        sampling=SamplingParams(**sampling),
+        truncation=truncation,
+    )
+
+
+def combined(backend: SamplingBackend, requests: Sequence[RequestRows]) -> list[Tensor]:
+    """Each request's rows."""
+    batch = RowBatch(requests)
+    logits, errors = backend.combine(batch)
+    assert errors == {}
+    return [logits[rows, : each.vocab_size] for each, rows in batch]
+
+
+coefficient_lists = st.lists(st.sampled_from([-1.0, 0.0, 0.3, 1.0, 1.7]), min_size=1, max_size=4).filter(any)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+@given(st.lists(st.tuples(coefficient_lists, st.integers(1, 3), dtypes), min_size=1, max_size=5))
+def test_requests_of_any_terms_and_dtypes_are_combined_each_by_its_formula(
+    kinds: list[tuple[list[float], int, torch.dtype]],
+) -> None:
+    requests = [request(c, n, seed=i, dtype=dtype) for i, (c, n, dtype) in enumerate(kinds)]
+    by_backend = [combined(backend, requests) for backend in BACKENDS]
+    for each, kernels, by_torch in zip(requests, *by_backend, strict=True):
+        coefficients = torch.tensor([[c] * each.num_rows for c in each.coefficients])
+        expected = combine([term[:, :VOCAB] for term in each.logits], coefficients)
+        assert torch.equal(kernels, expected), "one bit is another distribution"
+        assert torch.equal(by_torch, expected)
+
+
+@backends
+def test_an_impossible_token_of_a_running_term_is_impossible_and_of_another_is_not(backend: SamplingBackend) -> None:
+    each = request([1.0, -1.0, 0.0])
+    each.logits[0][0, 2] = each.logits[1][0, 2] = each.logits[1][0, 4] = -torch.inf
+    each.logits[2][0, 5] = torch.nan
+    (logits,) = combined(backend, [each])
+    assert (logits[0] == -torch.inf).nonzero().flatten().tolist() == [2, 4]
+    assert logits.isnan().sum() == 0
+
+
+@backends
+@pytest.mark.parametrize(
+    ("coefficients", "poison", "message"),
+    [
+        ([1.0, 1.0], torch.nan, "NaN"),
+        ([1.0, 1.0], torch.inf, "NaN or"),
+        ([3.0, 1.0], 2e38, "overflow"),
+        ([1.0, 1.0], -torch.inf, "no token is possible"),
+    ],
+)
+def test_a_row_without_a_distribution_is_an_error_of_its_own_request(
+    backend: SamplingBackend, coefficients: list[float], poison: float, message: str
+) -> None:
+    healthy, faulty = request([1.0, -1.0, 1.0], 2, temperature=0.0), request(coefficients, 2, temperature=1.0)
+    where = slice(None) if poison == -torch.inf else 3
+    faulty.logits[0][1, where] = poison
+    batch = RowBatch([healthy, faulty, healthy])
+    logits, errors = backend.combine(batch)
+    assert list(errors) == [1]
+    assert message in errors[1]
+    assert len(backend.sample(batch, logits)) == 6, "garbage must not stop the kernel"
+    assert torch.equal(logits[:2, :VOCAB], combined(backend, [healthy])[0])
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1), st.sampled_from([0.5, 1.0, 1.5]))
+def test_truncated_requests_are_the_same_alone_and_beside_others(seed: int, top_p: float, scale: float) -> None:
+    truncation = Truncation(top_p=top_p, unscaled=[0.0, 0.0, 1.0], ratio=[scale, -scale, 0.0])
+    truncated = request([scale, -scale, 1.0], 2, seed=seed, truncation=truncation)
+    plain = request([1.0], 1)
+    for backend in BACKENDS:
+        together, alone = combined(backend, [plain, truncated]), combined(backend, [truncated])
+        assert torch.equal(together[1], alone[0])
+    assert torch.equal(combined(BACKENDS[0], [truncated])[0], combined(BACKENDS[1], [truncated])[0])
+
+
+@backends
+def test_a_truncated_request_without_a_distribution_is_an_error_of_its_own(backend: SamplingBackend) -> None:
+    truncated = request([1.0, -1.0, 1.0], truncation=Truncation(top_p=0.9, unscaled=[0, 0, 1], ratio=[1, -1, 0]))
+    truncated.logits[2][0, 1] = torch.nan
+    _, errors = backend.combine(RowBatch([request([1.0]), truncated]))
+    assert list(errors) == [1]
+
+
+@backends
+def test_rows_of_several_vocabularies_draw_below_their_own(backend: SamplingBackend) -> None:
+    narrow = RequestRows(
+        logits=[torch.arange(20.0)[None]], coefficients=[1.0], num_rows=1, vocab_size=4, sampling=SamplingParams()
+    )
+    batch = RowBatch([narrow, request([1.0], temperature=0.0)] * 20)
+    logits, _ = backend.combine(batch)
+    assert max(backend.sample(batch, logits)[::2]) < 4
+
+
+def pinned_logits(term: int, num_rows: int, vocab: int) -> Tensor:
+    """By integer arithmetic, so that no library's generator can change them."""
+    index = np.arange(num_rows * vocab, dtype=np.uint64).reshape(num_rows, vocab) + np.uint64(term * 1_000_003)
+    bits = index * np.uint64(0x9E3779B97F4A7C15)
+    bits ^= bits >> np.uint64(29)
+    bits *= np.uint64(0xBF58476D1CE4E5B9)
+    bits ^= bits >> np.uint64(32)
+    return torch.from_numpy((12 * ((bits >> np.uint64(44)).astype(np.float64) / 2**20) ** 6).astype(np.float32))
+
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "t1": {},
+    "t07_p09": {"temperature": 0.7, "top_p": 0.9},
+    "t13_k40": {"temperature": 1.3, "top_k": 40},
+    "t1_k50_p08_m01": {"top_k": 50, "top_p": 0.8, "min_p": 0.1},
+    "t1_m005": {"min_p": 0.05},
+}
+
+
+@backends
+@pytest.mark.parametrize("vocab", [3000, 128_256])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_seeded_tokens_are_those_that_earlier_versions_drew(backend: SamplingBackend, name: str, vocab: int) -> None:
+    """Recorded before the kernels existed: a seed must mean the same after an upgrade."""
+    terms = [pinned_logits(term, 8, vocab) for term in range(3)]
+    requests = [
+        RequestRows(
+            logits=[term[row : row + 1] for term in terms],
+            coefficients=[1.0, -1.0, 1.0],
+            num_rows=1,
+            vocab_size=vocab,
+            sampling=SamplingParams(seed=row * 7919 - 3, **PARAMETERS[name]),
+            output_token_ids=[0] * (row * 13),
+        )
+        for row in range(8)
+    ]
+    batch = RowBatch(requests)
+    assert backend.sample(batch, backend.combine(batch)[0]) == PINNED[f"{name}-{vocab}"]
+
+
+def test_tiles_split_between_requests_and_leave_none_out() -> None:
+    requests = [request([1.0], n) for n in (1, 2, 5, 1, 1)]
+    assert list(tiles(requests, 3 * VOCAB)) == [range(2), range(2, 3), range(3, 5)]
+    assert list(tiles(requests, 1)) == [range(i, i + 1) for i in range(5)]
+    assert list(tiles(requests, 10**9)) == [range(5)]
+    assert list(tiles([], 5)) == []
+
+
+def test_a_gpu_that_is_not_there_is_refused_by_name() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=r"coordinator\.device"):
+        choose_backend("cuda")
+    assert isinstance(choose_backend("auto"), CpuBackend)
