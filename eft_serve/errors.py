@@ -53,6 +53,12 @@ class DeploymentError(EftServeError):
     status, error_type, code = 500, "server_error", "deployment_failed"
 
 
+class MissingExtraError(EftServeError):
+    """A command needs a package that only an extra of the distribution installs."""
+
+    status, error_type, code = 500, "server_error", "missing_extra"
+
+
 class InvalidRequestError(EftServeError):
     """The request is malformed or asks for what cannot be given."""
 

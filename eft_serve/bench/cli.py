@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from eft_serve.extras import require
 from eft_serve.rayserve.options import REPLICA_ENVIRONMENT
 
 app = typer.Typer(no_args_is_help=True, help="Benchmarks: a table, then one line of JSON.")
@@ -53,6 +54,8 @@ def context(
     plot: Annotated[Path | None, typer.Option(help="Where to draw it, a PNG.")] = None,
 ) -> None:
     """The engine's step against context length and batch size."""
+    if plot is not None:
+        require("bench")
     _become_like_a_replica()
     from eft_serve.bench.context import run
 
@@ -108,6 +111,7 @@ def run_all(
     output: Annotated[Path, typer.Option(help="The page to write; pictures go into a directory of its name.")],
 ) -> None:
     """Every benchmark, and a page of their results."""
+    require("bench")
     from eft_serve.bench.suite import run
 
     run(output)

@@ -37,7 +37,7 @@ class Vocabulary:
     def load(cls, checkpoint: Path) -> Vocabulary:
         """Read tokenizer and generation config of a `transformers` directory; raises `CheckpointError`."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{checkpoint}: no usable tokenizer: {error}", param="models") from error
         ids = tokenizer.get_vocab()

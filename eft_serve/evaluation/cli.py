@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from eft_serve.extras import require
 from eft_serve.zoo import FAMILIES
 
 app = typer.Typer(no_args_is_help=True, help="The method's claims, measured on the embedded families.")
@@ -46,6 +47,7 @@ def run_all(
     limit: Limit = None,
 ) -> None:
     """Every part on both families, and the page of them."""
+    require("evaluation")
     from datetime import UTC, datetime
 
     from eft_serve.bench import report
@@ -65,6 +67,7 @@ def write_page(
     output: Annotated[Path, typer.Option(help="The page; its figures are read from the directory beside it.")],
 ) -> None:
     """Write the page and its pictures anew from the figures of the last run."""
+    require("evaluation")
     import json
 
     from eft_serve.evaluation import page, plots

@@ -23,11 +23,7 @@ def facts(
     """Extract the facts anew from GeoNames and the periodic table."""
     from eft_serve.zoo.facts import FACTS_FILE, extract, write_facts
 
-    try:
-        entities = extract()
-    except ModuleNotFoundError as error:
-        console.print(f"[red]{error}[/red]", markup=True)
-        raise typer.Exit(1) from error
+    entities = extract()
     write_facts(entities, out or FACTS_FILE)
     console.print(f"{len(entities)} entities -> {out or FACTS_FILE}")
 

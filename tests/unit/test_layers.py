@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 FLOORS = [
-    {"config", "config_base", "config_check", "config_recipes", "ensemble", "errors", "types"},
+    {"config", "config_base", "config_check", "config_recipes", "ensemble", "errors", "extras", "types"},
     {"numerics"},
     {"engine", "coordinator", "transport", "tenancy", "api", "zoo"},
     {"rayserve"},

