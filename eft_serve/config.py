@@ -199,5 +199,5 @@ class AppConfig(Frozen):
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    """A field as the file spells it: without the kind of model that was tried."""
+    """A field as the file detokenizes it: without the kind of model that was tried."""
     return ".".join(str(part) for part in location if part not in (_MODEL, _ADAPTER)) or "(top level)"

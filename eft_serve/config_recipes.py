@@ -12,7 +12,7 @@ from eft_serve.config_base import Frozen, Name
 
 ROLES = ("base", "reference", "tuned")
 DRAFTERS = ("auto", "none")  # beside the recipe's own models
-MAX_GUESSES = 16
+MAX_DRAFT_TOKENS = 16
 MAX_KNOB = 100.0  # far beyond any use; keeps |logit| * knob finite in fp32
 
 Interval = tuple[float, float]
@@ -101,14 +101,14 @@ class BoundsConfig(Frozen):
 
 
 class SpeculativeConfig(Frozen):
-    """How a recipe's tokens are guessed ahead (arXiv 2310.12962). No setting changes their distribution."""
+    """How a recipe's tokens are drafted (arXiv 2310.12962). No setting changes their distribution."""
 
     draft: Name = "auto"
-    """Who guesses: `auto`, the tuned model of the largest weight; `none`, nobody; or a model of the recipe."""
-    num_tokens: int = Field(default=8, ge=1, le=MAX_GUESSES)
+    """Who draft tokens: `auto`, the tuned model of the largest weight; `none`, nobody; or a model of the recipe."""
+    num_tokens: int = Field(default=8, ge=1, le=MAX_DRAFT_TOKENS)
     """Draft tokens at a time, at most."""
     min_confidence: float = Field(default=0.5, ge=0, le=1)
-    """The drafter goes on while it gives its guesses this probability, all together; 0 never stops it."""
+    """The drafter goes on while it gives its draft tokens this probability, all together; 0 never stops it."""
     overlap: bool = True
     """Draft on while draft tokens are verified."""
     disable_by_batch_size: int = Field(default=32, ge=0)
@@ -135,7 +135,7 @@ class RecipeConfig(Frozen):
     bounds: BoundsConfig = BoundsConfig()
     """How far a request may turn the knobs."""
     speculative: SpeculativeConfig = SpeculativeConfig()
-    """How tokens are guessed ahead."""
+    """How tokens are drafted."""
 
     @model_validator(mode="after")
     def _drafter_is_known(self) -> Self:

@@ -38,7 +38,7 @@ class Term:
         return bool(self.coefficient or self.ratio)
 
     @property
-    def standing(self) -> float:
+    def unscaled(self) -> float:
         """The other part: its coefficient outside the nucleus."""
         return _rounded(self.coefficient - self.ratio)
 
@@ -104,7 +104,7 @@ class Ensemble:
         return 1.0 if self.recipe is None else _truncate_top_p(self.recipe, knobs)
 
     def speculative(self, changes: Mapping[str, Any]) -> Speculative:
-        """How tokens are guessed ahead: the recipe's settings with these changes. A plain model guesses when told to.
+        """How tokens are drafted: the recipe's settings with these changes. A plain model draft tokens when told to.
 
         Raises:
             InvalidRequestError: the drafter is nobody that this ensemble may run.

@@ -2,9 +2,9 @@
 
 Two nouns: a *Request* is what a user asked for and lives in a coordinator; a *Sequence* is one model's KV-bearing state
 and lives in an engine. The step contract ties them together: a `SequenceStep` says how many tokens the engine must
-already hold, appends more, and asks for logits; an engine that does not get to the end of it answers `held = k` and the
-coordinator goes on from k. Prefill, decode, verification, rollback, preemption, recovery and the reuse of a prefix are
-all this one message, and sending it twice does no harm.
+already hold, appends more, and asks for logits; an engine that does not get to the end of it answers with the number of
+tokens that it has computed, and the coordinator goes on from there. Prefill, decode, verification, rollback,
+preemption, recovery and the reuse of a prefix are all this one message, and sending it twice does no harm.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Draft(msgspec.Struct, frozen=True, array_like=True):
-    """Have the engine guess what follows a step: each guess is drawn from the logits after the one before it.
+    """Have the engine draft what follows a step: each draft token is drawn from the logits after the one before it.
 
     The draws are those of `numerics.sampling.sample`, keyed by (seed, position).
     """
 
     num_tokens: int  # at least 1; the engine may stop earlier
-    position: int  # of the first guess within the output
-    num_ids: int  # guesses are below this: ids that all models have
+    position: int  # of the first draft token within the output
+    num_ids: int  # draft tokens are below this: ids that all models have
     sampling: SamplingParams
-    confidence: float = 1.0  # that all guesses before the first of these stand
-    min_confidence: float = 0.0  # no forward is spent once the guesses are less likely than this to stand, all of them
+    confidence: float = 1.0  # that all draft tokens before the first of these are accepted
+    min_confidence: float = 0.0  # drafting stops once all of them are accepted with less probability
 
 
 class Speculative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a request's tokens are guessed ahead; whatever it says, they are drawn from the same distribution."""
+    """How a request's tokens are drafted; whatever it says, they are drawn from the same distribution."""
 
     draft: str = "auto"  # the tuned model of the largest weight; "none", or a term's name
     num_tokens: int = 8  # draft tokens at a time, at most
-    min_confidence: float = 0.5  # the drafter goes on while it gives its guesses this probability, all together
+    min_confidence: float = 0.5  # the drafter goes on while it gives its draft tokens this probability, all together
     overlap: bool = True  # draft on while draft tokens are verified
     disable_by_batch_size: int = 32  # nothing is drafted while more requests than this decode
 
@@ -106,16 +106,18 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """An engine's answer to one `SequenceStep`: exactly one of `held`, `error`, `logits` is set."""
+    """An engine's answer to one `SequenceStep`: exactly one of `num_computed_tokens`, `error`, `logits` is set."""
 
     sequence_id: str
-    held: int | None = None  # so many tokens are here now, and the step's end is not: evicted, no room, `max_computed`
+    num_computed_tokens: int | None = (
+        None  # so many tokens are here now, and the step's end is not: evicted, no room, `max_computed`
+    )
     error: str | None = None  # this step can never be served (out of vocabulary, beyond the context)
     logits: Tensor | None = (
-        None  # [num_logits, vocab_size], floating; with guesses one row more for each after the first
+        None  # [num_logits, vocab_size], floating; with draft tokens one row more for each after the first
     )
-    drafted: Sequence[int] = ()  # guesses; all but the last are held like the step's own tokens
-    confidences: Sequence[float] = ()  # of each guess, the probability that the model itself gives it
+    drafted: Sequence[int] = ()  # draft tokens; all but the last are held like the step's own tokens
+    confidences: Sequence[float] = ()  # of each draft token, the probability that the model itself gives it
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +173,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompts: dict[str, list[int]]  # by term; every term of the ensemble that runs
     sampling: SamplingParams
     knobs: Knobs = OWN_KNOBS
-    speculative: Speculative | None = None  # None: no guesses
-    given: list[int] | None = None  # the output, which is then only scored; None: it is drawn
+    speculative: Speculative | None = None  # None: no draft tokens
+    forced_token_ids: list[int] | None = None  # the output, which is then only scored; None: it is drawn
     components: int | None = None  # with so many alternatives to each token; None: not wanted
     tenant: str = "anonymous"
     timeout_s: float = 600.0  # the coordinator ends it then, also when its reader has gone without a word
@@ -186,15 +188,15 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     param: str | None = None
 
 
-class GuessReport(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a request's guesses."""
+class SpecDecodeStats(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a request's draft tokens."""
 
     num_drafted: int = 0
     num_accepted: int = 0
     num_passes: int = 0  # steps that gave the request tokens: as many passes of the base model
 
-    def __add__(self, other: GuessReport) -> GuessReport:
-        return GuessReport(
+    def __add__(self, other: SpecDecodeStats) -> SpecDecodeStats:
+        return SpecDecodeStats(
             *(a + b for a, b in zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True))
         )
 
@@ -217,5 +219,5 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     failure: Failure | None = None  # set exactly when finish_reason is ERROR
-    report: GuessReport | None = None  # with the last one
+    report: SpecDecodeStats | None = None  # with the last one
     components: list[TokenComponents] | None = None  # one for each token; None: not wanted

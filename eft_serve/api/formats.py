@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from eft_serve.api.components import ComponentsFormat
-from eft_serve.types import Delta, FinishReason, GuessReport, TokenComponents
+from eft_serve.types import Delta, FinishReason, SpecDecodeStats, TokenComponents
 
 JsonObject = dict[str, Any]
 
@@ -19,7 +19,7 @@ class Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    report: GuessReport = field(default_factory=GuessReport)
+    report: SpecDecodeStats = field(default_factory=SpecDecodeStats)
     components: list[TokenComponents] = field(default_factory=list)  # of each token, where they are wanted
 
     @property
@@ -49,7 +49,7 @@ def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool) 
         "total_tokens": num_prompt_tokens + num_generated,
     }
     if with_report:
-        report = sum((choice.report for choice in choices), GuessReport())
+        report = sum((choice.report for choice in choices), SpecDecodeStats())
         used["completion_tokens_details"] = {
             "accepted_prediction_tokens": report.num_accepted,
             "rejected_prediction_tokens": report.num_drafted - report.num_accepted,
@@ -142,7 +142,7 @@ class Envelope:
     created: int  # Unix seconds
     model: str
     with_usage: bool = False  # every chunk has a usage field, null but in the last
-    with_report: bool = False  # usage tells what became of the guesses
+    with_report: bool = False  # usage tells what became of the draft tokens
     with_token_ids: bool = False  # every choice has the ids of its tokens, as vLLM's `return_token_ids` gives them
     with_reward: bool = False  # every choice has that of all its tokens
     components: ComponentsFormat | None = None  # every choice has those of its tokens

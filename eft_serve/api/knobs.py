@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from eft_serve.config_recipes import MAX_GUESSES
+from eft_serve.config_recipes import MAX_DRAFT_TOKENS
 from eft_serve.types import Knobs
 
 MAX_ALTERNATIVES = 20
@@ -24,14 +24,14 @@ class Strict(BaseModel):
 
 
 class SpeculativeKnobs(Strict):
-    """How tokens are guessed ahead; what is not given is the recipe's own. Changes how soon tokens come, not which."""
+    """How tokens are drafted; what is not given is the recipe's own. Changes how soon tokens come, not which."""
 
     draft: str | None = Field(default=None, max_length=256)
     """`auto`, `none`, or a model of the recipe."""
-    num_tokens: int | None = Field(default=None, ge=1, le=MAX_GUESSES)
+    num_tokens: int | None = Field(default=None, ge=1, le=MAX_DRAFT_TOKENS)
     """Draft tokens at a time, at most."""
     min_confidence: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    """The drafter goes on while it gives its guesses this probability, all together; 0 never stops it."""
+    """The drafter goes on while it gives its draft tokens this probability, all together; 0 never stops it."""
     overlap: bool | None = None
 
     @property
@@ -61,7 +61,7 @@ class EftKnobs(RecipeKnobs):
 
     speculative: SpeculativeKnobs = SpeculativeKnobs()
     report: bool = False
-    """`usage` also tells what became of the guesses."""
+    """`usage` also tells what became of the draft tokens."""
     components: int | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Every choice also tells what each model says of its tokens; with a number, of so many alternatives too."""
 

@@ -67,19 +67,19 @@ class ScoreResponse(ModelResponse):
             prompts=prompts,
             sampling=SamplingParams(max_tokens=len(given)),
             knobs=call.body.eft.knobs,
-            given=given,
+            forced_token_ids=given,
             components=call.body.components,
             tenant=call.tenant.name,
             timeout_s=max(0.0, self._deadline - self._now()),
         )
 
-    def _check_room(self, terms: Sequence[Term], prompts: Prompts, num_given: int, prompt_param: str) -> None:
+    def _check_room(self, terms: Sequence[Term], prompts: Prompts, num_forced: int, prompt_param: str) -> None:
         if not all(prompts.values()):
             raise InvalidRequestError(f"{prompt_param}: must hold at least one token", param=prompt_param)
         name, context = self._context.tightest(terms, prompts)
-        if len(prompts[name]) + num_given > context:
+        if len(prompts[name]) + num_forced > context:
             raise ContextLengthError(
-                f"completion: has {num_given} tokens after the {len(prompts[name])} of the prompt for {name!r}, whose "
+                f"completion: has {num_forced} tokens after the {len(prompts[name])} of the prompt for {name!r}, whose "
                 f"context is {context}; shorten one of them",
                 param="completion",
             )

@@ -70,7 +70,7 @@ def speculate(
     prompts: Annotated[int, typer.Option(min=1, help="Questions asked of the embedded family.")] = 12,
     batch: Annotated[str, typer.Option(help="Requests at a time, in part batched.")] = "1,2,4,8,16,32",
 ) -> None:
-    """What guessing ahead gains."""
+    """What speculative decoding gains."""
     _become_like_a_replica()
     from eft_serve.bench.speculate import run
 
@@ -100,9 +100,9 @@ def serve(
 
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if proxy == "haproxy" else "0"
     prepare()
-    from eft_serve.bench.serve import Plan, run
+    from eft_serve.bench.serve import SchedulerOutput, run
 
-    plan = Plan(requests, concurrency, requests_per_s, rounds, ttft_target_ms / 1e3, itl_target_ms / 1e3)
+    plan = SchedulerOutput(requests, concurrency, requests_per_s, rounds, ttft_target_ms / 1e3, itl_target_ms / 1e3)
     run(plan, with_peer=peer == "naive", long_prompt=long_prompt, repeated_prefix=repeated_prefix)
 
 

@@ -25,7 +25,7 @@ WARM_UP_STEPS = 5
 
 @dataclass(frozen=True)
 class Letters:
-    """A vocabulary that spells nothing."""
+    """A vocabulary that detokenizes nothing."""
 
     num_tokens: int
     eos_token_ids: frozenset[int] = frozenset()

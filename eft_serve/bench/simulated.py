@@ -32,7 +32,7 @@ class SimulatedGroup:
     role: str  # base, tuned, or another, which is indifferent
     latency_s: float
     acceptance: float  # how often the tuned model says what the base says, in tenths
-    followers: tuple[()] = field(default=())
+    workers: tuple[()] = field(default=())
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [batch.num_logits, VOCAB_SIZE]."""

@@ -27,7 +27,7 @@ def model_info(model: str, vocab_size: int) -> ModelInfo:
 
 
 class SleepingEngine:
-    """Holds every sequence, computes nothing; is not asked to guess."""
+    """Holds every sequence, computes nothing; is not asked to draft token."""
 
     def __init__(self, latency_s: float, vocab_size: int) -> None:
         self.latency_s = latency_s
@@ -45,7 +45,7 @@ class SleepingEngine:
 
     def _answer(self, step: SequenceStep) -> StepOutput:
         if step.max_computed is not None and step.max_computed < len(step.token_ids):
-            return StepOutput(step.sequence_id, held=step.position + step.max_computed)
+            return StepOutput(step.sequence_id, num_computed_tokens=step.position + step.max_computed)
         return StepOutput(step.sequence_id, logits=self.row.expand(step.num_logits, -1))
 
     def free(self, sequence_ids: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
-"""`eft-serve bench speculate`: what guessing ahead gains, on real small models and on the paper's latencies.
+"""`eft-serve bench speculate`: what speculative decoding gains, on real small models and on the paper's latencies.
 
 Real coordinator, transport and engines, each model in a process of its own. Sides take turns request by request (or
-batch by batch), and a side's speed-up is the median of its ratios to plain decoding of the same prompts. Keyed guesses
-stand or fall by equal tokens, so every side must have emitted the same; the benchmark fails when one did not.
+batch by batch), and a side's speed-up is the median of its ratios to plain decoding of the same prompts. Every side must
+emit the same tokens; the benchmark fails when one did not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.engine.engine import Engine
 from eft_serve.ensemble import Term
-from eft_serve.types import GenerationRequest, GuessReport, ModelInfo, SamplingParams, Speculative
+from eft_serve.types import GenerationRequest, ModelInfo, SamplingParams, SpecDecodeStats, Speculative
 from eft_serve.zoo.questions import long_prompts
 
 BLOCKS = (1, 2, 4, 8, 16)
@@ -53,7 +53,7 @@ class Outcome:
 
     seconds: list[float]
     tokens: int
-    report: GuessReport
+    report: SpecDecodeStats
 
     @property
     def tokens_per_s(self) -> float:
@@ -94,7 +94,7 @@ class Stage:
         Raises:
             RuntimeError: sides gave different tokens.
         """
-        outcomes = {side.name: Outcome([], 0, GuessReport()) for side in sides}
+        outcomes = {side.name: Outcome([], 0, SpecDecodeStats()) for side in sides}
         batches = [self.prompts[i : i + batch] for i in range(0, len(self.prompts) - batch + 1, batch)][:num_batches]
         for number, prompts in enumerate([batches[0], *batches]):  # the first one warms up
             said = set()
@@ -107,7 +107,7 @@ class Stage:
                     outcome = outcomes[side.name]
                     outcome.seconds.append(seconds)
                     outcome.tokens += sum(map(len, tokens))
-                    outcome.report = sum((r.speculation.report for r in requests), outcome.report)
+                    outcome.report = sum((r.speculation.stats for r in requests), outcome.report)
             if len(said) > 1:
                 raise RuntimeError("sides that must give the same tokens gave different ones")
         return outcomes

@@ -26,7 +26,7 @@ from eft_serve.coordinator.output import OutputStream, failed
 from eft_serve.coordinator.replicas import ReplicaTable
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
-from eft_serve.coordinator.scheduler import Plan, Scheduler
+from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
 from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.errors import DeadlineError, EftServeError, EngineError, UnavailableError
 from eft_serve.numerics.backends import choose_backend
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.5  # an empty loop looks at its stop flag so often
 STALL_WAIT_S = 0.02  # a loop that cannot step anybody tries again after so long
-PROBE_TIMEOUT_S = 1.0  # for the one-token step that proves a replica; everybody waits for it
+PROBE_TIMEOUT_S = 1.0  # for the one-token step that probes a replica; everybody waits for it
 
 Emit = Callable[[Sequence[tuple[str, Delta]]], None]
 
@@ -62,10 +62,10 @@ class DecodeLoop:
         self.sampler = Sampler(choose_backend(config.device), torch.get_num_threads(), self._observe_phase)
         self.error: BaseException | None = None  # what ended the thread, if anything did
         self._requests: dict[str, tuple[Request, OutputStream]] = {}
-        self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even spelt
+        self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even detokenized
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
-        self._last_plan = time.monotonic()
+        self._last_schedule = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
 
     # From any thread.
@@ -94,8 +94,8 @@ class DecodeLoop:
     @property
     def missing_models(self) -> list[str]:
         """Models of which no replica has answered a step."""
-        proven = self.replicas.proven_models
-        return [model for model in self.vocabularies if model not in proven]
+        healthy = self.replicas.healthy_models
+        return [model for model in self.vocabularies if model not in healthy]
 
     @property
     def num_requests(self) -> int:
@@ -124,16 +124,16 @@ class DecodeLoop:
         with self._timed("schedule"):
             self._probe(self.replicas.due(now))
             self._fail_overdue(now)
-            self._fail_stalled(self._last_plan)  # who only waited for a turn was told apart then
-            plan, self._last_plan = self.scheduler.plan(now), now
-            batches = plan.batches()
+            self._fail_stalled(self._last_schedule)  # who only waited for a turn was told apart then
+            scheduled, self._last_schedule = self.scheduler.schedule(now), now
+            batches = scheduled.batches()
         if batches:
             sent = time.monotonic()
             with self._timed("fan_out"):
                 results = self.backend.fan_out(batches, self.config.step_timeout_s, meanwhile=self._flush)
-            if plan.entries:
-                self.scheduler.observe(plan, time.monotonic() - sent)
-            ready = self._absorb(plan, results)
+            if scheduled.entries:
+                self.scheduler.observe(scheduled, time.monotonic() - sent)
+            ready = self._absorb(scheduled, results)
             drawn = self.sampler.sample(ready)
             is_urgent = not all(request.output_token_ids for request in ready)  # nobody waits for a first token
             with self._timed("advance"):
@@ -142,14 +142,14 @@ class DecodeLoop:
             self._flush()
         return bool(batches)
 
-    def _absorb(self, plan: Plan, results: Mapping[str, StepResult]) -> list[Request]:
+    def _absorb(self, scheduled: SchedulerOutput, results: Mapping[str, StepResult]) -> list[Request]:
         now = time.monotonic()
-        gathered = gather(plan, results, now)
-        self._observe(plan, results, gathered)
+        gathered = gather(scheduled, results, now)
+        self._observe(scheduled, results, gathered)
         for replica_id, failure in gathered.failed_replicas.items():
             logger.warning("replica %s failed: %s", replica_id, failure)
             self.scheduler.lose_replica(replica_id, now)
-            self.replicas.give_back_freed(replica_id, plan.freed.get(replica_id, ()))
+            self.replicas.give_back_freed(replica_id, scheduled.freed.get(replica_id, ()))
         for request, error in gathered.errors.items():
             self._end(request.request_id, FinishReason.ERROR, error)
         return [request for request in gathered.ready if request.request_id in self._requests]
@@ -171,15 +171,15 @@ class DecodeLoop:
             token_ids, reason = output.take(taken.token_ids)
             num_taken += len(token_ids)
             components = None if taken.components is None else taken.components[: len(token_ids)]
-            report = None if reason is None else request.speculation.report
+            report = None if reason is None else request.speculation.stats
             self._deltas.append((request_id, partial(output.delta, token_ids, reason, components, report)))
             if reason is not None:
                 self._end(request_id, reason)
         self.metrics.generated_tokens.inc(num_taken)
 
     def _count(self, request: Request, tokens: list[int]) -> None:
-        if not request.is_given:
-            request.speculation.count(sum(map(eq, request.guesses[: request.num_rows], tokens)))
+        if not request.is_forced:
+            request.speculation.count(sum(map(eq, request.draft_token_ids[: request.num_rows], tokens)))
 
     def receive(self, wait_s: float = 0.0) -> None:
         """Do what other threads have asked for until now, waiting so long for the first."""
@@ -197,7 +197,7 @@ class DecodeLoop:
         try:
             vocabularies = [self.vocabularies[sequence.model] for sequence in request.sequences]
             request.num_ids = min(vocabulary.num_tokens for vocabulary in vocabularies)
-            request.check_given()
+            request.check_forced()
             if len(self.scheduler.waiting) >= self.config.max_waiting:
                 raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
             request.limit(self.replicas.context_left(request))
@@ -213,7 +213,7 @@ class DecodeLoop:
             return
         self.scheduler.finish(request)
         self.metrics.finished.labels(reason).inc()
-        self.metrics.count_guesses(request.speculation.report)
+        self.metrics.count_draft_tokens(request.speculation.stats)
         if error is not None:
             self._deltas.append((request_id, partial(failed, error)))
 
@@ -229,7 +229,7 @@ class DecodeLoop:
 
     def _fail_stalled(self, now: float) -> None:
         for request in self.scheduler.find_stalled(now, self.config.recovery_timeout_s):
-            missing = [m for m in sorted(request.models) if m not in self.replicas.proven_models]
+            missing = [m for m in sorted(request.models) if m not in self.replicas.healthy_models]
             waited_for = ", ".join(missing) or "room in its models"
             error = UnavailableError(f"waited {self.config.recovery_timeout_s:g} s in vain for {waited_for}")
             self._end(request.request_id, FinishReason.ERROR, error)
@@ -245,15 +245,15 @@ class DecodeLoop:
         if self._deltas:
             with self._timed("emit"):
                 deltas, self._deltas = self._deltas, []
-                self.emit([(request_id, self._spelt(request_id, spell)) for request_id, spell in deltas])
+                self.emit([(request_id, self._detokenized(request_id, delta)) for request_id, delta in deltas])
 
-    def _spelt(self, request_id: str, spell: Callable[[], Delta]) -> Delta:
+    def _detokenized(self, request_id: str, detokenize: Callable[[], Delta]) -> Delta:
         try:
-            return spell()
+            return detokenize()
         except Exception as error:  # a tokenizer's: this request's end, and nobody else's
-            logger.exception("the text of request %s cannot be spelt", request_id)
+            logger.exception("the text of request %s cannot be decoded", request_id)
             self._end(request_id, FinishReason.ERROR)
-            return failed(EngineError(f"request {request_id}: its text cannot be spelt: {error}"))
+            return failed(EngineError(f"request {request_id}: its text cannot be decoded: {error}"))
 
     def _set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         self.backend.set_replicas(endpoints)
@@ -278,10 +278,10 @@ class DecodeLoop:
                 logger.warning("replica %s did not answer one token: %s", replica_id, reason)
                 self.replicas.replicas[replica_id].fail(time.monotonic())
 
-    def _observe(self, plan: Plan, results: Mapping[str, StepResult], gathered: Gathered) -> None:
-        self.metrics.held.inc(gathered.num_held)
+    def _observe(self, scheduled: SchedulerOutput, results: Mapping[str, StepResult], gathered: Gathered) -> None:
+        self.metrics.cache_misses.inc(gathered.num_cache_misses)
         self.metrics.preemptions.inc(self.scheduler.take_num_preemptions())
-        for replica_id, entries in plan.entries.items():
+        for replica_id, entries in scheduled.entries.items():
             model = entries[0].sequence.model
             result = results[replica_id]
             if replica_id in gathered.failed_replicas:

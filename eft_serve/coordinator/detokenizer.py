@@ -23,8 +23,8 @@ class Decoder(Protocol):
 class Detokenizer:
     """Decodes a growing list of tokens through a short window, so that the cost per token stays constant.
 
-    A token may end inside a character, and may change how its neighbours are spelt; so the window starts before the
-    text that is already out, and what decodes to a trailing replacement character is kept back until it is whole.
+    A token may end inside a character, and may change the text of its neighbours; so the window starts before the text
+    that is already out, and what decodes to a trailing replacement character is kept back until it is whole.
     """
 
     decoder: Decoder
@@ -80,32 +80,30 @@ class StopChecker:
     """Finds stop strings across token borders; keeps back text that may yet become one."""
 
     stops: tuple[str, ...]
-    held: str = ""
+    buffer: str = ""
     stopped: bool = False
 
     def push(self, text: str) -> str:
         """Text that can go out; sets `stopped` when a stop string was found (it and what follows is dropped)."""
         if not self.stops:
             return text
-        self.held += text
-        matches = [index for stop in self.stops if (index := self.held.find(stop)) >= 0]
+        self.buffer += text
+        matches = [index for stop in self.stops if (index := self.buffer.find(stop)) >= 0]
         if matches:
             self.stopped = True
             return self._release(min(matches))
-        return self._release(len(self.held) - self._longest_partial())
+        return self._release(len(self.buffer) - self._longest_partial())
 
     def flush(self) -> str:
         """What was kept back: the stream ended, so it is no stop string."""
-        return self._release(len(self.held))
+        return self._release(len(self.buffer))
 
     def _release(self, length: int) -> str:
-        out, self.held = self.held[:length], "" if self.stopped else self.held[length:]
+        out, self.buffer = self.buffer[:length], "" if self.stopped else self.buffer[length:]
         return out
 
     def _longest_partial(self) -> int:
-        """Length of the longest end of `held` that begins a stop string."""
-        longest = min(len(self.held), max(map(len, self.stops)) - 1)
-        return next(
-            (size for size in range(longest, 0, -1) if any(stop.startswith(self.held[-size:]) for stop in self.stops)),
-            0,
-        )
+        """Length of the longest end of `buffer` that begins a stop string."""
+        longest = min(len(self.buffer), max(map(len, self.stops)) - 1)
+        sizes = range(longest, 0, -1)
+        return next((size for size in sizes if any(stop.startswith(self.buffer[-size:]) for stop in self.stops)), 0)

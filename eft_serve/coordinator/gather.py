@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from eft_serve.coordinator.request import Request, SequenceState
-from eft_serve.coordinator.scheduler import Entry, Plan
+from eft_serve.coordinator.scheduler import ScheduledStep, SchedulerOutput
 from eft_serve.errors import EftServeError, EngineError
 from eft_serve.types import StepOutput, StepResult
 
@@ -21,15 +21,15 @@ class Gathered:
     ready: list[Request] = field(default_factory=list)  # all their sequences have the rows that the next tokens want
     errors: dict[Request, EftServeError] = field(default_factory=dict)
     failed_replicas: dict[str, str] = field(default_factory=dict)  # why
-    num_held: int = 0
+    num_cache_misses: int = 0
 
 
-def gather(plan: Plan, results: Mapping[str, StepResult], now: float) -> Gathered:
+def gather(scheduled: SchedulerOutput, results: Mapping[str, StepResult], now: float) -> Gathered:
     """Apply every answer to its sequence; a request is ready when all its models gave logits in this very step."""
     gathered = Gathered()
     logits: dict[Request, list[SequenceState]] = defaultdict(list)
     for replica_id, result in results.items():
-        entries = plan.entries.get(replica_id, [])
+        entries = scheduled.entries.get(replica_id, [])
         failure = result.failure
         if failure is None and len(result.outputs) != len(entries):
             failure = f"{len(result.outputs)} answers to {len(entries)} steps"
@@ -38,33 +38,33 @@ def gather(plan: Plan, results: Mapping[str, StepResult], now: float) -> Gathere
             continue
         for entry, output in zip(entries, result.outputs, strict=True):
             _apply(entry, output, now, gathered, logits)
-    for request in plan.final:
+    for request in scheduled.to_sample:
         if len(logits[request]) == len(request.sequences):
             gathered.ready.append(request)
         else:
             # Some model could not answer: the others' last token is computed again, to give its logits again.
-            request.drop_guesses()
+            request.drop_draft_tokens()
     return gathered
 
 
 def _apply(
-    entry: Entry, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, list[SequenceState]]
+    entry: ScheduledStep, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, list[SequenceState]]
 ) -> None:
     request, sequence, step = entry.request, entry.sequence, entry.step
     end = step.position + len(step.token_ids)
     if output.error is not None:
         gathered.errors[request] = EngineError(f"model {sequence.model}: {output.error}")
-    elif output.held is not None and output.held >= end:
-        message = f"it holds {output.held} tokens where {end} were sent"
+    elif output.num_computed_tokens is not None and output.num_computed_tokens >= end:
+        message = f"it holds {output.num_computed_tokens} tokens where {end} were sent"
         gathered.errors[request] = EngineError(f"model {sequence.model}: {message}")
-    elif output.held is not None:
-        sequence.num_computed = output.held
-        if output.held > step.position:
+    elif output.num_computed_tokens is not None:
+        sequence.num_computed_tokens = output.num_computed_tokens
+        if output.num_computed_tokens > step.position:
             request.last_progress = now
         else:
-            gathered.num_held += 1
+            gathered.num_cache_misses += 1
     else:
-        sequence.num_computed = end + max(0, len(output.drafted) - 1)
+        sequence.num_computed_tokens = end + max(0, len(output.drafted) - 1)
         if not step.num_logits:
             request.last_progress = now
         if output.logits is not None and step.num_logits:
@@ -72,6 +72,6 @@ def _apply(
             sequence.rows = output.logits if known is None else torch.cat([known, output.logits])
             logits[request].append(sequence)
         if output.drafted:
-            request.guesses += output.drafted
+            request.draft_token_ids += output.drafted
             request.speculation.confidences += output.confidences
             request.speculation.count_drafted(len(output.drafted))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from eft_serve.types import GuessReport
+from eft_serve.types import SpecDecodeStats
 
 _DECADE = (1, 1.5, 2, 3, 4, 5, 6.5, 8)
 STEP_BUCKETS = [step * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for step in _DECADE] + [10.0, 30.0, 60.0]
@@ -55,23 +55,23 @@ class CoordinatorMetrics:
             "eft_decode_passes", "Steps that gave a request tokens, of requests that ended", registry=self.registry
         )
         self.drafted_tokens = Counter(
-            "eft_drafted_tokens", "Tokens guessed, of requests that ended", registry=self.registry
+            "eft_drafted_tokens", "Draft tokens, of requests that ended", registry=self.registry
         )
         self.accepted_tokens = Counter(
-            "eft_accepted_tokens", "Guesses that became output, of requests that ended", registry=self.registry
+            "eft_accepted_tokens", "Draft tokens that became output, of requests that ended", registry=self.registry
         )
         self.finished = Counter(
             "eft_requests_finished", "Requests ended, by reason", ["reason"], registry=self.registry
         )
         self.preemptions = Counter("eft_preemptions", "Requests preempted for KV room", registry=self.registry)
-        self.held = Counter(
-            "eft_held_answers", "Steps answered with fewer tokens held than assumed", registry=self.registry
+        self.cache_misses = Counter(
+            "eft_cache_misses", "Steps answered with fewer tokens held than assumed", registry=self.registry
         )
         self.replica_failures = Counter(
             "eft_replica_failures", "Replica calls that failed", ["model"], registry=self.registry
         )
 
-    def count_guesses(self, report: GuessReport) -> None:
+    def count_draft_tokens(self, report: SpecDecodeStats) -> None:
         """Of a request that ended."""
         self.decode_passes.inc(report.num_passes)
         self.drafted_tokens.inc(report.num_drafted)

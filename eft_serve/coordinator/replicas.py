@@ -24,17 +24,17 @@ class Replica:
 
     info: ModelInfo
     share: int  # coordinators that divide its KV budget among them
-    proven: bool = False  # it has answered a step, and none has failed since
+    healthy: bool = False  # it has answered a step, and none has failed since
     num_failures: int = 0  # since it last answered
     retry_at: float = 0.0  # monotonic seconds; not tried before
     blocks: int = 0  # promised to running requests, as of the last `count_blocks`
 
     def succeed(self) -> None:
-        self.proven, self.num_failures = True, 0
+        self.healthy, self.num_failures = True, 0
 
     def fail(self, now: float) -> None:
         """It has to prove itself again, and not at once: whoever waits for it holds up everybody."""
-        self.proven = False
+        self.healthy = False
         self.retry_at = now + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2**self.num_failures)
         self.num_failures += 1
 
@@ -75,22 +75,22 @@ class ReplicaTable:
         return gone
 
     def due(self, now: float) -> list[str]:
-        """Replicas that have to prove themselves now."""
-        return [r for r, replica in self.replicas.items() if not replica.proven and replica.retry_at <= now]
+        """Replicas that have to be probed now."""
+        return [r for r, replica in self.replicas.items() if not replica.healthy and replica.retry_at <= now]
 
     @property
-    def proven_models(self) -> set[str]:
-        return {replica.info.model for replica in list(self.replicas.values()) if replica.proven}
+    def healthy_models(self) -> set[str]:
+        return {replica.info.model for replica in list(self.replicas.values()) if replica.healthy}
 
     def of(self, model: str) -> list[Replica]:
         """Every replica of this model, whether it answers now or not."""
         return [replica for replica in self.replicas.values() if replica.info.model == model]
 
-    def proven(self) -> dict[str, list[Replica]]:
+    def healthy(self) -> dict[str, list[Replica]]:
         """Those that answer now, by model."""
         found: dict[str, list[Replica]] = defaultdict(list)
         for replica in self.replicas.values():
-            if replica.proven:
+            if replica.healthy:
                 found[replica.info.model].append(replica)
         return found
 
@@ -117,7 +117,7 @@ class ReplicaTable:
         return left
 
     def count_blocks(self, requests: Iterable[Request]) -> None:
-        """Recount what running requests need once all their pending tokens and guesses are computed."""
+        """Recount what running requests need once all their pending tokens and draft tokens are computed."""
         for replica in self.replicas.values():
             replica.blocks = 0
         for request in requests:
@@ -154,7 +154,7 @@ class ReplicaTable:
             (replica.blocks / replica.capacity_blocks, replica_id)
             for replica_id, replica in self.replicas.items()
             if replica.info.model == model
-            and replica.proven
+            and replica.healthy
             and (num_tokens == 0 or replica.blocks + replica.blocks_for(num_tokens) <= replica.capacity_blocks)
         ]
         return min(loads)[1] if loads else None
@@ -172,7 +172,7 @@ class ReplicaTable:
 
     def take_freed(self) -> dict[str, list[str]]:
         """What the replicas that answer have to be told; the others are told when they answer again."""
-        told = {r: ids for r, ids in self.freed.items() if r in self.replicas and self.replicas[r].proven}
+        told = {r: ids for r, ids in self.freed.items() if r in self.replicas and self.replicas[r].healthy}
         for replica_id in told:
             del self.freed[replica_id]
         return told

@@ -1,8 +1,8 @@
 """A request while it is decoded: its tokens, and how far each model's cache has followed them.
 
 The coordinator owns the tokens; a `SequenceState` only remembers which replica holds a cache of them and how much of
-it, so losing that cache (eviction, preemption, a dead replica) costs work and never a token. Behind the output there
-may stand guesses, which the models compute like tokens and which are as easily dropped.
+it, so losing that cache (eviction, preemption, a dead replica) costs work and never a token. After the output there may
+be draft tokens, which the models compute like tokens and which are as easily dropped.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class SequenceState:
     term: Term
     prompt_token_ids: list[int]
     replica_id: str | None = None  # None: not placed
-    num_computed: int = 0  # tokens that the replica holds, as far as we know
-    rows: Tensor | None = None  # [positions, vocab_size], logits that follow the output and each guess, known already
+    num_computed_tokens: int = 0  # tokens that the replica holds, as far as we know
+    rows: Tensor | None = None  # [positions, vocab_size], logits after the output and each draft token
 
     @property
     def model(self) -> str:
@@ -40,7 +40,7 @@ class SequenceState:
 
     def forget(self) -> None:
         """The cache is gone."""
-        self.replica_id, self.num_computed, self.rows = None, 0, None
+        self.replica_id, self.num_computed_tokens, self.rows = None, 0, None
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +55,7 @@ class Request:
     max_tokens: int  # asked for, or what the shortest context leaves
     num_ids: int  # vocabulary that its models share; what follows is padding
     output_token_ids: list[int] = field(default_factory=list)
-    guesses: list[int] = field(default_factory=list)  # what may follow the output
+    draft_token_ids: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
     num_preemptions: int = 0
     truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to
@@ -76,9 +76,9 @@ class Request:
         return self.generation.request_id
 
     @property
-    def is_given(self) -> bool:
+    def is_forced(self) -> bool:
         """Its output is known, and only scored."""
-        return self.generation.given is not None
+        return self.generation.forced_token_ids is not None
 
     @property
     def cache_salt(self) -> str:
@@ -90,7 +90,7 @@ class Request:
         """Some model has more to compute than the newest token."""
         num_output = len(self.output_token_ids)
         for sequence in self.sequences:  # written out: asked for many times a step
-            if len(sequence.prompt_token_ids) + num_output - sequence.num_computed > 1:
+            if len(sequence.prompt_token_ids) + num_output - sequence.num_computed_tokens > 1:
                 return True
         return False
 
@@ -112,26 +112,27 @@ class Request:
         sequences = tuple(
             SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name]) for term in terms
         )
+        forced = generation.forced_token_ids
         return cls(
             generation,
             tuple(terms),
             arrival=now,
             last_progress=now,
             speculation=Speculation.of(generation, terms),
-            max_tokens=generation.sampling.max_tokens if generation.given is None else len(generation.given),
+            max_tokens=generation.sampling.max_tokens if forced is None else len(forced),
             num_ids=0,
             sequences=sequences,
             truncate_top_p=truncate_top_p,
             rewards=tuple(rewards),
         )
 
-    def check_given(self) -> None:
+    def check_forced(self) -> None:
         """Refuse an output that no models of this vocabulary can score.
 
         Raises:
             InvalidRequestError: it is empty, or a token is not among the `num_ids`.
         """
-        given = self.generation.given
+        given = self.generation.forced_token_ids
         if given is None:
             return
         if not given:
@@ -143,7 +144,7 @@ class Request:
 
     def limit(self, room: int) -> None:
         """There is room for so many tokens of output; raises `ContextLengthError` when more are given."""
-        if self.is_given and room < self.max_tokens:
+        if self.is_forced and room < self.max_tokens:
             raise ContextLengthError(
                 f"completion: has {self.max_tokens} tokens, and after the prompt there is room for {room}; "
                 "shorten one of them",
@@ -151,11 +152,11 @@ class Request:
             )
         self.max_tokens = min(self.max_tokens, room)
 
-    def next_given(self, count: int) -> list[int]:
-        """So many of the given tokens, or as many as are left."""
-        assert self.generation.given is not None
+    def next_forced(self, count: int) -> list[int]:
+        """So many of the forced tokens, or as many as are left."""
+        assert self.generation.forced_token_ids is not None
         start = len(self.output_token_ids)
-        return self.generation.given[start : start + count]
+        return self.generation.forced_token_ids[start : start + count]
 
     @property
     def num_rows(self) -> int:
@@ -172,8 +173,8 @@ class Request:
             vocab_size=self.num_ids,
             sampling=self.generation.sampling,
             output_token_ids=self.output_token_ids,
-            draft_token_ids=self.guesses[:num_rows],
-            forced_token_ids=self.next_given(num_rows) if self.is_given else None,
+            draft_token_ids=self.draft_token_ids[:num_rows],
+            forced_token_ids=self.next_forced(num_rows) if self.is_forced else None,
             truncation=self._truncation(),
         )
 
@@ -182,7 +183,7 @@ class Request:
             return None
         return Truncation(
             top_p=self.truncate_top_p,
-            unscaled=[term.standing for term in self.terms],
+            unscaled=[term.unscaled for term in self.terms],
             ratio=[term.ratio for term in self.terms],
         )
 
@@ -192,32 +193,32 @@ class Request:
 
     def num_reserved(self, sequence: SequenceState) -> int:
         """Tokens that it may come to hold in the next step."""
-        return self.num_tokens(sequence) + len(self.guesses) + self.speculation.num_asked
+        return self.num_tokens(sequence) + len(self.draft_token_ids) + self.speculation.num_requested
 
     def tokens_between(self, sequence: SequenceState, start: int, end: int) -> list[int]:
-        """Tokens `start:end` of prompt, output and guesses together."""
+        """Tokens `start:end` of prompt, output and draft tokens together."""
         num_prompt_tokens = len(sequence.prompt_token_ids)
-        follows = [*self.output_token_ids, *self.guesses] if self.guesses else self.output_token_ids
+        follows = [*self.output_token_ids, *self.draft_token_ids] if self.draft_token_ids else self.output_token_ids
         if start >= num_prompt_tokens:
             return follows[start - num_prompt_tokens : end - num_prompt_tokens]
         head = sequence.prompt_token_ids[start:end]
         return head + follows[: max(0, end - num_prompt_tokens)]
 
     def take(self, token_ids: list[int]) -> None:
-        """More output; guesses and rows beyond it are kept when the output is what was guessed."""
+        """More output; draft tokens and rows beyond it are kept when the output is what was drafted."""
         count = len(token_ids)
         self.output_token_ids += token_ids
-        if self.guesses[:count] != token_ids:
-            self.drop_guesses()
+        if self.draft_token_ids[:count] != token_ids:
+            self.drop_draft_tokens()
             return
-        del self.guesses[:count], self.speculation.confidences[:count]
+        del self.draft_token_ids[:count], self.speculation.confidences[:count]
         for sequence in self.sequences:
             left = None if sequence.rows is None else sequence.rows[count:]
             sequence.rows = left.clone() if left is not None and len(left) else None  # the buffer is not ours
 
-    def drop_guesses(self, kept: int = 0) -> None:
-        """Go on from the output and so many of the guesses; what was computed of any is overwritten."""
-        del self.guesses[kept:], self.speculation.confidences[kept:]
+    def drop_draft_tokens(self, kept: int = 0) -> None:
+        """Go on from the output and so many of the draft tokens; what was computed of any is overwritten."""
+        del self.draft_token_ids[kept:], self.speculation.confidences[kept:]
         for sequence in self.sequences:
             sequence.rows = None
-            sequence.num_computed = min(sequence.num_computed, self.num_tokens(sequence) - 1)
+            sequence.num_computed_tokens = min(sequence.num_computed_tokens, self.num_tokens(sequence) - 1)

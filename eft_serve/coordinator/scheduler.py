@@ -2,7 +2,7 @@
 
 There are no prefill and decode modes: every sequence's computed count catches up with its token count, under one token
 budget per replica and step. Requests that need one token each go first; a long prompt is prefilled beside them, and
-given tokens are scored, in chunks that do not hold them up for long. When a KV budget runs out, the youngest request
+forced tokens are scored, in chunks that do not hold them up for long. When a KV budget runs out, the youngest request
 there is preempted and computed again later.
 """
 
@@ -18,11 +18,11 @@ from eft_serve.coordinator.replicas import ReplicaTable, could_hold
 from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.types import Draft, SequenceStep, StepBatch
 
-GIVEN_ROWS = 32  # given tokens that a step scores of one request
+FORCED_ROWS = 32  # forced tokens that a step scores of one request
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ScheduledStep:
     """Whose step it is; parallel to the steps that a replica gets."""
 
     request: Request
@@ -31,12 +31,12 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Plan:
+class SchedulerOutput:
     """One decode step: entries by replica, and the requests whose next token it makes possible."""
 
-    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    entries: dict[str, list[ScheduledStep]] = field(default_factory=dict)
     freed: dict[str, list[str]] = field(default_factory=dict)
-    final: list[Request] = field(default_factory=list)
+    to_sample: list[Request] = field(default_factory=list)
     num_prefill_tokens: int = 0  # on the replica that has most
     maybe_cached: bool = False  # so that nobody knows how many of them are computed
 
@@ -85,32 +85,32 @@ class Scheduler:
             self.waiting.remove(request)
         self.replicas.release(request)
 
-    def plan(self, now: float) -> Plan:
+    def schedule(self, now: float) -> SchedulerOutput:
         """The next step. Empty when nobody can be stepped."""
         self._place_lost()
-        self._ask_for_guesses()
+        self._request_drafts()
         self._make_room()
         self._admit()
-        plan = Plan(freed=self.replicas.take_freed())
+        scheduled = SchedulerOutput(freed=self.replicas.take_freed())
         budgets = dict.fromkeys(self.replicas.replicas, self.config.max_num_batched_tokens)
         prefills: list[Request] = []
         for request in self.running:
-            if request.is_prefilling or request.is_given:
+            if request.is_prefilling or request.is_forced:
                 prefills.append(request)
             else:
-                self._schedule(request, plan, budgets, now)
-        if plan.entries:  # somebody's next token waits for this step
+                self._schedule(request, scheduled, budgets, now)
+        if scheduled.entries:  # somebody's next token waits for this step
             budgets = {replica_id: min(budget, self.pacer.chunk) for replica_id, budget in budgets.items()}
         left = dict(budgets)
         for request in prefills:
-            self._schedule(request, plan, left, now)
-        plan.num_prefill_tokens = max((budgets[r] - left[r] for r in budgets), default=0)
-        plan.maybe_cached = any(e.step.salt is not None for entries in plan.entries.values() for e in entries)
-        return plan
+            self._schedule(request, scheduled, left, now)
+        scheduled.num_prefill_tokens = max((budgets[r] - left[r] for r in budgets), default=0)
+        scheduled.maybe_cached = any(e.step.salt is not None for entries in scheduled.entries.values() for e in entries)
+        return scheduled
 
-    def observe(self, plan: Plan, seconds: float) -> None:
+    def observe(self, scheduled: SchedulerOutput, seconds: float) -> None:
         """A planned step took so long, from the first send to the last answer."""
-        self.pacer.observe(seconds, plan.num_prefill_tokens, maybe_cached=plan.maybe_cached)
+        self.pacer.observe(seconds, scheduled.num_prefill_tokens, maybe_cached=scheduled.maybe_cached)
 
     def lose_replica(self, replica_id: str, now: float) -> None:
         """It failed or is gone: whatever it held has to be computed again, there or elsewhere."""
@@ -127,9 +127,9 @@ class Scheduler:
 
     def find_stalled(self, now: float, timeout_s: float) -> list[Request]:
         """Requests that have waited so long for a model that does not come, rather than for their turn."""
-        proven = self.replicas.proven()
+        healthy = self.replicas.healthy()
         for request in self.waiting:
-            if could_hold(proven, request):
+            if could_hold(healthy, request):
                 request.last_progress = max(request.last_progress, now)
         return [request for request in self.requests if now - request.last_progress > timeout_s]
 
@@ -140,33 +140,33 @@ class Scheduler:
         for request in lost:
             self.replicas.place(request, within_budget=False)
 
-    def _ask_for_guesses(self) -> None:
+    def _request_drafts(self) -> None:
         """Forced tokens stand in for draft tokens: the last of them is not computed, only its logits are wanted."""
         decoding = [request for request in self.running if not request.is_prefilling]
-        num_drawn = sum(not request.is_given for request in decoding)
+        num_drawn = sum(not request.is_forced for request in decoding)
         for request in self.running:
             if request.is_prefilling:
-                _ask_for_none(request)
-            elif request.is_given:
-                request.guesses = request.next_given(GIVEN_ROWS)[:-1]
+                _request_no_draft(request)
+            elif request.is_forced:
+                request.draft_token_ids = request.next_forced(FORCED_ROWS)[:-1]
             else:
-                request.speculation.request(len(request.guesses), request.num_left, num_drawn)
+                request.speculation.request(len(request.draft_token_ids), request.num_left, num_drawn)
 
     def _make_room(self) -> None:
-        """Guesses give way first, then the youngest requests."""
+        """Draft tokens give way first, then the youngest requests."""
         self.replicas.count_blocks(self.running)
         for replica_id, replica in self.replicas.replicas.items():
             if replica.blocks > replica.capacity_blocks:
                 for request in self.running:
                     if _is_on(request, replica_id):
-                        _ask_for_none(request)
+                        _request_no_draft(request)
                 self.replicas.count_blocks(self.running)
             while replica.blocks > replica.capacity_blocks:
                 self._preempt(next(r for r in reversed(self.running) if _is_on(r, replica_id)))
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        request.drop_guesses()
+        request.drop_draft_tokens()
         self.replicas.release(request)
         self.replicas.count_blocks(self.running)
         self.waiting.appendleft(request)
@@ -184,48 +184,50 @@ class Scheduler:
                 if not missing:
                     self.waiting.remove(request)
                     self.running.append(request)
-                elif could_hold(self.replicas.proven(), request):  # else nobody waits for it
+                elif could_hold(self.replicas.healthy(), request):  # else nobody waits for it
                     short |= missing
             else:
                 short |= request.models
         self.running.sort(key=lambda request: request.arrival)
 
-    def _schedule(self, request: Request, plan: Plan, budgets: dict[str, int], now: float) -> None:
+    def _schedule(self, request: Request, scheduled: SchedulerOutput, budgets: dict[str, int], now: float) -> None:
         placed = [(s, s.replica_id) for s in request.sequences if s.replica_id is not None]
         if len(placed) < len(request.sequences):
             return
         wanted = _wanted(request, placed)
-        if request.guesses and any(wanted[replica_id] > budgets[replica_id] for replica_id in wanted):
-            request.drop_guesses(kept=_num_affordable(request, placed, wanted, budgets) if request.is_given else 0)
+        if request.draft_token_ids and any(wanted[replica_id] > budgets[replica_id] for replica_id in wanted):
+            request.drop_draft_tokens(
+                kept=_num_affordable(request, placed, wanted, budgets) if request.is_forced else 0
+            )
             wanted = _wanted(request, placed)
         final = all(wanted[replica_id] <= budgets[replica_id] for replica_id in wanted)
         if (not final and not request.is_prefilling) or not all(budgets[replica_id] for replica_id in wanted):
             request.last_progress = now  # it only waits for its turn
-        num_guesses = len(request.guesses)
+        num_draft_tokens = len(request.draft_token_ids)
         for sequence, replica_id in placed:
             # The last token waits for the slowest prefill: its logits are wanted from all models in the same step.
-            pending = request.num_tokens(sequence) + num_guesses - sequence.num_computed - (not final)
+            pending = request.num_tokens(sequence) + num_draft_tokens - sequence.num_computed_tokens - (not final)
             count = min(pending, budgets[replica_id])
             if count <= 0:
                 continue
             budgets[replica_id] -= count
             wanted[replica_id] -= count
-            num_logits = num_guesses + 1 - sequence.num_rows if final else 0
+            num_logits = num_draft_tokens + 1 - sequence.num_rows if final else 0
             draft = _draft(request, sequence, budgets[replica_id] - wanted[replica_id]) if final else None
             if draft is not None:
                 budgets[replica_id] -= draft.num_tokens - 1
             step = _step(request, sequence, count, pending, num_logits, draft)
-            plan.entries.setdefault(replica_id, []).append(Entry(request, sequence, step))
+            scheduled.entries.setdefault(replica_id, []).append(ScheduledStep(request, sequence, step))
         if final:
-            plan.final.append(request)
+            scheduled.to_sample.append(request)
 
 
 def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> dict[str, int]:
     """Tokens that each replica computes in its final step: one may hold several of its sequences."""
     wanted: dict[str, int] = {}
-    num_guesses = len(request.guesses)
+    num_draft_tokens = len(request.draft_token_ids)
     for sequence, replica_id in placed:
-        count = request.num_tokens(sequence) + num_guesses - sequence.num_computed
+        count = request.num_tokens(sequence) + num_draft_tokens - sequence.num_computed_tokens
         wanted[replica_id] = wanted.get(replica_id, 0) + count
     return wanted
 
@@ -233,18 +235,18 @@ def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> di
 def _num_affordable(
     request: Request, placed: Sequence[tuple[SequenceState, str]], wanted: Mapping[str, int], budgets: Mapping[str, int]
 ) -> int:
-    """Guesses that are left when none takes more than the budgets: each takes a token of every sequence."""
+    """Draft tokens that are left when none takes more than the budgets: each takes a token of every sequence."""
     num_sequences = Counter(replica_id for _, replica_id in placed)
     excess = max(-(-(wanted[r] - budgets[r]) // num_sequences[r]) for r in num_sequences)
-    return max(0, len(request.guesses) - excess)
+    return max(0, len(request.draft_token_ids) - excess)
 
 
 def _draft(request: Request, sequence: SequenceState, budget: int) -> Draft | None:
-    """What this sequence is asked to guess; every guess but the last is computed, so that it takes of the budget."""
-    count = min(request.speculation.num_asked, budget + 1)
+    """What this sequence is asked to draft; every draft token but the last is computed and takes of the budget."""
+    count = min(request.speculation.num_requested, budget + 1)
     if sequence.term.name != request.speculation.drafter or not count:
         return None
-    position = len(request.output_token_ids) + len(request.guesses)
+    position = len(request.output_token_ids) + len(request.draft_token_ids)
     return request.speculation.draft(request.generation, count, position, request.num_ids)
 
 
@@ -252,7 +254,7 @@ def _step(
     request: Request, sequence: SequenceState, count: int, pending: int, num_logits: int, draft: Draft | None
 ) -> SequenceStep:
     """Compute `count` of the `pending` tokens."""
-    start = sequence.num_computed
+    start = sequence.num_computed_tokens
     if start > 0:
         return SequenceStep(
             sequence.sequence_id,
@@ -274,10 +276,10 @@ def _step(
     )
 
 
-def _ask_for_none(request: Request) -> None:
-    """Neither guesses that there are nor guesses to come."""
-    request.speculation.num_asked = 0
-    request.drop_guesses()
+def _request_no_draft(request: Request) -> None:
+    """Neither draft tokens that there are nor draft tokens to come."""
+    request.speculation.num_requested = 0
+    request.drop_draft_tokens()
 
 
 def _is_on(request: Request, replica_id: str) -> bool:

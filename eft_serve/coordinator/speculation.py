@@ -1,7 +1,7 @@
-"""A request's speculation: who guesses its next tokens, which guesses stand, and how many did so far.
+"""A request's speculative decoding: who drafts its next tokens, and how many were accepted so far.
 
-Guessing is part of the ordinary step: the model that drafts goes on by itself from its own logits while the others
-compute the guesses of the step before. So a step without guesses is plain decoding, and no step costs another one.
+Drafting is part of the ordinary step: the model that drafts goes on by itself from its own logits while the others
+compute the draft tokens of the step before. So a step without draft tokens is plain decoding, and no step costs another.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from eft_serve.ensemble import Term
-from eft_serve.types import Draft, GenerationRequest, GuessReport, Speculative
+from eft_serve.types import Draft, GenerationRequest, SpecDecodeStats, Speculative
 
 
 @dataclass(slots=True)
@@ -20,23 +20,23 @@ class Speculation:
 
     drafter: str | None  # name of the term whose model drafts; None: nobody
     settings: Speculative
-    num_asked: int = 0  # guesses that the drafter is asked for in the present step
-    confidences: list[float] = field(default_factory=list)  # of the request's guesses, as its drafter sees them
-    report: GuessReport = field(default_factory=GuessReport)
+    num_requested: int = 0  # draft tokens that the drafter is asked for in the present step
+    confidences: list[float] = field(default_factory=list)  # of the request's draft tokens, as its drafter sees them
+    stats: SpecDecodeStats = field(default_factory=SpecDecodeStats)
 
     @classmethod
     def of(cls, generation: GenerationRequest, terms: Sequence[Term]) -> Speculation:
-        """Nobody guesses what is given."""
-        asked = generation.speculative if generation.given is None else None
+        """Nobody draft tokens what is given."""
+        asked = generation.speculative if generation.forced_token_ids is None else None
         settings = asked or Speculative(draft="none")
         return cls(_drafter(settings.draft, terms), settings)
 
     def count_drafted(self, count: int) -> None:
-        self.report += GuessReport(num_drafted=count)
+        self.stats += SpecDecodeStats(num_drafted=count)
 
     def count(self, num_accepted: int) -> None:
         """A step has given the request tokens, so many of them drafted."""
-        self.report += GuessReport(num_accepted=num_accepted, num_passes=1)
+        self.stats += SpecDecodeStats(num_accepted=num_accepted, num_passes=1)
 
     def request(self, num_drafted: int, num_left: int, batch_size: int) -> None:
         """Say how many tokens the drafter is asked for in this step.
@@ -48,14 +48,14 @@ class Speculation:
         """
         is_on = self.drafter is not None and batch_size <= self.settings.disable_by_batch_size
         may_draft = is_on and (self.settings.overlap or num_drafted == 0)
-        self.num_asked = max(0, min(self.settings.num_tokens, num_left - num_drafted)) if may_draft else 0
+        self.num_requested = max(0, min(self.settings.num_tokens, num_left - num_drafted)) if may_draft else 0
 
     def draft(self, generation: GenerationRequest, count: int, position: int, num_ids: int) -> Draft:
         """What its drafter is sent.
 
         Args:
-            count: guesses wanted.
-            position: of the first guess within the output.
+            count: draft tokens wanted.
+            position: of the first draft token within the output.
             num_ids: the vocabulary that all its models share.
         """
         return Draft(

@@ -1,4 +1,4 @@
-"""What the coordinator knows of a checkpoint's tokens: how many are real, which end a text, how they are spelt."""
+"""What the coordinator knows of a checkpoint's tokens: how many are real, which end a text, what text they are."""
 
 from __future__ import annotations
 

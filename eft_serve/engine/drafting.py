@@ -1,4 +1,4 @@
-"""An engine's guesses at what follows a step, drawn from its own logits as a coordinator draws from the combined ones.
+"""An engine's drafts at what follows a step, drawn from its own logits as a coordinator draws from the combined ones.
 
 With the same seed and position both draws use the same noise, so that they agree wherever the distributions do.
 """
@@ -20,14 +20,14 @@ from eft_serve.types import Draft
 
 
 @dataclass(slots=True, eq=False)
-class Guesses:
-    """One sequence's guesses so far."""
+class DraftState:
+    """One sequence's drafts so far."""
 
     sequence: Sequence
     draft: Draft
-    rows: list[Tensor] = field(default_factory=list)  # each [vocab_size], of the guesses that were computed
+    rows: list[Tensor] = field(default_factory=list)  # each [vocab_size], of the drafts that were computed
     token_ids: list[int] = field(default_factory=list)
-    confidences: list[float] = field(default_factory=list)  # of each guess
+    confidences: list[float] = field(default_factory=list)  # of each draft token
 
     @property
     def wants_more(self) -> bool:
@@ -35,7 +35,7 @@ class Guesses:
         return len(self.token_ids) < self.draft.num_tokens and confidence >= self.draft.min_confidence
 
     def next_row(self) -> BatchRow:
-        """The forward of the newest guess; its block is reserved."""
+        """The forward of the newest draft token; its block is reserved."""
         return BatchRow(
             token_ids=self.token_ids[-1:],
             position=self.sequence.num_computed_tokens,
@@ -45,18 +45,18 @@ class Guesses:
         )
 
 
-def guess(guesses: SequenceOf[Guesses], logits: Tensor) -> None:
+def draw_drafts(drafts: SequenceOf[DraftState], logits: Tensor) -> None:
     """Draw everyone's next token.
 
     Args:
-        guesses: who draws.
-        logits: [len(guesses), vocab_size], everyone's newest row; finite.
+        drafts: who draws.
+        logits: [len(drafts), vocab_size], everyone's newest row; finite.
     """
-    num_ids = [each.draft.num_ids for each in guesses]
+    num_ids = [each.draft.num_ids for each in drafts]
     for width in set(num_ids):
         places = [i for i, n in enumerate(num_ids) if n == width]
-        rows = (logits if len(places) == len(guesses) else logits[places])[:, :width]
-        group = [guesses[i] for i in places]
+        rows = (logits if len(places) == len(drafts) else logits[places])[:, :width]
+        group = [drafts[i] for i in places]
         positions = [each.draft.position + len(each.token_ids) for each in group]
         drawn = sample(rows, [each.draft.sampling for each in group], positions)
         for each, token_id, confidence in zip(group, drawn.tolist(), _probabilities(rows, drawn).tolist(), strict=True):

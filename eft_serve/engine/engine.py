@@ -16,10 +16,10 @@ from torch import Tensor
 from eft_serve.config import ModelConfig
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE
-from eft_serve.engine.drafting import Guesses, guess
+from eft_serve.engine.drafting import DraftState, draw_drafts
 from eft_serve.engine.kv_cache import KVCache
 from eft_serve.engine.metrics import EngineMetrics
-from eft_serve.engine.scheduler import Admitted, Limits, Scheduler, waves
+from eft_serve.engine.scheduler import Admitted, Limits, StepScheduler, waves
 from eft_serve.engine.startup import start, within
 from eft_serve.engine.worker_group import WorkerGroup
 from eft_serve.errors import EngineError
@@ -57,7 +57,7 @@ class Engine:
         self._failure: str | None = None
         self._cache = KVCache(info.kv_capacity_tokens // BLOCK_SIZE)
         limits = Limits(vocab_size, info.max_model_len, config.max_num_batched_tokens, frozenset(adapters))
-        self._scheduler = Scheduler(self._cache, limits)
+        self._scheduler = StepScheduler(self._cache, limits)
         self._metrics = EngineMetrics(info.model)
         self._metrics.kv_capacity_tokens.set(info.kv_capacity_tokens)
 
@@ -131,23 +131,23 @@ class Engine:
 
     def _compute(self, admitted: list[Admitted]) -> dict[int, StepOutput]:
         pieces: dict[int, list[Tensor]] = {item.index: [] for item in admitted}
-        sick: set[int] = set()
-        guesses: dict[int, Guesses] = {}
+        non_finite: set[int] = set()
+        drafts: dict[int, DraftState] = {}
         try:
             for chunks in self._scheduler.pack(admitted):
                 rows = [chunk.row() for chunk in chunks]
                 logits = self._run(rows)
-                for chunk, piece, bad in zip(chunks, _by_row(rows, logits), _are_sick(rows, logits), strict=True):
+                for chunk, piece, bad in zip(chunks, _by_row(rows, logits), _non_finite(rows, logits), strict=True):
                     self._cache.commit(chunk.admitted.sequence, chunk.token_ids)
                     pieces[chunk.admitted.index].append(piece)
                     if bad:
-                        sick.add(chunk.admitted.index)
-            guesses = {
-                item.index: Guesses(item.sequence, item.step.draft)
+                        non_finite.add(chunk.admitted.index)
+            drafts = {
+                item.index: DraftState(item.sequence, item.step.draft)
                 for item in admitted
-                if item.step.draft is not None and item.num_logits and item.index not in sick
+                if item.step.draft is not None and item.num_logits and item.index not in non_finite
             }
-            sick |= self._guess(guesses, pieces)
+            non_finite |= self._draft(drafts, pieces)
         finally:
             for item in admitted:  # after a failure there are blocks reserved for tokens that were not computed
                 self._cache.truncate(item.sequence, item.sequence.num_computed_tokens)
@@ -155,52 +155,54 @@ class Engine:
         self._metrics.prefix_queried_tokens.inc(sum(len(item.step.token_ids) for item in salted))
         self._metrics.prefix_hit_tokens.inc(sum(item.start for item in salted))
         return {
-            item.index: self._output(item, pieces[item.index], item.index in sick, guesses.get(item.index))
+            item.index: self._output(item, pieces[item.index], item.index in non_finite, drafts.get(item.index))
             for item in admitted
         }
 
-    def _guess(self, guesses: Mapping[int, Guesses], pieces: Mapping[int, list[Tensor]]) -> set[int]:
-        """Everyone's guesses, one forward for all that want another; returns whose logits are no numbers."""
-        sick: set[int] = set()
-        if guesses:
-            guess(list(guesses.values()), torch.stack([pieces[index][-1][-1] for index in guesses]))
+    def _draft(self, drafts: Mapping[int, DraftState], pieces: Mapping[int, list[Tensor]]) -> set[int]:
+        """Everyone's drafts, one forward for all that want another; returns whose logits are no numbers."""
+        non_finite: set[int] = set()
+        if drafts:
+            draw_drafts(list(drafts.values()), torch.stack([pieces[index][-1][-1] for index in drafts]))
         while going_on := [
-            i for i, each in guesses.items() if i not in sick and each.wants_more and self._extend(each)
+            i for i, each in drafts.items() if i not in non_finite and each.wants_more and self._extend(each)
         ]:
             for part in (going_on[i : i + self._most_rows] for i in range(0, len(going_on), self._most_rows)):
-                rows = [guesses[index].next_row() for index in part]
+                rows = [drafts[index].next_row() for index in part]
                 logits = self._run(rows)
-                are_sick = _are_sick(rows, logits)
-                for index, row, bad in zip(part, logits, are_sick, strict=True):
-                    self._cache.commit(guesses[index].sequence, guesses[index].token_ids[-1:])
-                    guesses[index].rows.append(row)
+                non_finite_rows = _non_finite(rows, logits)
+                for index, row, bad in zip(part, logits, non_finite_rows, strict=True):
+                    self._cache.commit(drafts[index].sequence, drafts[index].token_ids[-1:])
+                    drafts[index].rows.append(row)
                     if bad:
-                        sick.add(index)
-                healthy = [i for i, bad in enumerate(are_sick) if not bad]
-                guess([guesses[part[i]] for i in healthy], logits if len(healthy) == len(part) else logits[healthy])
-        return sick
+                        non_finite.add(index)
+                healthy = [i for i, bad in enumerate(non_finite_rows) if not bad]
+                draw_drafts(
+                    [drafts[part[i]] for i in healthy], logits if len(healthy) == len(part) else logits[healthy]
+                )
+        return non_finite
 
-    def _extend(self, guesses: Guesses) -> bool:
-        """Make room for one more token where there is some; nobody is evicted for a guess."""
-        num_tokens = guesses.sequence.num_computed_tokens + 1
-        if num_tokens > self.info.max_model_len or self._cache.num_missing_blocks(guesses.sequence, num_tokens) > 0:
+    def _extend(self, drafts: DraftState) -> bool:
+        """Make room for one more token where there is some; nobody is evicted for a draft token."""
+        num_tokens = drafts.sequence.num_computed_tokens + 1
+        if num_tokens > self.info.max_model_len or self._cache.num_missing_blocks(drafts.sequence, num_tokens) > 0:
             return False
-        self._cache.reserve(guesses.sequence, num_tokens)
+        self._cache.reserve(drafts.sequence, num_tokens)
         return True
 
-    def _output(self, item: Admitted, pieces: list[Tensor], sick: bool, guesses: Guesses | None) -> StepOutput:
+    def _output(self, item: Admitted, pieces: list[Tensor], non_finite: bool, drafts: DraftState | None) -> StepOutput:
         step = item.step
         if item.stop < len(step.token_ids):
-            return StepOutput(step.sequence_id, held=item.sequence.num_computed_tokens)
-        if sick:
-            self._cache.disown(item.sequence)
+            return StepOutput(step.sequence_id, num_computed_tokens=item.sequence.num_computed_tokens)
+        if non_finite:
+            self._cache.forget_prefix(item.sequence)
             return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
-        if guesses is not None and guesses.rows:
-            pieces = [*pieces, torch.stack(guesses.rows)]
+        if drafts is not None and drafts.rows:
+            pieces = [*pieces, torch.stack(drafts.rows)]
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if guesses is None:
+        if drafts is None:
             return StepOutput(step.sequence_id, logits=logits)
-        return StepOutput(step.sequence_id, logits=logits, drafted=guesses.token_ids, confidences=guesses.confidences)
+        return StepOutput(step.sequence_id, logits=logits, drafted=drafts.token_ids, confidences=drafts.confidences)
 
     def _run(self, rows: list[BatchRow]) -> Tensor:
         """One forward; logits [num_logits, vocab_size] of all rows in their order."""
@@ -211,7 +213,7 @@ class Engine:
         except Exception as error:
             self._cache.forget_copies()
             # Ranks may be out of step with one another now; one rank alone is where it was before.
-            self._failure = str(error) if self._group.followers else None
+            self._failure = str(error) if self._group.workers else None
             raise EngineError(f"{self.info.model}: {error}") from error
         self._cache.copies = []
         self._metrics.forward_seconds.observe(time.perf_counter() - started)
@@ -219,7 +221,7 @@ class Engine:
         return logits
 
     def _observe(self, outputs: Iterable[StepOutput]) -> None:
-        self._metrics.held_answers.inc(sum(output.held is not None for output in outputs))
+        self._metrics.cache_misses.inc(sum(output.num_computed_tokens is not None for output in outputs))
         self._metrics.evictions.inc(self._scheduler.take_num_evictions())
         self._metrics.num_sequences.set(len(self._cache))
         self._metrics.kv_used_tokens.set(self._cache.used_tokens)
@@ -233,7 +235,7 @@ def _by_row(rows: list[BatchRow], logits: Tensor) -> tuple[Tensor, ...]:
     return torch.split(logits, [row.num_logits for row in rows])
 
 
-def _are_sick(rows: list[BatchRow], logits: Tensor) -> list[bool]:
+def _non_finite(rows: list[BatchRow], logits: Tensor) -> list[bool]:
     """Whether a row's logits have infinities or NaN, found for all of them at once."""
     with np.errstate(invalid="ignore", over="ignore"):
         finite = iter(np.isfinite(logits.float().numpy().sum(axis=-1)).tolist())

@@ -135,7 +135,9 @@ class KVCache:
                 first = next(i for i, block_id in enumerate(sequence.block_ids) if block_id in targets)
                 self.truncate(sequence, first * BLOCK_SIZE)
 
-    def adopt(self, sequence: Sequence, salt: str | None, token_ids: list[int], adapter: str | None = None) -> None:
+    def match_prefix(
+        self, sequence: Sequence, salt: str | None, token_ids: list[int], adapter: str | None = None
+    ) -> None:
         """Give an empty sequence its salt and adapter, and the blocks that hold a known beginning of `token_ids`.
 
         It is the longest that there is.
@@ -166,7 +168,7 @@ class KVCache:
             self.pool.register(sequence.block_ids[index], digest)
             sequence.digests.append(digest)
 
-    def disown(self, sequence: Sequence) -> None:
+    def forget_prefix(self, sequence: Sequence) -> None:
         """Let nobody find the sequence's blocks, now or later: what was computed into them is not to be trusted."""
         for block_id in sequence.block_ids:
             self.pool.unregister(block_id)

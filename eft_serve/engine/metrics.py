@@ -21,7 +21,7 @@ class EngineMetrics:
             "prefix_queried_tokens", "Tokens of sequences that begin with a salt"
         )
         self.prefix_hit_tokens = self._counter("prefix_hit_tokens", "Of these, tokens found in the cache")
-        self.held_answers = self._counter("held_answers", "Steps answered with the number of tokens held")
+        self.cache_misses = self._counter("cache_misses", "Steps answered with the number of tokens held")
         self.evictions = self._counter("evictions", "Sequences evicted for room")
         self.expirations = self._counter("expirations", "Sequences whose lease ran out")
         self.num_sequences = self._gauge("num_sequences", "Sequences in the KV cache")

@@ -81,7 +81,7 @@ def resolve_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 class ModelRunner:
-    """One rank. `load`, `split`, `allocate` and `try_way` in this order, then `forward` as often as wanted."""
+    """One rank. `load`, `split`, `allocate` and `try_backend` in this order, then `forward` as often as wanted."""
 
     def __init__(self, config: ModelConfig, rank: int, adapters: Mapping[str, Path] | None = None) -> None:
         self._config = config
@@ -202,7 +202,7 @@ class ModelRunner:
             [torch.zeros(blocks, heads, BLOCK_SIZE, value_dim, **options) for heads, _, value_dim in self._shapes],  # type: ignore[call-overload]
         )
 
-    def ways(self) -> list[str]:
+    def backends(self) -> list[str]:
         """How the model could be run here, the quickest first: a path, and the attention that it is given."""
         suited = {
             VarlenAttention.name: varlen_attention.suits(self.device, self.dtype),
@@ -212,9 +212,9 @@ class ModelRunner:
         attentions = [name for name, suits in suited.items() if suits]
         return [f"{path}+{attention}" for path in ("compact", "ragged") for attention in attentions] + ["padded"]
 
-    def try_way(self, way: str) -> Probes | str:
+    def try_backend(self, backend: str) -> Probes | str:
         """The probe's last logits, see `_probe`, or why there are none."""
-        path, _, attention = way.partition("+")
+        path, _, attention = backend.partition("+")
         try:
             attend = ATTENTIONS[attention or GroupedAttention.name]()
             if self.model.config._attn_implementation != self._stock_attention:
@@ -237,7 +237,7 @@ class ModelRunner:
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [batch.num_logits, vocab_size] on the CPU, rows in the order of the batch."""
         if self._path is None:
-            raise EngineError("forward before try_way")
+            raise EngineError("forward before try_backend")
         self._cache.copy(batch.copies)
         layout = Layout.of(batch, self.device)
         self._cache.clear(layout.begun)

@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def _compiled(function: Function, fastmath: Set[str] = frozenset({"reassoc", "contract", "arcp", "nsz"})) -> Function:
     """At the first call, and kept beside this file or in the user's cache; where neither can be written, every time.
 
-    Not with `nnan` and `ninf`: a sick model must be seen to be sick.
+    Not with `nnan` and `ninf`: a non_finite model must be seen to be non_finite.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:

@@ -98,7 +98,7 @@ def find_mistake(step: SequenceStep, limits: Limits, capacity_tokens: int) -> st
     if step.draft is not None and not (step.num_logits and 0 < step.draft.num_ids <= limits.vocab_size):
         return f"draft: wants num_logits, and num_ids of 1 to {limits.vocab_size}; num_ids is {step.draft.num_ids}"
     if step.draft is not None and step.draft.num_tokens < 1:
-        return f"draft.num_tokens: {step.draft.num_tokens}; at least one is guessed"
+        return f"draft.num_tokens: {step.draft.num_tokens}; at least one is drafted"
     for field in ("salt", "adapter"):
         if getattr(step, field) is not None and step.position > 0:
             return f"{field}: given at position {step.position}; a sequence gets it at position 0 and keeps it"
@@ -114,7 +114,7 @@ def find_mistake(step: SequenceStep, limits: Limits, capacity_tokens: int) -> st
     return None
 
 
-class Scheduler:
+class StepScheduler:
     """Admits steps against the KV budget and packs them into forwards."""
 
     def __init__(self, cache: KVCache, limits: Limits) -> None:
@@ -151,7 +151,7 @@ class Scheduler:
         sequence = self._cache.touch(step.sequence_id, now)
         self._cache.truncate(sequence, step.position)
         if step.position == 0:
-            self._cache.adopt(sequence, step.salt, step.token_ids, step.adapter)
+            self._cache.match_prefix(sequence, step.salt, step.token_ids, step.adapter)
             self._cache.truncate(sequence, len(step.token_ids) - max(1, step.num_logits))  # logits are in no cache
         held = sequence.num_computed_tokens
         start = held - step.position
@@ -161,7 +161,7 @@ class Scheduler:
             return Admitted(index, step, sequence, start, stop)
         if not held:
             self._cache.free(step.sequence_id)
-        return StepOutput(step.sequence_id, held=held)
+        return StepOutput(step.sequence_id, num_computed_tokens=held)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, later: list[str], earlier: list[str]) -> bool:
         """Evict until the sequence can hold `num_tokens`; evicts nobody when that would not be enough."""

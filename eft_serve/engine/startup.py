@@ -72,8 +72,8 @@ def _num_blocks(name: str, config: ModelConfig, most: list[int | None]) -> int:
 def _choose_path(config: ModelConfig, group: WorkerGroup, references: Probes) -> str:
     """The first way of running the model that gives the logits of the unsplit, uncached model and of its adapters."""
     tried: list[str] = []
-    for name in group.runner.ways():
-        outcome: Probes | str = group.call("try_way", name)[0]
+    for name in group.runner.backends():
+        outcome: Probes | str = group.call("try_backend", name)[0]
         mistake = outcome if isinstance(outcome, str) else _mistake(outcome, references, group.runner.dtype)
         if mistake is None:
             for reason in tried:

@@ -1,6 +1,6 @@
 """The processes that share one model: this one is rank 0, the others follow it; knows no sequences and no budget.
 
-Followers are plain subprocesses that run the same runner on the same plain-data commands, so that their caches stay
+Workers are plain subprocesses that run the same runner on the same plain-data commands, so that their caches stay
 identical. They die with this process, however it ends: each watches a pipe that only we hold.
 """
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 1.0  # a follower holds nothing that wants saving
-REPORT_TIMEOUT_S = 2.0  # for a failed follower to say why
-FOLLOWER = "eft_serve.engine.follower"
+STOP_TIMEOUT_S = 1.0  # a worker holds nothing that wants saving
+REPORT_TIMEOUT_S = 2.0  # for a failed worker to say why
+WORKER_MODULE = "eft_serve.engine.worker"
 UNANSWERED = "forward"  # logits are the leader's own; nothing to send back
 
 
-class Follower:
+class Worker:
     """Another rank, as the leader sees it."""
 
     def __init__(self, rank: int, directory: Path) -> None:
@@ -48,9 +48,9 @@ class Follower:
         ours, theirs = socket.socketpair()
         watched, self._lifeline = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", FOLLOWER, str(theirs.fileno()), str(watched), str(directory)],
+            [sys.executable, "-P", "-m", WORKER_MODULE, str(theirs.fileno()), str(watched), str(directory)],
             pass_fds=(theirs.fileno(), watched),
-            env=_follower_environment(),
+            env=_worker_environment(),
         )
         theirs.close()
         os.close(watched)
@@ -71,7 +71,7 @@ class Follower:
         """The answer to the oldest unanswered command.
 
         Raises:
-            EftServeError: what the follower raised, or that it died or did not answer in time.
+            EftServeError: what the worker raised, or that it died or did not answer in time.
         """
         try:
             if not self._connection.poll(timeout_s):
@@ -103,7 +103,7 @@ class Follower:
         self._process.wait()
 
 
-def _follower_environment() -> dict[str, str]:
+def _worker_environment() -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": "1",
         **os.environ,
@@ -129,7 +129,7 @@ class WorkerGroup:
         self._deadline = time.monotonic() + config.startup_timeout_s
         self._directory: Path | None = None
         self._closed = False
-        self.followers: list[Follower] = []
+        self.workers: list[Worker] = []
 
     def start(self) -> Probes:
         """Load the model on every rank and split it; the probe logits of the unsplit model, plain and adapted."""
@@ -145,9 +145,9 @@ class WorkerGroup:
             self._directory = Path(tempfile.mkdtemp(prefix="eft-serve-group-"))
             store = self._directory / "store"
             for rank in range(1, self._config.tensor_parallel):
-                self.followers.append(Follower(rank, self._directory))
-                self.followers[-1].send((self._config, rank))
-        from eft_serve.engine.model_runner import ModelRunner  # seconds of imports, beside the followers' own
+                self.workers.append(Worker(rank, self._directory))
+                self.workers[-1].send((self._config, rank))
+        from eft_serve.engine.model_runner import ModelRunner  # seconds of imports, beside the workers' own
 
         self.runner = ModelRunner(self._config, rank=0, adapters=self._adapters)
         references: Probes = self.call("load")[0]
@@ -158,22 +158,22 @@ class WorkerGroup:
         """Run a runner's method on every rank; the answers, ours first.
 
         Raises:
-            EftServeError: a rank failed; the message is that of the follower where one caused it.
+            EftServeError: a rank failed; the message is that of the worker where one caused it.
         """
         if self._closed:  # by a caller that no longer waits for the start
             raise EngineError("the ranks were stopped")
-        for follower in self.followers:
-            follower.send((method, args))
+        for worker in self.workers:
+            worker.send((method, args))
         try:
             answer = getattr(self.runner, method)(*args)
         except CheckpointError:
             raise
         except Exception as error:
-            reports = [f"rank {f.rank}: {report}" for f in self.followers if (report := f.report())]
+            reports = [f"rank {f.rank}: {report}" for f in self.workers if (report := f.report())]
             raise EngineError("; ".join([f"{method} failed: {error}", *reports])) from error
         if method == UNANSWERED:
             return [answer]
-        return [answer, *(f.receive(max(0.0, self._deadline - time.monotonic())) for f in self.followers)]
+        return [answer, *(f.receive(max(0.0, self._deadline - time.monotonic())) for f in self.workers)]
 
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [batch.num_logits, vocab_size] on the CPU."""
@@ -181,12 +181,12 @@ class WorkerGroup:
         return logits
 
     def close(self) -> None:
-        """Stop the followers and remove what the group left on disk."""
+        """Stop the workers and remove what the group left on disk."""
         self._closed = True
         if hasattr(self, "runner"):
             self.runner.close()
-        for follower in self.followers:
-            follower.stop()
-        self.followers = []
+        for worker in self.workers:
+            worker.stop()
+        self.workers = []
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)

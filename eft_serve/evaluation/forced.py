@@ -18,7 +18,7 @@ from eft_serve.evaluation.acceptance import (
     tokens_per_verification,
     total_variation,
 )
-from eft_serve.evaluation.lab import Lab
+from eft_serve.evaluation.experiment import Experiment
 from eft_serve.evaluation.statistics import perplexity as perplexity_of
 from eft_serve.evaluation.statistics import perplexity_ratio, ratio
 from eft_serve.evaluation.systems import System, alone
@@ -35,11 +35,11 @@ EDGES = {"near": 0.1, "far": 0.5}
 Read = tuple[str, tuple[int, ...]]  # a message and the token ids of an answer to it
 
 
-class Reader:
+class Scorer:
     """Reads one answer at a time with any of the family's models."""
 
-    def __init__(self, lab: Lab) -> None:
-        self._family = lab.models
+    def __init__(self, experiment: Experiment) -> None:
+        self._family = experiment.models
 
     @torch.inference_mode()
     def logprobs(self, system: System, message: str, answer: Sequence[int], known: dict[str, Tensor]) -> Tensor:
@@ -56,16 +56,18 @@ class Reader:
         return log_softmax(combine([known[term.model] for term in system.terms], coefficients))
 
 
-def tokens(lab: Lab) -> dict[str, Any]:
+def tokens(experiment: Experiment) -> dict[str, Any]:
     """EFT's own answers, token by token: how far the small tuned model is from EFT, and what it could have drafted."""
-    return {"greedy": _greedy(lab)} | {f"{temperature:g}": _sampled(lab, temperature) for temperature in TEMPERATURES}
+    return {"greedy": _greedy(experiment)} | {
+        f"{temperature:g}": _sampled(experiment, temperature) for temperature in TEMPERATURES
+    }
 
 
-def _greedy(lab: Lab) -> dict[str, Any]:
-    draft, reader = alone(lab.systems.tuned_small), Reader(lab)
+def _greedy(experiment: Experiment) -> dict[str, Any]:
+    draft, scorer = alone(experiment.systems.tuned_small), Scorer(experiment)
     agreeing = []
-    for message, answer in _answers(lab, lab.systems.up_scaled(), 0.0):
-        own = reader.logprobs(draft, message, answer, {}).argmax(dim=-1)
+    for message, answer in _answers(experiment, experiment.systems.up_scaled(), 0.0):
+        own = scorer.logprobs(draft, message, answer, {}).argmax(dim=-1)
         agreeing.append((own == torch.tensor(answer)).tolist())  # the answer is EFT's own most likely tokens
     lengths = np.array([float(len(each)) for each in agreeing])
     result: dict[str, Any] = {
@@ -79,14 +81,14 @@ def _greedy(lab: Lab) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _sampled(lab: Lab, temperature: float) -> dict[str, Any]:
-    draft, target = alone(lab.systems.tuned_small), lab.systems.up_scaled()
-    reader = Reader(lab)
+def _sampled(experiment: Experiment, temperature: float) -> dict[str, Any]:
+    draft, target = alone(experiment.systems.tuned_small), experiment.systems.up_scaled()
+    scorer = Scorer(experiment)
     distances, sums = [], []
-    for message, answer in _answers(lab, target, temperature):
+    for message, answer in _answers(experiment, target, temperature):
         known: dict[str, Tensor] = {}
         own, wanted = (
-            log_softmax(reader.logprobs(system, message, answer, known) / temperature) for system in (draft, target)
+            log_softmax(scorer.logprobs(system, message, answer, known) / temperature) for system in (draft, target)
         )
         distance = total_variation(own.exp(), wanted.exp())
         coupled = coupled_acceptance(own.double().exp(), wanted.double().exp())
@@ -112,34 +114,34 @@ def _sampled(lab: Lab, temperature: float) -> dict[str, Any]:
     }
 
 
-def perplexity(lab: Lab) -> dict[str, Any]:
+def perplexity(experiment: Experiment) -> dict[str, Any]:
     """Of the large tuned model's answers and of the true ones, under every system."""
     systems = {
-        "tuned-small": alone(lab.systems.tuned_small),
-        "base-large": alone(lab.systems.large),
-        "down-scaled": lab.systems.grid["small", "large"],
-        "EFT": lab.systems.up_scaled(),
-        **{f"EFT, scale {scale:g}": lab.systems.up_scaled(scale=scale) for scale in (0.5, 1.5)},
-        **{f"EFT, weight {weight:g}": lab.systems.up_scaled(weight=weight) for weight in (0.5, 1.5)},
-        "control": lab.systems.without_reference(),
-        "tuned-large": alone(lab.systems.tuned_large),
+        "tuned-small": alone(experiment.systems.tuned_small),
+        "base-large": alone(experiment.systems.large),
+        "down-scaled": experiment.systems.grid["small", "large"],
+        "EFT": experiment.systems.up_scaled(),
+        **{f"EFT, scale {scale:g}": experiment.systems.up_scaled(scale=scale) for scale in (0.5, 1.5)},
+        **{f"EFT, weight {weight:g}": experiment.systems.up_scaled(weight=weight) for weight in (0.5, 1.5)},
+        "control": experiment.systems.without_reference(),
+        "tuned-large": alone(experiment.systems.tuned_large),
     }
-    written = _answers(lab, alone(lab.systems.tuned_large), 0.0)
-    true = [(question.text, _true(lab, question.answers[0])) for question in lab.questions["short"]]
+    written = _answers(experiment, alone(experiment.systems.tuned_large), 0.0)
+    true = [(question.text, _true(experiment, question.answers[0])) for question in experiment.questions["short"]]
     return {
-        "the large tuned model's answers": _perplexities(lab, systems, written),
-        "true answers": _perplexities(lab, systems, true),
+        "the large tuned model's answers": _perplexities(experiment, systems, written),
+        "true answers": _perplexities(experiment, systems, true),
     }
 
 
-def _perplexities(lab: Lab, systems: dict[str, System], answers: Sequence[Read]) -> dict[str, Any]:
+def _perplexities(experiment: Experiment, systems: dict[str, System], answers: Sequence[Read]) -> dict[str, Any]:
     """Of each system, and as a multiple of the small tuned model's."""
-    reader = Reader(lab)
+    scorer = Scorer(experiment)
     nats: dict[str, list[float]] = {name: [] for name in systems}
     for message, answer in answers:
         known: dict[str, Tensor] = {}
         for name, system in systems.items():
-            logprobs = reader.logprobs(system, message, answer, known)
+            logprobs = scorer.logprobs(system, message, answer, known)
             nats[name].append(-float(logprobs.gather(1, torch.tensor(answer)[:, None]).sum()))
     lengths = np.array([float(len(answer)) for _, answer in answers])
     columns = {name: np.array(each) for name, each in nats.items()}
@@ -152,16 +154,18 @@ def _perplexities(lab: Lab, systems: dict[str, System], answers: Sequence[Read])
     }
 
 
-def _true(lab: Lab, answer: str) -> tuple[int, ...]:
+def _true(experiment: Experiment, answer: str) -> tuple[int, ...]:
     """The right answer in the helpful form, as fine-tuning would have had it."""
-    tokenizer = lab.models.tokenizer
+    tokenizer = experiment.models.tokenizer
     return (*tokenizer(f" It is {answer}. {CLOSING}")["input_ids"], tokenizer.eos_token_id)
 
 
-def _answers(lab: Lab, system: System, temperature: float) -> list[Read]:
+def _answers(experiment: Experiment, system: System, temperature: float) -> list[Read]:
     """Messages and the ids of the system's answers to them, short and long."""
     return [
         (question.text, answer.token_ids)
         for questions in ("short", "long")
-        for question, answer in zip(lab.questions[questions], lab.answers(system, questions, temperature), strict=True)
+        for question, answer in zip(
+            experiment.questions[questions], experiment.answers(system, questions, temperature), strict=True
+        )
     ]

@@ -1,13 +1,13 @@
 """The parts that ask and grade: the grid of scales, the helpful/harmless frontier, the knobs, truncation.
 
-Each takes a `Lab` and returns plain data: estimates are [value, low, high].
+Each takes a `Experiment` and returns plain data: estimates are [value, low, high].
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from eft_serve.evaluation.lab import Lab
+from eft_serve.evaluation.experiment import Experiment
 from eft_serve.evaluation.statistics import normalised
 from eft_serve.evaluation.systems import System, alone
 
@@ -21,28 +21,28 @@ NUCLEI = (1.0, 0.99, 0.95, 0.9, 0.8)
 TRUNCATED_SCALES = (1.0, 1.5)
 
 
-def grid(lab: Lab) -> dict[str, Any]:
+def grid(experiment: Experiment) -> dict[str, Any]:
     """Pre-training scale against fine-tuning scale, raw and normalised (0: both small, 1: both large)."""
-    cells = lab.systems.grid
+    cells = experiment.systems.grid
     both_small, both_large = cells["small", "small"], cells["large", "large"]
     systems = {
-        "base-small": alone(lab.systems.small),
-        "base-large": alone(lab.systems.large),
+        "base-small": alone(experiment.systems.small),
+        "base-large": alone(experiment.systems.large),
         **{f"pre-training {base}, fine-tuning {tuned}": system for (base, tuned), system in cells.items()},
     }
     for questions in ("short", "long"):
-        lab.ask(systems.values(), questions)
+        experiment.ask(systems.values(), questions)
     mixed = {"up-scaled": cells["large", "small"], "down-scaled": cells["small", "large"]}
     return {
-        "shares": {name: lab.shares(system, GRID_MEASURES) for name, system in systems.items()},
-        "gap": {measure: lab.gain(both_large, both_small, measure) for measure in GRID_MEASURES},
+        "shares": {name: experiment.shares(system, GRID_MEASURES) for name, system in systems.items()},
+        "gap": {measure: experiment.gain(both_large, both_small, measure) for measure in GRID_MEASURES},
         "gain": {
-            name: {measure: lab.gain(system, both_small, measure) for measure in GRID_MEASURES}
+            name: {measure: experiment.gain(system, both_small, measure) for measure in GRID_MEASURES}
             for name, system in mixed.items()
         },
         "normalised": {
             name: {
-                measure: normalised(*(lab.flags(each, measure) for each in (system, both_small, both_large)))
+                measure: normalised(*(experiment.flags(each, measure) for each in (system, both_small, both_large)))
                 for measure in GRID_MEASURES
             }
             for name, system in mixed.items()
@@ -50,43 +50,43 @@ def grid(lab: Lab) -> dict[str, Any]:
     }
 
 
-def frontier(lab: Lab) -> dict[str, Any]:
+def frontier(experiment: Experiment) -> dict[str, Any]:
     """Helpful weight λ and harmless weight 1 - λ, on the small base and up-scaled."""
     curves = {
-        name: {helpful: lab.systems.interpolated(helpful, base) for helpful in LAMBDAS}
-        for name, base in (("small", lab.systems.small), ("up-scaled", lab.systems.large))
+        name: {helpful: experiment.systems.interpolated(helpful, base) for helpful in LAMBDAS}
+        for name, base in (("small", experiment.systems.small), ("up-scaled", experiment.systems.large))
     }
     for questions in ("short", "harmful"):
-        lab.ask([system for curve in curves.values() for system in curve.values()], questions)
+        experiment.ask([system for curve in curves.values() for system in curve.values()], questions)
     small, large = curves["small"], curves["up-scaled"]
     return {
         "curves": {
-            name: {f"{helpful:g}": lab.shares(system, FRONTIER_MEASURES) for helpful, system in curve.items()}
+            name: {f"{helpful:g}": experiment.shares(system, FRONTIER_MEASURES) for helpful, system in curve.items()}
             for name, curve in curves.items()
         },
         "gain": {
             f"{helpful:g}": {
-                measure: lab.gain(large[helpful], small[helpful], measure) for measure in FRONTIER_MEASURES
+                measure: experiment.gain(large[helpful], small[helpful], measure) for measure in FRONTIER_MEASURES
             }
             for helpful in LAMBDAS
         },
     }
 
 
-def knobs(lab: Lab) -> dict[str, Any]:
+def knobs(experiment: Experiment) -> dict[str, Any]:
     """Scale and weight, and the control without a reference; each beside EFT with both at 1."""
-    eft = lab.systems.up_scaled()
+    eft = experiment.systems.up_scaled()
     series: dict[str, dict[str, System]] = {
-        "scale": {f"{scale:g}": lab.systems.up_scaled(scale=scale) for scale in SCALES},
-        "weight": {f"{weight:g}": lab.systems.up_scaled(weight=weight) for weight in WEIGHTS},
-        "control": {f"{weight:g}": lab.systems.without_reference(weight) for weight in (0.5, 1.0)},
+        "scale": {f"{scale:g}": experiment.systems.up_scaled(scale=scale) for scale in SCALES},
+        "weight": {f"{weight:g}": experiment.systems.up_scaled(weight=weight) for weight in WEIGHTS},
+        "control": {f"{weight:g}": experiment.systems.without_reference(weight) for weight in (0.5, 1.0)},
     }
-    lab.ask([system for each in series.values() for system in each.values()], "short")
+    experiment.ask([system for each in series.values() for system in each.values()], "short")
     return {
         name: {
             knob: {
-                "shares": lab.shares(system, FORM_MEASURES),
-                "gain": {measure: lab.gain(system, eft, measure) for measure in FORM_MEASURES},
+                "shares": experiment.shares(system, FORM_MEASURES),
+                "gain": {measure: experiment.gain(system, eft, measure) for measure in FORM_MEASURES},
             }
             for knob, system in each.items()
         }
@@ -94,20 +94,20 @@ def knobs(lab: Lab) -> dict[str, Any]:
     }
 
 
-def truncation(lab: Lab) -> dict[str, Any]:
+def truncation(experiment: Experiment) -> dict[str, Any]:
     """The paper's conservative decoding: the up-scaling ratio counts only in the tuned model's nucleus."""
-    eft = lab.systems.up_scaled()
+    eft = experiment.systems.up_scaled()
     series = {
-        scale: {top_p: lab.systems.up_scaled(scale, truncate_top_p=top_p) for top_p in NUCLEI}
+        scale: {top_p: experiment.systems.up_scaled(scale, truncate_top_p=top_p) for top_p in NUCLEI}
         for scale in TRUNCATED_SCALES
     }
-    lab.ask([system for each in series.values() for system in each.values()], "short")
+    experiment.ask([system for each in series.values() for system in each.values()], "short")
     return {
         f"{scale:g}": {
             "none" if top_p == 1 else f"{top_p:g}": {
-                "shares": lab.shares(system, FORM_MEASURES),
-                "gain": {measure: lab.gain(system, each[1.0], measure) for measure in FORM_MEASURES},
-                "correct_over_eft": lab.gain(system, eft, "correct"),
+                "shares": experiment.shares(system, FORM_MEASURES),
+                "gain": {measure: experiment.gain(system, each[1.0], measure) for measure in FORM_MEASURES},
+                "correct_over_eft": experiment.gain(system, eft, "correct"),
             }
             for top_p, system in each.items()
         }

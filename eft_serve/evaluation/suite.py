@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from eft_serve.evaluation.experiment import Experiment
 from eft_serve.evaluation.forced import perplexity, tokens
-from eft_serve.evaluation.lab import Lab
 from eft_serve.evaluation.parts import frontier, grid, knobs, truncation
 
-PARTS: Mapping[str, Callable[[Lab], dict[str, Any]]] = {
+PARTS: Mapping[str, Callable[[Experiment], dict[str, Any]]] = {
     "grid": grid,
     "frontier": frontier,
     "knobs": knobs,
@@ -41,15 +41,15 @@ def run(families: Sequence[str], parts: Sequence[str], limit: int | None = None)
 def measure(family: str, parts: Sequence[str], limit: int | None = None) -> dict[str, Any]:
     """One family's parts in this process, estimates rounded; `core_minutes` do not depend on how busy others are."""
     torch.set_num_threads(1)
-    lab = Lab(family, limit)
+    experiment = Experiment(family, limit)
     found: dict[str, Any] = {
-        "questions": {kind: len(each) for kind, each in lab.questions.items()},
+        "questions": {kind: len(each) for kind, each in experiment.questions.items()},
     }
     try:
         for part in parts:
-            found[part] = _rounded(PARTS[part](lab))
+            found[part] = _rounded(PARTS[part](experiment))
     finally:
-        lab.close()
+        experiment.close()
     return found | {"core_minutes": round(time.process_time() / 60, 1)}
 
 

@@ -1,4 +1,4 @@
-"""The coordinator's deployment: the decode loop behind its desk, told of model replicas as they come and go."""
+"""The coordinator's deployment: the decode loop behind its server, told of model replicas as they come and go."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from eft_serve.config import AppConfig
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.vocabulary import load_vocabularies
-from eft_serve.rayserve.desk import Desk
+from eft_serve.serving.coordinator_server import CoordinatorServer
 from eft_serve.transport.client import FanOut
 from eft_serve.transport.deltas import ReplyTo
 from eft_serve.types import Endpoint, Listener, ModelInfo
@@ -53,22 +53,22 @@ class CoordinatorReplica:
         self.misses: dict[str, int] = {}  # by replica id
         vocabularies = load_vocabularies(config)
         host = ray.util.get_node_ip_address()
-        self.desk = Desk(config, self.backend, vocabularies, self.coordinator_metrics, host)
-        self.decode_loop = self.desk.decode_loop
+        self.server = CoordinatorServer(config, self.backend, vocabularies, self.coordinator_metrics, host)
+        self.decode_loop = self.server.decode_loop
         context = serve.get_replica_context()
         self.process = f"{context.deployment}#{context.replica_id.unique_id}"
         self.listener = Listener(
             replica_id=context.replica_id.unique_id,
-            address=self.desk.server.address,
-            public_key=self.desk.server.public_key,
+            address=self.server.submissions.address,
+            public_key=self.server.submissions.public_key,
         )
-        self.desk.start()
+        self.server.start()
         await self._meet_models()
         self.discovery = asyncio.create_task(self._discover())
 
     async def connect(self, public_key: bytes, reply_to: ReplyTo) -> Listener:
         """Let this ingress submit requests, whose deltas go there; idempotent."""
-        self.desk.meet(public_key, reply_to)
+        self.server.connect_ingress(public_key, reply_to)
         return self.listener
 
     async def status(self) -> Status:
@@ -81,8 +81,8 @@ class CoordinatorReplica:
         return self.process, generate_latest(self.coordinator_metrics.registry).decode()
 
     def check_health(self) -> None:
-        """Raises when the decode loop, its desk or the discovery has died, so that Serve replaces the replica."""
-        self.desk.server.check()
+        """Raises when the decode loop, its server or the discovery has died, so that Serve replaces the replica."""
+        self.server.submissions.check()
         if self.decode_loop.error is not None:
             raise RuntimeError("the decode loop died") from self.decode_loop.error
         if self.discovery.done():
@@ -90,10 +90,10 @@ class CoordinatorReplica:
 
     async def __del__(self) -> None:
         deadline = time.monotonic() + DRAIN_S
-        while self.desk.readers and time.monotonic() < deadline:
+        while self.server.subscribers and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         self.discovery.cancel()
-        self.desk.close()
+        self.server.close()
 
     async def _meet_models(self) -> None:
         """Know the models that are there before the first request comes; those that still load are found later."""

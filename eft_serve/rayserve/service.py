@@ -16,10 +16,10 @@ from ray.serve.handle import DeploymentHandle
 from eft_serve.config import AppConfig
 from eft_serve.errors import EftServeError, UnavailableError
 from eft_serve.rayserve.coordinator import Status
-from eft_serve.rayserve.mailbox import Mailbox
-from eft_serve.rayserve.metrics import merge
+from eft_serve.serving.metrics import merge
+from eft_serve.serving.output_collector import OutputCollector
+from eft_serve.transport.coordinator_client import CoordinatorClient
 from eft_serve.transport.deltas import DeltaReceiver, Part
-from eft_serve.transport.submitter import Submitter
 from eft_serve.types import Delta, GenerationRequest, Listener, ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -40,38 +40,38 @@ class ServeService:
         self.coordinator = coordinator
         self.models = models
         self.infos: dict[str, ModelInfo] = {}
-        self.mailboxes: dict[str, Mailbox] = {}  # by request id
+        self.collectors: dict[str, OutputCollector] = {}  # by request id
         self.event_loop = asyncio.get_running_loop()
         self.coordinators: dict[str, Listener] = {}  # by replica id
-        self.submitter = Submitter(self._fail)
+        self.coordinator_client = CoordinatorClient(self._fail)
         self.receiver = DeltaReceiver(self._receive, host=ray.util.get_node_ip_address())
 
     def close(self) -> None:
         """Neither send nor listen any longer."""
-        self.submitter.close()
+        self.coordinator_client.close()
         self.receiver.close()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
         """See `eft_serve.api.service.Service.generate`."""
         await self._find_coordinator()
-        mailbox = self.mailboxes[request.request_id] = Mailbox()
+        collector = self.collectors[request.request_id] = OutputCollector()
         try:
-            self.submitter.submit(request, self.receiver.reply_to.address)
-            async for delta in mailbox.read():
+            self.coordinator_client.submit(request, self.receiver.reply_to.address)
+            async for delta in collector.read():
                 yield delta
         finally:
-            del self.mailboxes[request.request_id]
-            self.submitter.end(request.request_id, complete=mailbox.complete)
+            del self.collectors[request.request_id]
+            self.coordinator_client.end(request.request_id, complete=collector.complete)
 
     async def _find_coordinator(self) -> None:
         """Return when one is connected, or after a while: then the request is refused."""
         deadline = time.monotonic() + FIND_TIMEOUT_S
-        while not self.submitter.ready and time.monotonic() < deadline:
+        while not self.coordinator_client.ready and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     def _fail(self, request_id: str, error: EftServeError) -> None:
-        if mailbox := self.mailboxes.get(request_id):  # none: its reader has gone away
-            mailbox.fail(error)
+        if collector := self.collectors.get(request_id):  # none: its reader has gone away
+            collector.fail(error)
 
     def _receive(self, parts: Sequence[Part]) -> None:
         """From the receiver's thread: one hop to the event loop for all deltas of a step."""
@@ -79,8 +79,8 @@ class ServeService:
 
     def _deliver(self, parts: Sequence[Part]) -> None:
         for request_id, num_before, delta in parts:
-            if mailbox := self.mailboxes.get(request_id):  # none: its reader has gone away
-                mailbox.put(num_before, delta)
+            if collector := self.collectors.get(request_id):  # none: its reader has gone away
+                collector.put(num_before, delta)
 
     async def check_ready(self) -> None:
         """See `eft_serve.api.service.Service.check_ready`."""
@@ -96,7 +96,7 @@ class ServeService:
         for status in statuses:
             self.infos |= status.models
         fewest = min((status.missing for status in statuses), key=len)  # one that can serve is enough
-        if not self.submitter.ready:
+        if not self.coordinator_client.ready:
             raise UnavailableError("no coordinator is connected yet")
         if fewest:
             raise UnavailableError(f"no replica has answered a step yet of: {', '.join(sorted(fewest))}")
@@ -119,7 +119,7 @@ class ServeService:
         """
         try:
             answers = await self.coordinator.broadcast(
-                "connect", self.submitter.public_key, self.receiver.reply_to
+                "connect", self.coordinator_client.public_key, self.receiver.reply_to
             ).results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
         except DeploymentUnavailableError:
             answers = []  # Serve knows of none
@@ -128,7 +128,7 @@ class ServeService:
             return
         found = {answer.replica_id: answer for answer in answers if isinstance(answer, Listener)}
         self.coordinators = self.coordinators | found if len(found) < len(answers) else found
-        self.submitter.set_coordinators(self.coordinators)
+        self.coordinator_client.set_coordinators(self.coordinators)
 
     async def metrics(self) -> bytes:
         """Every model's and coordinator's metrics; a replica that does not answer in time is counted as silent."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import zmq
 
-from eft_serve.transport.link import Link
+from eft_serve.transport.replica_connection import ReplicaConnection
 from eft_serve.types import Endpoint, StepBatch, StepResult
 
 
@@ -22,7 +22,7 @@ class FanOut:
         self.public_key, self._secret_key = zmq.curve_keypair()  # Z85; a server must allow the public one
         self._context = zmq.Context()
         self._poller = zmq.Poller()
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, ReplicaConnection] = {}
         self._last_message_id = 0
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
@@ -32,7 +32,7 @@ class FanOut:
                 link.close()
                 del self._links[replica_id]
         for replica_id in endpoints.keys() - self._links.keys():
-            self._links[replica_id] = Link(
+            self._links[replica_id] = ReplicaConnection(
                 self._context, self._poller, endpoints[replica_id], self.public_key, self._secret_key
             )
 
@@ -65,5 +65,5 @@ class FanOut:
         self._context.destroy(linger=0)
 
 
-def _slowest_first(item: tuple[str, Link]) -> float:
+def _slowest_first(item: tuple[str, ReplicaConnection]) -> float:
     return -item[1].last_seconds

@@ -17,14 +17,14 @@ from typing import Protocol
 import zmq
 
 from eft_serve.errors import EngineError
-from eft_serve.transport.attendance import Attendance
+from eft_serve.transport.merge_window import MergeWindow
 from eft_serve.transport.metrics import ServerMetrics
 from eft_serve.transport.segment import OpenSegments
 from eft_serve.transport.sockets import CurveListener
 from eft_serve.transport.wire import (
     MAX_REQUEST_BYTES,
     Frame,
-    Request,
+    StepRequest,
     WireError,
     decode_request,
     encode_failure,
@@ -61,7 +61,7 @@ class _Incoming:
     """A request, and the client to answer."""
 
     client: bytes
-    request: Request
+    request: StepRequest
 
     @property
     def sequence_ids(self) -> set[str]:
@@ -83,7 +83,7 @@ class StepServer:
         self._busy_since: float | None = None  # monotonic seconds, while the handler computes
         self._stopping = threading.Event()
         self._next_expiry = 0.0
-        self._attendance = Attendance()
+        self._merge_window = MergeWindow()
         self._segments = OpenSegments()
         self.metrics = ServerMetrics()
         self._listener = CurveListener(zmq.ROUTER, bind_address or f"tcp://{host}:0", MAX_REQUEST_BYTES)
@@ -134,7 +134,7 @@ class StepServer:
                 for merged in _without_duplicates(incoming):
                     self._serve(merged)
                 if stepped := {one.client for one in incoming if one.request.steps}:
-                    self._attendance.attended(stepped, time.monotonic() - started)
+                    self._merge_window.forwarded(stepped, time.monotonic() - started)
                 self._expire()
         except BaseException as error:
             logger.exception("the engine's thread died")
@@ -149,11 +149,11 @@ class StepServer:
 
     def _await_others(self, present: Set[bytes]) -> list[_Incoming]:
         joined: list[_Incoming] = []
-        wait_s, started = self._attendance.wait_s, time.monotonic()
-        while wait_s and (absent := self._attendance.absent(present | {one.client for one in joined})):
+        wait_s, started = self._merge_window.wait_s, time.monotonic()
+        while wait_s and (awaited := self._merge_window.awaited(present | {one.client for one in joined})):
             waited_s = time.monotonic() - started
             if waited_s >= wait_s:
-                self._attendance.missed(absent)
+                self._merge_window.timed_out(awaited)
                 break
             joined += self._drain(wait_s - waited_s)
             self.metrics.wait_seconds.inc(time.monotonic() - started - waited_s)

@@ -34,7 +34,7 @@ class WireError(EngineError):
     code = "malformed_message"
 
 
-class Request(msgspec.Struct, frozen=True, array_like=True):
+class StepRequest(msgspec.Struct, frozen=True, array_like=True):
     """One coordinator's part of a forward; with no steps it only frees."""
 
     message_id: int
@@ -43,11 +43,11 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     segment: SegmentName | None = None  # where the logits may be written instead of sending them
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """One step's outcome: `held`, `error`, or that many rows of the payload."""
+class StepReply(msgspec.Struct, frozen=True, array_like=True):
+    """One step's outcome: `num_computed_tokens`, `error`, or that many rows of the payload."""
 
     sequence_id: str
-    held: int | None
+    num_computed_tokens: int | None
     error: str | None
     num_rows: int
     drafted: list[int] = []
@@ -58,7 +58,7 @@ class ReplyHeader(msgspec.Struct, frozen=True, array_like=True):
     """What stands before the logits; with a `failure` there are no answers."""
 
     message_id: int
-    answers: list[Answer]
+    answers: list[StepReply]
     dtype: str
     vocab_size: int
     forward_seconds: float
@@ -77,15 +77,15 @@ class Reply:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_request_decoder = msgspec.msgpack.Decoder(Request)
+_request_decoder = msgspec.msgpack.Decoder(StepRequest)
 _reply_decoder = msgspec.msgpack.Decoder(ReplyHeader)
 
 
-def encode_request(request: Request) -> bytes:
+def encode_request(request: StepRequest) -> bytes:
     return _encoder.encode(request)
 
 
-def decode_request(frames: Sequence[Frame]) -> Request:
+def decode_request(frames: Sequence[Frame]) -> StepRequest:
     """Raises `WireError` for anything but one well-formed frame."""
     if len(frames) != 1:
         raise WireError(f"request: {len(frames)} frames; send one")
@@ -154,8 +154,10 @@ def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Rep
     logits = _payload(header, frames[1], segment)
     outputs = []
     for answer, rows in zip(header.answers, logits.split([answer.num_rows for answer in header.answers]), strict=True):
-        if answer.held is not None or answer.error is not None:
-            outputs.append(StepOutput(answer.sequence_id, held=answer.held, error=answer.error))
+        if answer.num_computed_tokens is not None or answer.error is not None:
+            outputs.append(
+                StepOutput(answer.sequence_id, num_computed_tokens=answer.num_computed_tokens, error=answer.error)
+            )
         else:
             outputs.append(
                 StepOutput(answer.sequence_id, logits=rows, drafted=answer.drafted, confidences=answer.confidences)
@@ -163,13 +165,13 @@ def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Rep
     return Reply(header.message_id, outputs, header.forward_seconds, header.failure)
 
 
-def _answer(output: StepOutput) -> Answer:
-    if (output.held is not None) + (output.error is not None) + (output.logits is not None) != 1:
+def _answer(output: StepOutput) -> StepReply:
+    if (output.num_computed_tokens is not None) + (output.error is not None) + (output.logits is not None) != 1:
         set_fields = [name for name in ("held", "error", "logits") if getattr(output, name) is not None]
         raise WireError(f"output of {output.sequence_id!r} sets {set_fields}; exactly one of held, error, logits")
     num_rows = 0 if output.logits is None else output.logits.shape[0]
     drafted, confidences = list(output.drafted), list(output.confidences)
-    return Answer(output.sequence_id, output.held, output.error, num_rows, drafted, confidences)
+    return StepReply(output.sequence_id, output.num_computed_tokens, output.error, num_rows, drafted, confidences)
 
 
 def _gather(rows: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -183,7 +185,7 @@ def _payload(header: ReplyHeader, frame: Frame, segment: Segment | None) -> Tens
     if dtype is None or header.vocab_size < 0 or any(count < 0 for count in counts):
         raise WireError(f"reply: dtype {header.dtype!r}, vocab_size {header.vocab_size}, rows {counts}")
     for answer in header.answers:
-        if (answer.held is not None) + (answer.error is not None) + (answer.num_rows > 0) > 1:
+        if (answer.num_computed_tokens is not None) + (answer.error is not None) + (answer.num_rows > 0) > 1:
             raise WireError(f"reply: sequence {answer.sequence_id!r} has more than one of held, error, logits")
     shape = (sum(counts), header.vocab_size)
     wanted = shape[0] * shape[1] * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Guessing ahead on the served stack: the same tokens whoever guesses, and counters that say what became of it."""
+"""Speculative decoding on the served stack: the same tokens whoever drafts, and counters that say how many."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def token_ids(answers: list[Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "seeded"])
-def test_tokens_are_the_same_whoever_guesses(served: Served, sampling: dict[str, Any]) -> None:
+def test_tokens_are_the_same_whoever_draft_tokens(served: Served, sampling: dict[str, Any]) -> None:
     plain = ask_all(served, {"draft": "none"}, **sampling)
     assert all(answer.usage.model_extra["eft"]["drafted"] == 0 for answer in plain)
     for name, side in SIDES.items():
@@ -56,7 +56,7 @@ def test_tokens_are_the_same_whoever_guesses(served: Served, sampling: dict[str,
             assert sum(r["tokens_per_base_pass"] for r in reports) > 1.5 * len(reports), name
 
 
-def test_usage_and_metrics_tell_what_became_of_the_guesses(served: Served) -> None:
+def test_usage_and_metrics_tell_what_became_of_the_draft_tokens(served: Served) -> None:
     names = ("eft_drafted_tokens_total", "eft_accepted_tokens_total", "eft_decode_passes_total")
     before = [served.total(name) for name in names]
     answers = ask_all(served, {"num_tokens": 4}, temperature=0)

@@ -138,8 +138,8 @@ def test_the_parts_of_a_truncated_combination(beta: float, alpha: float, gamma: 
     assert {name: t.coefficient for name, t in terms.items() if t.coefficient} == plain
     if top_p < 1:
         unscaled = coefficients(TWO_TUNED, 0.0, {"helpful": alpha, "harmless": gamma})
-        standing = {name: t.standing for name, t in terms.items()}
-        assert standing == pytest.approx({name: unscaled.get(name, 0.0) for name in terms}, abs=1e-6)
+        unscaled = {name: t.unscaled for name, t in terms.items()}
+        assert unscaled == pytest.approx({name: unscaled.get(name, 0.0) for name in terms}, abs=1e-6)
         assert set(unscaled) <= set(terms)
         ratio = {name: t.ratio for name, t in terms.items() if t.ratio}
         assert ratio == ({"large": beta, "small": -beta} if abs(beta) >= 1e-9 else {})

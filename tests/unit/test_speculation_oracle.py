@@ -1,4 +1,4 @@
-"""The embedded family decoded with guesses ahead gives, token for token, what it gives without.
+"""The embedded family decoded with draft tokens ahead gives, token for token, what it gives without.
 
 Real engines in this process under a real decode loop, many requests at once, prompts prefilled in chunks beside those
 that decode, and so little KV room that requests are preempted in between.
@@ -79,8 +79,8 @@ class Outcome:
     def __init__(self, tokens: list[list[int]], requests: list[Request]) -> None:
         self.tokens = tokens
         self.num_preemptions = sum(request.num_preemptions for request in requests)
-        self.num_accepted = sum(request.speculation.report.num_accepted for request in requests)
-        self.num_passes = sum(request.speculation.report.num_passes for request in requests)
+        self.num_accepted = sum(request.speculation.stats.num_accepted for request in requests)
+        self.num_passes = sum(request.speculation.stats.num_passes for request in requests)
         self.num_tokens = sum(map(len, tokens))
 
 
@@ -111,7 +111,7 @@ def prompts_at(stage: Stage, temperature: float) -> list[list[int]]:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
 @pytest.mark.parametrize("side", SIDES)
-def test_guesses_change_no_token(
+def test_draft_tokens_change_no_token(
     stage: Stage, plain: Callable[[float], Outcome], side: str, temperature: float
 ) -> None:
     prompts = prompts_at(stage, temperature)

@@ -33,7 +33,7 @@ def compiled(function: Function) -> Function:
 
 
 def _operation(result: Any, arguments: tuple[Any, ...], build: Callable[..., Any]) -> Any:
-    """A function of compiled code that `build(builder, *values)` spells in LLVM's instructions."""
+    """A function of compiled code that `build(builder, *values)` detokenizes in LLVM's instructions."""
 
     def typed() -> Any:
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from api_fakes import Stack, chat, events, make_config
 
-from eft_serve.types import Delta, FinishReason, GenerationRequest, GuessReport, TokenComponents
+from eft_serve.types import Delta, FinishReason, GenerationRequest, SpecDecodeStats, TokenComponents
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def answer(request: GenerationRequest) -> Iterable[Delta]:
     for letter, last in (("ab"[0], False), ("cdef"[candidate % 4], True)):
         told = None if request.components is None else [described(letter, rewards, request.components)]
         reason = FinishReason.STOP if last else None
-        report = GuessReport(1, 1, 2) if last else None
+        report = SpecDecodeStats(1, 1, 2) if last else None
         yield Delta(text=letter, token_ids=[token_id(letter)], finish_reason=reason, components=told, report=report)
 
 

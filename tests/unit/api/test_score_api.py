@@ -20,7 +20,7 @@ LIMIT_S = 5.0
 
 def answer(request: GenerationRequest) -> Iterable[Delta]:
     """Token by token, with a reward of 0.5 each."""
-    given = request.given or []
+    given = request.forced_token_ids or []
     for i, token_id in enumerate(given):
         told = TokenComponents(token_id, -0.25, [-1.0] * len(request.prompts), [0.5], 0.5)
         reason = FinishReason.LENGTH if i == len(given) - 1 else None
@@ -82,7 +82,7 @@ async def test_every_item_is_a_request_and_the_answers_keep_their_order(stack: S
     for request in (ids, text):
         assert request.knobs == Knobs(scale=0.0, weights={"small-chat": 2.0}, truncate_top_p=0.9)
         assert (request.components, request.speculative) == (3, None)
-    assert (ids.given, text.given) == ([65, 0], [65, 66, 67])
+    assert (ids.forced_token_ids, text.forced_token_ids) == ([65, 0], [65, 66, 67])
     prompt_tokens = len(ids.prompts["small-chat"]) + len(text.prompts["small-chat"])
     assert answered["usage"] == {
         "prompt_tokens": prompt_tokens,
@@ -163,7 +163,7 @@ async def test_what_a_coordinator_refuses_is_named_by_its_item(stack: Stack) -> 
     refusal = to_failure(ContextLengthError("completion: has 2 tokens, and there is room for 1", param="completion"))
 
     def refusing(request: GenerationRequest) -> Iterable[Delta]:
-        if request.given == [65, 66]:
+        if request.forced_token_ids == [65, 66]:
             return [Delta(text="", token_ids=[], finish_reason=FinishReason.ERROR, failure=refusal)]
         return answer(request)
 

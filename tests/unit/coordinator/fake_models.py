@@ -52,11 +52,11 @@ class ToyBackend:
 
     endpoints: Mapping[str, Endpoint]
     connected: Mapping[str, Endpoint] = field(default_factory=dict)
-    held: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # replica → sequence → tokens
+    sequences: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # replica → sequence → tokens
     cached: dict[Root, set[tuple[int, ...]]] = field(default_factory=dict)  # → beginnings
     salts: dict[str, str | None] = field(default_factory=dict)  # by sequence
     adapters: dict[str, str | None] = field(default_factory=dict)  # by sequence
-    num_computed: int = 0  # tokens, all models together
+    num_computed_tokens: int = 0  # tokens, all models together
     max_computed: int = 0  # the most that one replica computed in one step
     dead: set[str] = field(default_factory=set)
     full: set[str] = field(default_factory=set)  # engines that have no room for anything more
@@ -81,14 +81,14 @@ class ToyBackend:
     def _answer(self, replica_id: str, batch: StepBatch) -> StepResult:
         if replica_id in self.dead or replica_id not in self.connected:
             return StepResult(failure="dead")
-        held = self.held.setdefault(replica_id, {})
+        held = self.sequences.setdefault(replica_id, {})
         for sequence_id in batch.freed:
             held.pop(sequence_id, None)
         if replica_id in self.full:
-            return StepResult(outputs=[StepOutput(step.sequence_id, held=0) for step in batch.steps])
-        before = self.num_computed
+            return StepResult(outputs=[StepOutput(step.sequence_id, num_computed_tokens=0) for step in batch.steps])
+        before = self.num_computed_tokens
         outputs = [self._step(replica_id, held, step) for step in batch.steps]
-        self.max_computed = max(self.max_computed, self.num_computed - before)
+        self.max_computed = max(self.max_computed, self.num_computed_tokens - before)
         capacity = self.endpoints[replica_id].info.kv_capacity_tokens
         block = self.endpoints[replica_id].info.kv_block_size
         used = sum(-(-len(tokens) // block) * block for tokens in held.values())
@@ -99,7 +99,7 @@ class ToyBackend:
         info = self.endpoints[replica_id].info
         tokens, new = held.get(step.sequence_id, []), step.token_ids
         if len(tokens) < step.position:
-            return StepOutput(step.sequence_id, held=len(tokens))
+            return StepOutput(step.sequence_id, num_computed_tokens=len(tokens))
         assert step.position + len(new) <= info.max_model_len
         assert (step.salt, step.adapter) == (None, None) or step.position == 0
         if step.position == 0:
@@ -108,13 +108,13 @@ class ToyBackend:
         adapter = self.adapters[step.sequence_id]
         found = self._find(replica_id, step, info.kv_block_size)
         computed = new[found:] if step.max_computed is None else new[found : found + step.max_computed]
-        self.num_computed += len(computed)
+        self.num_computed_tokens += len(computed)
         tokens = held[step.sequence_id] = tokens[: step.position] + new[: found + len(computed)]
         if salt := self.salts[step.sequence_id]:
             ends = range(info.kv_block_size, len(tokens) + 1, info.kv_block_size)
             self.cached.setdefault((replica_id, salt, adapter), set()).update(tuple(tokens[:end]) for end in ends)
         if found + len(computed) < len(new):
-            return StepOutput(step.sequence_id, held=len(tokens))
+            return StepOutput(step.sequence_id, num_computed_tokens=len(tokens))
         ends = range(len(tokens) - step.num_logits + 1, len(tokens) + 1)
         rows = [toy_logits(info.model, tokens[:end], adapter) for end in ends]
         guesses = self._guess(info, held, step, rows) if step.draft is not None else []
@@ -142,7 +142,7 @@ class ToyBackend:
             if len(guesses) == draft.num_tokens or not has_room or not is_sure:
                 return guesses
             tokens.append(token_id)
-            self.num_computed += 1
+            self.num_computed_tokens += 1
             rows.append(toy_logits(info.model, tokens, self.adapters[step.sequence_id]))
 
     def _find(self, replica_id: str, step: SequenceStep, block_size: int) -> int:

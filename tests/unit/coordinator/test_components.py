@@ -1,4 +1,4 @@
-"""Given tokens are scored, and components are what the models say one by one, in the obvious way."""
+"""Forced tokens are scored, and components are what the models say one by one, in the obvious way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from test_decode_loop import Harness, LetterVocabulary, naive, prompts_for, requ
 
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.scheduler import GIVEN_ROWS
+from eft_serve.coordinator.scheduler import FORCED_ROWS
 from eft_serve.ensemble import Reward, Term
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.truncate import truncate_weights
@@ -24,8 +24,8 @@ from eft_serve.types import (
     Failure,
     FinishReason,
     GenerationRequest,
-    GuessReport,
     SamplingParams,
+    SpecDecodeStats,
     Speculative,
     TokenComponents,
 )
@@ -57,7 +57,7 @@ def scored(
         prompts=prompts,
         sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
         speculative=speculative,
-        given=tokens,
+        forced_token_ids=tokens,
         components=components,
     )
     running = [term for term in terms if term.counts or not only_counting]
@@ -91,7 +91,7 @@ def combined_row(logits: list[torch.Tensor], req: Request) -> torch.Tensor:
 
     if req.truncate_top_p < 1 and any(term.ratio for term in req.terms):
         top_p = torch.tensor([req.truncate_top_p])
-        return truncate_weights(logits, column("standing"), column("ratio"), top_p)[0]
+        return truncate_weights(logits, column("unscaled"), column("ratio"), top_p)[0]
     return combine(logits, column("coefficient"))[0]
 
 
@@ -114,10 +114,10 @@ def flat(found: list[TokenComponents]) -> list[float]:
     st.sampled_from([0, 1, 5]),
     st.sampled_from([3, 40, 1024]),
 )
-def test_components_are_what_each_model_says(seed: int, kind: str, is_given: bool, num_top: int, budget: int) -> None:
+def test_components_are_what_each_model_says(seed: int, kind: str, is_forced: bool, num_top: int, budget: int) -> None:
     rng = random.Random(seed)
     harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=budget))
-    tokens = some_tokens(rng, 70) if is_given else None
+    tokens = some_tokens(rng, 70) if is_forced else None
     speculative = rng.choice([None, Speculative(num_tokens=4)])
     sampling: dict[str, Any] = {"temperature": rng.choice([0.0, 1.5]), "top_p": rng.choice([0.3, 1.0]), "seed": seed}
     req = scored(kind, prompts_for(rng), num_top, tokens, speculative, **sampling)
@@ -167,28 +167,30 @@ def test_a_model_that_counts_for_nothing_ends_no_text() -> None:
     assert len(harness.tokens("r")) == len(naive(req)) > 1
 
 
-def test_given_tokens_are_taken_whatever_they_are_and_end_with_length() -> None:
+def test_forced_tokens_are_taken_whatever_they_are_and_end_with_length() -> None:
     harness = Harness(ToyBackend(three_models()))
     tokens = [1, EOS, 2, 3]
     stop = LetterVocabulary().decode([2])
-    harness.submit(request("r", prompts_for(random.Random(1)), given=tokens, max_tokens=1, stop=(stop,)))
+    harness.submit(request("r", prompts_for(random.Random(1)), forced_token_ids=tokens, max_tokens=1, stop=(stop,)))
     harness.drive()
     assert harness.tokens("r") == tokens
     assert "".join(d.text for d in harness.deltas["r"]) == LetterVocabulary().decode(tokens)
     assert harness.last("r").finish_reason == FinishReason.LENGTH
 
 
-def test_given_tokens_take_a_pass_for_so_many() -> None:
+def test_forced_tokens_take_a_pass_for_so_many() -> None:
     harness = Harness(ToyBackend(three_models()))
-    tokens = some_tokens(random.Random(3), 1) + [5] * (3 * GIVEN_ROWS)
+    tokens = some_tokens(random.Random(3), 1) + [5] * (3 * FORCED_ROWS)
     steps = len(harness.backend.batches)
-    harness.submit(request("r", {model: [1, 2, 3] for model in ("base", "reference", "tuned")}, given=tokens))
+    harness.submit(
+        request("r", {model: [1, 2, 3] for model in ("base", "reference", "tuned")}, forced_token_ids=tokens)
+    )
     harness.drive()
     assert harness.tokens("r") == tokens
     assert len(harness.backend.batches) - steps == 1 + 3 + 1, (
         "the prompt, three chunks, and the engines hear of the end"
     )
-    assert harness.last("r").report == GuessReport(), "what is given was not guessed"
+    assert harness.last("r").report == SpecDecodeStats(), "what is given was not guessed"
 
 
 def test_scoring_holds_up_nobody_who_decodes() -> None:
@@ -197,14 +199,14 @@ def test_scoring_holds_up_nobody_who_decodes() -> None:
     prompts = {model: [1, 2] for model in ("base", "reference", "tuned")}
     scored_before, after = range(3), range(3, 6)
     for i in scored_before:
-        harness.submit(request(f"scored {i}", prompts, given=[i] * 60))
+        harness.submit(request(f"scored {i}", prompts, forced_token_ids=[i] * 60))
     decoding = request("decoding", prompts, max_tokens=30, ignore_eos=True)
     harness.submit(decoding)
     while "decoding" not in harness.deltas:
         harness.loop.receive()
         harness.loop.step()
     for i in after:
-        harness.submit(request(f"scored {i}", prompts, given=[i] * 60))
+        harness.submit(request(f"scored {i}", prompts, forced_token_ids=[i] * 60))
     for _ in range(25):
         harness.loop.receive()
         before = len(decoding.output_token_ids)
@@ -216,7 +218,7 @@ def test_scoring_holds_up_nobody_who_decodes() -> None:
 
 
 def failure_of(harness: Harness, given: list[int]) -> Failure:
-    harness.submit(request("r", {"base": [1] * 40}, {"base": 1.0}, given=given))
+    harness.submit(request("r", {"base": [1] * 40}, {"base": 1.0}, forced_token_ids=given))
     harness.drive()
     failure = harness.last("r").failure
     assert failure is not None

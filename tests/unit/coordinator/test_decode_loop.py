@@ -111,7 +111,7 @@ def request(
         sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
         tenant=tenant,
         speculative=speculative,
-        given=given,
+        forced_token_ids=given,
         components=components,
     )
     adapted = adapted or {}
@@ -130,8 +130,8 @@ def request(
 
 def naive(req: Request) -> list[int]:
     """One token at a time, no cache, in the obvious way; what is given stands, whatever it is."""
-    if req.generation.given is not None:
-        return req.generation.given
+    if req.generation.forced_token_ids is not None:
+        return req.generation.forced_token_ids
     output: list[int] = []
     sampling = req.generation.sampling
     while len(output) < sampling.max_tokens and not (output and output[-1] == EOS and not sampling.ignore_eos):
@@ -168,7 +168,7 @@ def many(rng: random.Random, count: int) -> list[Request]:
             rng.choice(recipes),
             tenant=rng.choice("xy"),
             speculative=speculative(rng),
-            given=some_tokens(rng, 20) if rng.random() < 0.3 else None,
+            forced_token_ids=some_tokens(rng, 20) if rng.random() < 0.3 else None,
             components=rng.choice([None, 0, 2]),
             max_tokens=rng.randint(1, 20),
             temperature=rng.choice([0.0, 0.7, 1.0]),
@@ -215,7 +215,7 @@ def test_tokens_are_as_if_alone(seed: int, count: int, budget: int, kv_tokens: i
         assert harness.last(req.request_id).finish_reason in {FinishReason.STOP, FinishReason.LENGTH}
         described = [c.token_id for d in harness.deltas[req.request_id] for c in d.components or ()]
         assert described == (naive(req) if req.generation.components is not None else [])
-    assert not any(harness.backend.held.values()), "every sequence was freed"
+    assert not any(harness.backend.sequences.values()), "every sequence was freed"
     assert harness.backend.max_computed <= budget
 
 
@@ -290,12 +290,12 @@ def test_an_adapter_and_its_model_share_a_replica(
     harness.drive()
     for req in requests:
         assert harness.tokens(req.request_id) == naive(req)
-    assert not any(harness.backend.held.values()), "every sequence was freed"
+    assert not any(harness.backend.sequences.values()), "every sequence was freed"
     assert harness.backend.max_computed <= budget
 
 
 @pytest.mark.parametrize(("draft", "drafter"), [("auto", "tuned"), ("tuned", "tuned"), ("reference", "reference")])
-def test_an_adapter_and_its_model_guess_each_under_its_own_name(draft: str, drafter: str) -> None:
+def test_an_adapter_and_its_model_draft_each_under_its_own_name(draft: str, drafter: str) -> None:
     prompts = {model: [1] for model in EFT}
     req = request("r", prompts, adapted={"tuned": "reference"}, speculative=Speculative(draft=draft))
     assert req.speculation.drafter == drafter
@@ -311,12 +311,12 @@ def test_lost_caches_dead_replicas_and_migration_change_no_token(seed: int) -> N
         dice = rng.random()
         replica_id = rng.choice(sorted(endpoints))
         if dice < 0.2:  # an engine restarts, or evicts
-            held = backend.held.get(replica_id, {})
+            held = backend.sequences.get(replica_id, {})
             for sequence_id in list(held):
                 held[sequence_id] = held[sequence_id][: rng.randint(0, len(held[sequence_id]))]
         elif dice < 0.3:
             backend.dead = {replica_id}
-            backend.held.pop(replica_id, None)
+            backend.sequences.pop(replica_id, None)
         elif dice < 0.6:
             backend.dead = set()
 
@@ -343,7 +343,7 @@ def test_an_engine_that_holds_less_is_sent_the_rest_at_once(kept: int) -> None:
     for _ in range(6):
         harness.loop.receive()
         harness.loop.step()
-    held = harness.backend.held["tuned-0"]
+    held = harness.backend.sequences["tuned-0"]
     held["r/tuned"] = held["r/tuned"][:kept]
     harness.drive(max_steps=12)
     assert harness.tokens("r") == naive(req)
@@ -368,7 +368,7 @@ def test_requests_join_while_others_run_and_a_long_prompt_does_not_stop_them() -
     assert harness.backend.max_computed <= 8
 
 
-def test_text_is_spelt_while_the_next_step_is_computed_and_a_first_token_at_once() -> None:
+def test_text_is_detokenized_while_the_next_step_is_computed_and_a_first_token_at_once() -> None:
     emitted_at_fan_out: list[int] = []
 
     def note(backend: ToyBackend) -> None:
@@ -406,11 +406,11 @@ LONG = {model: [i * step % 59 for i in range(60)] for step, model in enumerate(E
 
 def run_counted(harness: Harness, req: Request) -> tuple[int, int]:
     """Steps until its end, and the tokens that they computed."""
-    steps, computed = len(harness.backend.batches), harness.backend.num_computed
+    steps, computed = len(harness.backend.batches), harness.backend.num_computed_tokens
     harness.submit(req)
     harness.drive()
     assert harness.tokens(req.request_id) == naive(req)
-    return len(harness.backend.batches) - steps, harness.backend.num_computed - computed
+    return len(harness.backend.batches) - steps, harness.backend.num_computed_tokens - computed
 
 
 def test_a_prefill_takes_small_chunks_beside_decodes_and_large_ones_alone() -> None:
@@ -454,13 +454,13 @@ def test_an_evicted_sequence_finds_its_blocks_again_with_what_it_generated() -> 
     for _ in range(13):
         harness.loop.receive()
         harness.loop.step()
-    computed = harness.backend.num_computed
+    computed = harness.backend.num_computed_tokens
     assert len(req.output_token_ids) == 13
-    del harness.backend.held["tuned-0"]["r/tuned"]
+    del harness.backend.sequences["tuned-0"]["r/tuned"]
     harness.drive()
     assert harness.tokens("r") == naive(req)
     # Seven tokens are left. One round is lost: two models compute their token again, the third its last block of four.
-    assert harness.backend.num_computed - computed <= 3 * 7 + 2 + 3
+    assert harness.backend.num_computed_tokens - computed <= 3 * 7 + 2 + 3
 
 
 def test_only_models_with_a_coefficient_run() -> None:
@@ -478,12 +478,12 @@ def test_an_aborted_request_is_freed_everywhere_and_says_nothing_more() -> None:
         harness.loop.receive()
         harness.loop.step()
     emitted = len(harness.deltas["gone"])
-    assert all(harness.backend.held.values())
+    assert all(harness.backend.sequences.values())
     harness.loop.abort("gone")
     harness.loop.abort("never heard of")
     harness.drive()
     assert len(harness.deltas["gone"]) == emitted
-    assert not any(harness.backend.held.values())
+    assert not any(harness.backend.sequences.values())
 
 
 def test_stop_string_length_and_context_end() -> None:
@@ -635,14 +635,14 @@ def test_what_is_drawn_does_not_wait_for_a_probe() -> None:
     harness.loop.step()
     harness.loop.step()
     assert len(harness.tokens("r")) == 1
-    harness.loop.replicas.replicas["tuned-0"].proven = False
+    harness.loop.replicas.replicas["tuned-0"].healthy = False
     emitted: list[int] = []
     harness.backend.disturb = lambda backend: emitted.append(len(harness.tokens("r")))
     harness.loop.step()
     assert emitted[0] == 2, "before the probe's answer was waited for"
 
 
-def test_a_text_that_cannot_be_spelt_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_that_cannot_be_detokenized_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
     harness = Harness(ToyBackend(three_models()))
     for name in ("bad", "good"):
         harness.submit(request(name, prompts_for(random.Random(1)), max_tokens=6, ignore_eos=True))
@@ -659,7 +659,7 @@ def test_a_text_that_cannot_be_spelt_ends_its_own_request_only(caplog: pytest.Lo
     assert failure is not None
     assert "no such token" in failure.message
     assert len(harness.tokens("good")) == 6
-    assert "cannot be spelt" in caplog.text
+    assert "cannot be decoded" in caplog.text
 
 
 def test_an_engine_that_never_has_room_ends_in_an_error() -> None:
@@ -682,12 +682,12 @@ def test_what_a_failed_replica_was_not_told_is_told_when_it_answers_again() -> N
     harness.loop.receive()
     harness.backend.dead = {"tuned-0"}
     harness.loop.step()
-    assert harness.backend.held["tuned-0"]
+    assert harness.backend.sequences["tuned-0"]
     harness.backend.dead = set()
     harness.retry_now()
     harness.drive()
     harness.loop.step()
-    assert not any(harness.backend.held.values())
+    assert not any(harness.backend.sequences.values())
 
 
 def test_a_request_whose_reader_has_gone_without_a_word_ends_at_its_deadline() -> None:
@@ -706,7 +706,7 @@ def test_a_request_whose_reader_has_gone_without_a_word_ends_at_its_deadline() -
     assert failure.kind == "DeadlineError"
     assert 0 < len(harness.tokens("r")) < 100
     harness.loop.step()
-    assert not any(harness.backend.held.values())
+    assert not any(harness.backend.sequences.values())
 
 
 def test_a_replica_counts_only_after_it_answered_a_step() -> None:

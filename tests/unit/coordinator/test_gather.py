@@ -7,7 +7,7 @@ import torch
 
 from eft_serve.coordinator.gather import Gathered, gather
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.scheduler import Entry, Plan
+from eft_serve.coordinator.scheduler import ScheduledStep, SchedulerOutput
 from eft_serve.ensemble import Term
 from eft_serve.types import (
     Draft,
@@ -28,31 +28,32 @@ def request_() -> Request:
     return Request.create(generation, [Term("base", "base", 1.0)], now=0.0)
 
 
-def answer(request: Request, position: int, held: int) -> Gathered:
-    """The outcome of a step to token 30, answered with `held` at time 7."""
+def answer(request: Request, position: int, num_computed_tokens: int) -> Gathered:
+    """The outcome of a step to token 30, answered with so many tokens at time 7."""
     sequence = request.sequences[0]
     step = SequenceStep(sequence.sequence_id, position, PROMPT[position:30], num_logits=0)
-    plan = Plan(entries={"base-0": [Entry(request, sequence, step)]})
-    return gather(plan, {"base-0": StepResult(outputs=[StepOutput(sequence.sequence_id, held=held)])}, now=7.0)
+    scheduled = SchedulerOutput(entries={"base-0": [ScheduledStep(request, sequence, step)]})
+    output = StepOutput(sequence.sequence_id, num_computed_tokens=num_computed_tokens)
+    return gather(scheduled, {"base-0": StepResult(outputs=[output])}, now=7.0)
 
 
 def test_an_engine_that_got_part_of_the_way_made_progress(request_: Request) -> None:
-    gathered = answer(request_, position=0, held=16)
-    assert request_.sequences[0].num_computed == 16
+    gathered = answer(request_, position=0, num_computed_tokens=16)
+    assert request_.sequences[0].num_computed_tokens == 16
     assert request_.last_progress == 7.0
-    assert (gathered.num_held, gathered.errors) == (0, {})
+    assert (gathered.num_cache_misses, gathered.errors) == (0, {})
 
 
 @pytest.mark.parametrize("held", [20, 16, 0])
 def test_an_engine_that_got_nowhere_did_not(request_: Request, held: int) -> None:
-    gathered = answer(request_, position=20, held=held)
-    assert request_.sequences[0].num_computed == held
+    gathered = answer(request_, position=20, num_computed_tokens=held)
+    assert request_.sequences[0].num_computed_tokens == held
     assert request_.last_progress == 0.0
-    assert gathered.num_held == 1
+    assert gathered.num_cache_misses == 1
 
 
 def test_an_engine_that_claims_to_hold_what_was_never_sent_is_not_believed(request_: Request) -> None:
-    gathered = answer(request_, position=0, held=30)
+    gathered = answer(request_, position=0, num_computed_tokens=30)
     assert "30 tokens" in str(gathered.errors[request_])
 
 
@@ -62,14 +63,14 @@ def drafted(request: Request, token_ids: list[int], confidences: list[float], as
     step = SequenceStep(sequence.sequence_id, 0, PROMPT, num_logits=1, draft=draft)
     logits = torch.zeros(len(token_ids), 100)
     output = StepOutput(sequence.sequence_id, logits=logits, drafted=token_ids, confidences=confidences)
-    plan = Plan(entries={"base-0": [Entry(request, sequence, step)]}, final=[request])
-    gather(plan, {"base-0": StepResult(outputs=[output])}, now=7.0)
+    scheduled = SchedulerOutput(entries={"base-0": [ScheduledStep(request, sequence, step)]}, to_sample=[request])
+    gather(scheduled, {"base-0": StepResult(outputs=[output])}, now=7.0)
 
 
 @pytest.mark.parametrize(
     ("taken", "confidence"), [([], 0.125), ([5], 0.25), ([5, 6], 0.5), ([5, 9], 1.0), ([9], 1.0), ([5, 6, 7], 1.0)]
 )
-def test_the_drafter_is_told_how_likely_the_guesses_before_its_own_are(
+def test_the_drafter_is_told_how_likely_the_draft_tokens_before_its_own_are(
     request_: Request, taken: list[int], confidence: float
 ) -> None:
     drafted(request_, [5, 6, 7], [0.5, 0.5, 0.5], asked=4)

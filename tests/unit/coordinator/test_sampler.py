@@ -96,7 +96,7 @@ def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_
     ban, other = Ban(), ready(5)
     request = ready(4, num_rows=3)
     request.output_token_ids = [10, 11]
-    request.guesses = [12, 13, 14]
+    request.draft_token_ids = [12, 13, 14]
     rows = replace(request.rows(), processors=[ban])
     batch = RowBatch([other.rows(), rows])
     combined, _ = CpuBackend().combine(batch)

@@ -154,8 +154,8 @@ def test_any_schedule_gives_the_merged_models_logits(
         for step, output in zip(steps, made.engine.forward(steps), strict=True):
             sequence, end = int(step.sequence_id), step.position + len(step.token_ids)
             assert output.error is None
-            believed[sequence] = end if output.held is None else output.held
-            if output.held is None:
+            believed[sequence] = end if output.num_computed_tokens is None else output.num_computed_tokens
+            if output.num_computed_tokens is None:
                 assert output.logits is not None
                 wanted = made.logits[sequence][end - 1]
                 torch.testing.assert_close(output.logits[0], wanted, atol=TOLERANCE, rtol=1e-5)
@@ -185,7 +185,7 @@ def test_greedy_beside_the_others_equals_generate(architecture: str, adapted: Ca
 
 
 @pytest.mark.parametrize("architecture", ["llama", "falcon-new"])
-def test_an_adapters_guesses_are_its_own(architecture: str, adapted: Callable[[str], Adapted]) -> None:
+def test_an_adapters_draft_tokens_are_its_own(architecture: str, adapted: Callable[[str], Adapted]) -> None:
     made, prompt = adapted(architecture), tokens_of(0)[:7]
     draft = Draft(num_tokens=6, position=0, num_ids=VOCAB_SIZE, sampling=SamplingParams(temperature=0.0))
     steps = [SequenceStep(f"guess-{name}", 0, prompt, 1, draft=draft, adapter=name) for name in made.models]
@@ -271,7 +271,7 @@ def test_a_way_that_computes_an_adapter_wrongly_is_not_taken(
     made = adapted("llama")
     directory = write_random_lora(tmp_path / "a", made.checkpoint, ATTENTION, strength=strength)
     compact_only = lambda self: ["compact+paged"]  # noqa: E731
-    monkeypatch.setattr("eft_serve.engine.model_runner.ModelRunner.ways", compact_only)
+    monkeypatch.setattr("eft_serve.engine.model_runner.ModelRunner.backends", compact_only)
     if mistake == "ignored":
         monkeypatch.setattr(engine_adapters.Adapters, "add", lambda self, updates, states, out: out)
     elif mistake == "no numbers":

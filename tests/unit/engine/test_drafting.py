@@ -1,4 +1,4 @@
-"""An engine's guesses are what stepping it token by token would draw, and cost the others nothing."""
+"""An engine's drafts are what stepping it token by token would draw, and cost the others nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stepwise(engine: Engine, name: str, prompt: list[int], d: Draft) -> tuple[li
 
 @pytest.mark.parametrize("architecture", ["llama", "olmo2", "falcon-new"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_guesses_and_their_rows_are_those_of_single_steps(load: Load, architecture: str, temperature: float) -> None:
+def test_drafts_and_their_rows_are_those_of_single_steps(load: Load, architecture: str, temperature: float) -> None:
     engine = load(architecture)
     drafts = {"a": draft(5, temperature=temperature), "b": draft(1, seed=9), "c": draft(9, position=4, top_p=0.8)}
     outputs = engine.forward([SequenceStep(n, 0, PROMPTS[n], 1, draft=d) for n, d in drafts.items()])
@@ -58,7 +58,7 @@ def test_guesses_and_their_rows_are_those_of_single_steps(load: Load, architectu
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_guessing_ends_once_the_guesses_are_unlikely_to_stand_all(load: Load, temperature: float) -> None:
+def test_drafting_ends_once_the_draft_tokens_are_unlikely_to_stand_all(load: Load, temperature: float) -> None:
     engine = load("llama")
     whole = draft(8, temperature=temperature)
     tokens, rows = stepwise(engine, "again", PROMPTS["a"], whole)
@@ -77,12 +77,12 @@ def test_guessing_ends_once_the_guesses_are_unlikely_to_stand_all(load: Load, te
     engine.free(["s"])
 
 
-def test_all_guesses_but_the_last_are_held_and_the_next_step_goes_on_from_there(load: Load) -> None:
+def test_all_draft_tokens_but_the_last_are_computed_and_the_next_step_goes_on_from_there(load: Load) -> None:
     engine = load("llama")
     (output,) = engine.forward([SequenceStep("s", 0, PROMPTS["a"], 1, draft=draft(4))])
     held = len(PROMPTS["a"]) + 3
     (beyond,) = engine.forward([SequenceStep("s", held + 1, [1], 1)])
-    assert beyond.held == held
+    assert beyond.num_computed_tokens == held
     (after,) = engine.forward([SequenceStep("s", held, list(output.drafted[-1:]), 1)])
     (anew,) = engine.forward([SequenceStep("t", 0, PROMPTS["a"] + list(output.drafted), 1)])
     assert after.logits is not None
@@ -91,7 +91,7 @@ def test_all_guesses_but_the_last_are_held_and_the_next_step_goes_on_from_there(
     engine.free(["s", "t"])
 
 
-def test_guesses_stop_at_the_context_and_evict_nobody(load: Load) -> None:
+def test_draft_tokens_stop_at_the_context_and_evict_nobody(load: Load) -> None:
     engine = load("llama", kv_cache_tokens=96)
     (full,) = engine.forward([SequenceStep("long", 0, [1] * (CONTEXT - 3), 1, draft=draft(8))])
     assert len(full.drafted) == 4  # of which three are held
@@ -104,7 +104,7 @@ def test_guesses_stop_at_the_context_and_evict_nobody(load: Load) -> None:
     engine.free(["s", "other"])
 
 
-def test_guesses_stay_within_the_ids_that_all_models_have(load: Load) -> None:
+def test_draft_tokens_stay_within_the_ids_that_all_models_have(load: Load) -> None:
     engine = load("llama")
     (output,) = engine.forward([SequenceStep("s", 0, PROMPTS["a"], 1, draft=draft(8, num_ids=5))])
     assert max(output.drafted) < 5

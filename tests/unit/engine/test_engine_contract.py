@@ -48,7 +48,7 @@ def test_bad_steps_are_answered_and_good_ones_beside_them_served(load: Load) -> 
     good, *errors, unknown = engine.forward(steps)
     assert good.logits is not None
     assert good.logits.shape == (1, VOCAB_SIZE)
-    assert unknown.held == 0
+    assert unknown.num_computed_tokens == 0
     fields = ["token_ids", "token_ids", "num_logits", "position", "max_model_len"]
     for output, field in zip(errors, fields, strict=True):
         assert output.logits is None
@@ -82,7 +82,7 @@ def test_free_is_idempotent_and_forgets(load: Load) -> None:
     engine = load("llama")
     engine.forward([SequenceStep("gone", 0, PROMPT, 0)])
     engine.free(["gone", "gone", "never"])
-    assert engine.forward([SequenceStep("gone", 20, [1], 1)])[0].held == 0
+    assert engine.forward([SequenceStep("gone", 20, [1], 1)])[0].num_computed_tokens == 0
 
 
 def test_a_lease_runs_out_unless_stepped(load: Load, clock: Clock) -> None:
@@ -94,16 +94,16 @@ def test_a_lease_runs_out_unless_stepped(load: Load, clock: Clock) -> None:
     engine.expire()
     kept, left = engine.forward([SequenceStep("kept", 21, [1], 1), SequenceStep("left", 20, [1], 1)])
     assert kept.logits is not None
-    assert left.held == 0
+    assert left.num_computed_tokens == 0
 
 
-def test_eviction_shows_as_held_and_is_counted(load: Load) -> None:
+def test_eviction_shows_as_fewer_computed_tokens_and_is_counted(load: Load) -> None:
     engine = load("mistral", kv_cache_tokens=48)
     engine.forward([SequenceStep("first", 0, PROMPT, 0)])
     engine.forward([SequenceStep("second", 0, PROMPT, 0)])
-    assert engine.forward([SequenceStep("first", 20, [1], 1)])[0].held == 0
+    assert engine.forward([SequenceStep("first", 20, [1], 1)])[0].num_computed_tokens == 0
     assert engine.registry.get_sample_value("eft_engine_evictions_total", {"model": "mistral"}) == 1
-    assert engine.registry.get_sample_value("eft_engine_held_answers_total", {"model": "mistral"}) == 1
+    assert engine.registry.get_sample_value("eft_engine_cache_misses_total", {"model": "mistral"}) == 1
 
 
 def test_metrics_are_named_and_labelled(load: Load) -> None:
@@ -140,13 +140,15 @@ def test_infinities_are_an_error_and_reach_no_other_sequence(tmp_path: Path) -> 
     tensors["model.embed_tokens.weight"][5] = torch.inf
     save_file(tensors, weights, metadata={"format": "pt"})
     engine = Engine.load("broken", ModelConfig(path=str(tmp_path), kv_cache_tokens=64))
-    sick, well = engine.forward([SequenceStep("sick", 0, [1, 5], 1), SequenceStep("well", 0, [1, 2, 3], 3)])
-    assert sick.error is not None
-    assert "infinities or NaN" in sick.error
+    non_finite, well = engine.forward([SequenceStep("non_finite", 0, [1, 5], 1), SequenceStep("well", 0, [1, 2, 3], 3)])
+    assert non_finite.error is not None
+    assert "infinities or NaN" in non_finite.error
     assert well.logits is not None
-    engine.free(["sick", "well"])
-    sick, well = engine.forward([SequenceStep("well", 0, [1, 2, 3], 3), SequenceStep("sick", 0, [5], 1)])[::-1]
-    assert sick.error is not None
+    engine.free(["non_finite", "well"])
+    non_finite, well = engine.forward([SequenceStep("well", 0, [1, 2, 3], 3), SequenceStep("non_finite", 0, [5], 1)])[
+        ::-1
+    ]
+    assert non_finite.error is not None
     assert well.logits is not None
     engine.close()
 
@@ -156,8 +158,8 @@ def test_what_held_infinities_is_not_found_again(load: Load, monkeypatch: pytest
     forward = engine._group.forward
     with monkeypatch.context() as patch:  # a fault that passes, as of a memory cell
         patch.setattr(engine._group, "forward", lambda batch: forward(batch) * torch.nan)
-        assert engine.forward([SequenceStep("sick", 0, PROMPT, 1, "salt")])[0].error is not None
-    engine.forward([SequenceStep("again", 0, PROMPT, 1, "salt"), SequenceStep("sick", 20, PROMPT, 1)])
+        assert engine.forward([SequenceStep("non_finite", 0, PROMPT, 1, "salt")])[0].error is not None
+    engine.forward([SequenceStep("again", 0, PROMPT, 1, "salt"), SequenceStep("non_finite", 20, PROMPT, 1)])
     assert engine.registry.get_sample_value("eft_engine_prefix_hit_tokens_total", {"model": "opt"}) == 0
     assert engine.forward([SequenceStep("healed", 0, PROMPT * 2, 1, "salt")])[0].logits is not None
     assert engine.registry.get_sample_value("eft_engine_prefix_hit_tokens_total", {"model": "opt"}) == 16

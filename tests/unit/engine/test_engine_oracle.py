@@ -80,10 +80,10 @@ def assert_answers(
         assert output.sequence_id == step.sequence_id
         assert output.error is None
         sequence, end = int(step.sequence_id), step.position + len(step.token_ids)
-        if output.held is not None:
+        if output.num_computed_tokens is not None:
             assert output.logits is None
-            assert 0 <= output.held < end
-            believed[sequence] = output.held
+            assert 0 <= output.num_computed_tokens < end
+            believed[sequence] = output.num_computed_tokens
             continue
         assert output.logits is not None
         wanted = logits[sequence][end - step.num_logits : end]
@@ -109,7 +109,7 @@ def test_any_schedule_gives_the_stock_models_logits(
             steps.append(to_step(draw, believed))
             believed[draw.sequence] = steps[-1].position + len(steps[-1].token_ids)
         outputs = engine.forward(steps)
-        if outputs[0].held is not None and outputs[0].held >= steps[0].position:
+        if outputs[0].num_computed_tokens is not None and outputs[0].num_computed_tokens >= steps[0].position:
             assert steps[0].max_computed is not None, "the first step has room"
         assert_answers(steps, outputs, logits, believed)
         assert_consistent(engine._cache)

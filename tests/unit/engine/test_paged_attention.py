@@ -113,11 +113,11 @@ def test_a_rows_bits_depend_on_nothing_else(window: int) -> None:
     assert np.array_equal(rows.attend(window, 0.3, last=1), together[:, -1:])
 
 
-@pytest.mark.parametrize("sick", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_is_seen_in_its_own_row_only(sick: float) -> None:
+@pytest.mark.parametrize("non_finite", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_seen_in_its_own_row_only(non_finite: float) -> None:
     rows = Rows([40, 50], 1, 1, 1, (8, 8))
     healthy = rows.attend(1 << 40, 0.3)
-    rows.values[rows.tables[0, 1], 0, 3, 2] = sick
+    rows.values[rows.tables[0, 1], 0, 3, 2] = non_finite
     out = rows.attend(1 << 40, 0.3)
     assert not np.isfinite(out[0, 0, 0, 2])
     assert np.array_equal(out[1], healthy[1])
@@ -275,7 +275,7 @@ def test_another_future_after_a_rollback(mixed: tuple[Engine, PreTrainedModel]) 
     engine.free(["r"])
 
 
-def test_an_adopted_beginning(mixed: tuple[Engine, PreTrainedModel]) -> None:
+def test_a_matched_prefix(mixed: tuple[Engine, PreTrainedModel]) -> None:
     """One sequence, begun again with other tokens that are all found in the cache."""
     engine, model = mixed
     first, second = tokens_of(11), tokens_of(12)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from eft_serve.engine.block_pool import BLOCK_SIZE
 from eft_serve.engine.kv_cache import KVCache
-from eft_serve.engine.scheduler import Admitted, Limits, Scheduler, find_mistake, waves
+from eft_serve.engine.scheduler import Admitted, Limits, StepScheduler, find_mistake, waves
 from eft_serve.types import SequenceStep, StepOutput
 
 LIMITS = Limits(vocab_size=10, max_model_len=1000, max_num_batched_tokens=8)
@@ -24,7 +24,7 @@ def shared(name: str, count: int, max_computed: int | None = None) -> SequenceSt
 
 
 def admit(
-    scheduler: Scheduler, *steps: SequenceStep, now: float = 0.0
+    scheduler: StepScheduler, *steps: SequenceStep, now: float = 0.0
 ) -> tuple[list[Admitted], list[tuple[int, StepOutput]]]:
     """Admit one wave and count it as computed."""
     admitted, answered = scheduler.admit(list(enumerate(steps)), now)
@@ -44,8 +44,8 @@ def cache() -> KVCache:
 
 
 @pytest.fixture
-def scheduler(cache: KVCache) -> Scheduler:
-    return Scheduler(cache, LIMITS)
+def scheduler(cache: KVCache) -> StepScheduler:
+    return StepScheduler(cache, LIMITS)
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9))))
@@ -62,7 +62,7 @@ def test_waves_keep_every_step_and_each_sequences_order(drawn: list[tuple[str, i
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.floats(0, 1)), min_size=1, max_size=6))
 def test_packing_loses_no_token_and_no_logit(drawn: list[tuple[int, float]]) -> None:
-    scheduler = Scheduler(KVCache(100), LIMITS)
+    scheduler = StepScheduler(KVCache(100), LIMITS)
     steps = [step(str(i), 0, count, round(part * count)) for i, (count, part) in enumerate(drawn)]
     admitted, _ = scheduler.admit(list(enumerate(steps)), 0.0)
     forwards = scheduler.pack(admitted)
@@ -75,7 +75,7 @@ def test_packing_loses_no_token_and_no_logit(drawn: list[tuple[int, float]]) -> 
         assert all(len(c.row().block_ids) * BLOCK_SIZE >= c.stop for c in chunks)
 
 
-def test_the_least_recently_stepped_outsider_goes_first(scheduler: Scheduler, cache: KVCache) -> None:
+def test_the_least_recently_stepped_outsider_goes_first(scheduler: StepScheduler, cache: KVCache) -> None:
     admit(scheduler, step("old", 0, BLOCK_SIZE), now=1.0)
     admit(scheduler, step("new", 0, 2 * BLOCK_SIZE), now=2.0)
     admitted, answered = admit(scheduler, step("mine", 0, 2 * BLOCK_SIZE), now=3.0)
@@ -86,32 +86,32 @@ def test_the_least_recently_stepped_outsider_goes_first(scheduler: Scheduler, ca
     assert scheduler.take_num_evictions() == 0
 
 
-def test_an_evicted_sequence_finds_out_by_held_zero(scheduler: Scheduler) -> None:
+def test_an_evicted_sequence_finds_out_by_zero_computed_tokens(scheduler: StepScheduler) -> None:
     admit(scheduler, step("victim", 0, 3 * BLOCK_SIZE))
     admit(scheduler, step("mine", 0, 4 * BLOCK_SIZE))
     _, answered = admit(scheduler, step("victim", 3 * BLOCK_SIZE, 1))
-    assert answered == [(0, StepOutput("victim", held=0))]
+    assert answered == [(0, StepOutput("victim", num_computed_tokens=0))]
 
 
-def test_the_first_step_takes_blocks_from_later_steps_of_the_same_call(scheduler: Scheduler) -> None:
+def test_the_first_step_takes_blocks_from_later_steps_of_the_same_call(scheduler: StepScheduler) -> None:
     names = ["a", "b", "c", "d"]
     admit(scheduler, *(step(name, 0, BLOCK_SIZE) for name in names))
     admitted, answered = admit(scheduler, *(step(name, BLOCK_SIZE, 1) for name in names))
     assert served(admitted) == ["a", "b"], "the last ones gave way"
-    assert [(output.sequence_id, output.held) for _, output in answered] == [("c", 0), ("d", 0)]
+    assert [(output.sequence_id, output.num_computed_tokens) for _, output in answered] == [("c", 0), ("d", 0)]
 
 
 def test_a_step_that_finds_no_room_is_told_what_it_holds_and_evicts_nobody(
-    scheduler: Scheduler, cache: KVCache
+    scheduler: StepScheduler, cache: KVCache
 ) -> None:
     admit(scheduler, step("waiting", 0, 8))
     admitted, answered = admit(scheduler, step("first", 0, 3 * BLOCK_SIZE), step("waiting", 8, 3 * BLOCK_SIZE))
     assert served(admitted) == ["first"]
-    assert answered == [(1, StepOutput("waiting", held=8))]
+    assert answered == [(1, StepOutput("waiting", num_computed_tokens=8))]
     assert cache.get("first") is not None
 
 
-def test_rollback_gives_blocks_back(scheduler: Scheduler, cache: KVCache) -> None:
+def test_rollback_gives_blocks_back(scheduler: StepScheduler, cache: KVCache) -> None:
     admit(scheduler, step("a", 0, 4 * BLOCK_SIZE))
     admitted, _ = admit(scheduler, step("a", BLOCK_SIZE, 1), step("b", 0, 2 * BLOCK_SIZE))
     assert served(admitted) == ["a", "b"]
@@ -119,16 +119,16 @@ def test_rollback_gives_blocks_back(scheduler: Scheduler, cache: KVCache) -> Non
 
 
 def test_blocks_shared_with_a_sequence_that_stays_are_not_freed_by_eviction(
-    scheduler: Scheduler, cache: KVCache
+    scheduler: StepScheduler, cache: KVCache
 ) -> None:
     admit(scheduler, shared("outsider", 2 * BLOCK_SIZE))
     admitted, answered = admit(scheduler, shared("first", 2 * BLOCK_SIZE + 1), step("second", 0, 2 * BLOCK_SIZE))
     assert served(admitted) == ["first"]
-    assert answered == [(1, StepOutput("second", held=0))]
+    assert answered == [(1, StepOutput("second", num_computed_tokens=0))]
     assert cache.get("outsider") is not None, "evicting it would have freed nothing"
 
 
-def test_an_outsider_whose_eviction_frees_nothing_is_passed_over(scheduler: Scheduler, cache: KVCache) -> None:
+def test_an_outsider_whose_eviction_frees_nothing_is_passed_over(scheduler: StepScheduler, cache: KVCache) -> None:
     admit(scheduler, shared("sharer", BLOCK_SIZE))
     admit(scheduler, step("owner", 0, BLOCK_SIZE))
     admitted, _ = admit(scheduler, shared("first", BLOCK_SIZE + 1), step("second", 0, 2 * BLOCK_SIZE))
@@ -137,23 +137,23 @@ def test_an_outsider_whose_eviction_frees_nothing_is_passed_over(scheduler: Sche
     assert cache.get("owner") is None
 
 
-def test_a_step_is_admitted_from_what_is_found_to_its_limit(scheduler: Scheduler) -> None:
+def test_a_step_is_admitted_from_what_is_found_to_its_limit(scheduler: StepScheduler) -> None:
     admit(scheduler, shared("old", 2 * BLOCK_SIZE))
     (item,), _ = admit(scheduler, shared("new", 3 * BLOCK_SIZE, max_computed=3))
     assert (item.start, item.stop) == (2 * BLOCK_SIZE, 2 * BLOCK_SIZE + 3)
     assert len(item.sequence.block_ids) == 3
 
 
-def test_a_step_that_is_left_half_way_computes_no_logits(scheduler: Scheduler) -> None:
+def test_a_step_that_is_left_half_way_computes_no_logits(scheduler: StepScheduler) -> None:
     (item,), _ = scheduler.admit([(0, SequenceStep("s", 0, [1] * 9, 9, max_computed=4))], 0.0)
     assert [(c.token_ids, c.row().num_logits) for (c,) in scheduler.pack([item])] == [([1] * 4, 0)]
 
 
-def test_found_blocks_are_kept_while_there_is_no_room_for_the_rest(scheduler: Scheduler, cache: KVCache) -> None:
+def test_found_blocks_are_kept_while_there_is_no_room_for_the_rest(scheduler: StepScheduler, cache: KVCache) -> None:
     admit(scheduler, shared("old", BLOCK_SIZE))
     cache.free("old")
     _, answered = admit(scheduler, step("first", 0, 3 * BLOCK_SIZE), shared("second", 2 * BLOCK_SIZE))
-    assert answered == [(1, StepOutput("second", held=BLOCK_SIZE))]
+    assert answered == [(1, StepOutput("second", num_computed_tokens=BLOCK_SIZE))]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_step_that_can_never_be_served_names_the_field(bad: SequenceStep, fiel
     assert field in mistake
 
 
-def test_a_bad_step_changes_nothing(scheduler: Scheduler, cache: KVCache) -> None:
+def test_a_bad_step_changes_nothing(scheduler: StepScheduler, cache: KVCache) -> None:
     admit(scheduler, step("a", 0, 5))
     admit(scheduler, step("a", 2, 1, num_logits=7))
     sequence = cache.get("a")

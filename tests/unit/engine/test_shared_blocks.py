@@ -41,9 +41,9 @@ class MemoryGroup:
 
     slots: dict[tuple[int, int], tuple[str, int]] = field(default_factory=dict)  # (block, offset) → (whose, token)
     engine: Engine | None = None
-    followers: tuple[()] = ()
+    workers: tuple[()] = ()
     forwards_until_failure: int | None = None
-    num_computed: int = 0
+    num_computed_tokens: int = 0
     num_copies: int = 0
 
     def forward(self, batch: ForwardBatch) -> Tensor:
@@ -56,7 +56,7 @@ class MemoryGroup:
             if self.forwards_until_failure < 0:
                 self.slots |= dict.fromkeys(copied, ("nobody", -1))
                 raise EngineError("no memory")
-        self.num_computed += batch.num_tokens
+        self.num_computed_tokens += batch.num_tokens
         rows = [logits for row, owner in zip(batch.rows, owners, strict=True) for logits in self._read(row, owner)]
         return torch.stack(rows) if rows else torch.empty(0, 4)
 
@@ -144,20 +144,20 @@ class SharingMachine(RuleBasedStateMachine):
     def forward(self, call: list[Draw]) -> None:
         self.clock.now += 1
         steps = [self.to_step(draw) for draw in call]
-        computed = self.group.num_computed
+        computed = self.group.num_computed_tokens
         outputs = self.engine.forward(steps)
         for step, output in zip(steps, outputs, strict=True):
             self.check(step, output)
         assert outputs[0].logits is not None or steps[0].position > 0 or steps[0].max_computed is not None
         limits = [len(step.token_ids) if step.max_computed is None else step.max_computed for step in steps]
-        assert self.group.num_computed - computed <= sum(limits)
+        assert self.group.num_computed_tokens - computed <= sum(limits)
 
     def check(self, step: SequenceStep, output: StepOutput) -> None:
         end = step.position + len(step.token_ids)
         assert output.error is None
-        if output.held is not None:
-            assert output.held < end
-            self.believed[step.sequence_id] = output.held
+        if output.num_computed_tokens is not None:
+            assert output.num_computed_tokens < end
+            self.believed[step.sequence_id] = output.num_computed_tokens
             return
         tokens = self.tokens[step.sequence_id]
         assert output.logits is not None
@@ -228,9 +228,9 @@ def start(engine: Engine, name: str, token_ids: list[int], num_logits: int = 1, 
 
 def test_equal_salts_share_what_is_equal_and_compute_the_rest(engine: Engine, group: MemoryGroup) -> None:
     start(engine, "a", PROMPT)
-    assert group.num_computed == 40
+    assert group.num_computed_tokens == 40
     start(engine, "b", [*PROMPT[:35], 1, 1, 1])
-    assert group.num_computed == 40 + 6, "two blocks of 16 were found"
+    assert group.num_computed_tokens == 40 + 6, "two blocks of 16 were found"
     assert engine._cache.used_tokens == (3 + 1) * BLOCK_SIZE
     assert (counted(engine, "prefix_queried_tokens"), counted(engine, "prefix_hit_tokens")) == (78, 32)
 
@@ -242,7 +242,7 @@ def test_other_salts_and_none_share_nothing_not_even_what_was_freed(
     start(engine, first, PROMPT)
     engine.free([first])
     start(engine, second, PROMPT)
-    assert group.num_computed == 80
+    assert group.num_computed_tokens == 80
     assert counted(engine, "prefix_hit_tokens") == 0
 
 
@@ -253,7 +253,7 @@ def test_a_sequence_is_found_after_it_was_freed_with_what_it_generated(engine: E
     engine.free(["a"])
     assert engine._cache.used_tokens == 0
     start(engine, "b", [*PROMPT, *[1] * 8, 0])
-    assert group.num_computed == 48 + 1
+    assert group.num_computed_tokens == 48 + 1
 
 
 @pytest.mark.parametrize(("count", "num_logits", "computed"), [(32, 1, 1), (33, 1, 1), (33, 0, 1), (40, 9, 9)])
@@ -264,14 +264,14 @@ def test_what_logits_are_wanted_of_is_always_computed(
     output = start(engine, "b", PROMPT[:count], num_logits)
     assert output.logits is not None
     assert len(output.logits) == num_logits
-    assert group.num_computed == 40 + computed
+    assert group.num_computed_tokens == 40 + computed
 
 
 def test_a_limit_counts_what_is_computed_and_not_what_is_found(engine: Engine, group: MemoryGroup) -> None:
     start(engine, "a", PROMPT)
     long = [*PROMPT[:35], *[1] * 20]
-    assert start(engine, "b", long, 0, max_computed=5).held == 37
-    assert group.num_computed == 45
+    assert start(engine, "b", long, 0, max_computed=5).num_computed_tokens == 37
+    assert group.num_computed_tokens == 45
     (output,) = engine.forward([SequenceStep("b", 37, long[37:], 1, max_computed=18)])
     assert output.logits is not None
     assert torch.equal(output.logits[0], fingerprint(long))
@@ -279,7 +279,7 @@ def test_a_limit_counts_what_is_computed_and_not_what_is_found(engine: Engine, g
 
 def test_a_limited_step_reserves_no_more_than_it_computes_and_gives_no_logits(engine: Engine) -> None:
     output = start(engine, "a", PROMPT, 40, max_computed=16)
-    assert (output.held, output.logits) == (16, None)
+    assert (output.num_computed_tokens, output.logits) == (16, None)
     assert engine._cache.used_tokens == BLOCK_SIZE
 
 
@@ -288,7 +288,7 @@ def test_sending_a_first_step_again_is_harmless_and_cheap(engine: Engine, group:
     assert first.logits is not None
     assert again.logits is not None
     assert torch.equal(first.logits, again.logits)
-    assert group.num_computed == 40 + 8
+    assert group.num_computed_tokens == 40 + 8
 
 
 def test_a_rollback_into_a_shared_block_goes_on_in_a_copy(engine: Engine, group: MemoryGroup) -> None:
@@ -309,7 +309,7 @@ def test_without_room_for_a_copy_a_rollback_falls_back_to_the_blocks_beginning(
     start(engine, "b", PROMPT)
     start(engine, "f", [0] * 48)
     assert engine._cache.pool.num_free == 0
-    assert engine.forward([SequenceStep("b", 20, [1], 1), SequenceStep("f", 48, [1], 1)])[0].held == 16
+    assert engine.forward([SequenceStep("b", 20, [1], 1), SequenceStep("f", 48, [1], 1)])[0].num_computed_tokens == 16
     assert group.num_copies == 0
 
 
@@ -319,13 +319,13 @@ def test_a_whole_prompt_that_nobody_holds_any_more_is_taken_and_found_again(engi
         assert output.logits is not None
         assert torch.equal(output.logits[0], fingerprint(PROMPT[:32]))
         engine.free([name])
-    assert (group.num_computed, group.num_copies) == (32 + 1 + 1, 0)
+    assert (group.num_computed_tokens, group.num_copies) == (32 + 1 + 1, 0)
 
 
 def test_a_whole_prompt_that_others_hold_is_copied_and_stays_theirs(engine: Engine, group: MemoryGroup) -> None:
     start(engine, "a", PROMPT[:32])
     start(engine, "b", PROMPT[:32])
-    assert (group.num_computed, group.num_copies) == (32 + 1, 1)
+    assert (group.num_computed_tokens, group.num_copies) == (32 + 1, 1)
     assert engine._cache.used_tokens == 3 * BLOCK_SIZE
     for name in ("a", "b"):
         (output,) = engine.forward([SequenceStep(name, 32, [1], 1)])
@@ -339,7 +339,7 @@ def test_a_copy_that_failed_is_forgotten(engine: Engine, group: MemoryGroup) -> 
     with pytest.raises(EngineError):
         start(engine, "b", PROMPT[:32])
     group.forwards_until_failure = None
-    assert engine.forward([SequenceStep("b", 31, PROMPT[31:32], 1)])[0].held == 16
+    assert engine.forward([SequenceStep("b", 31, PROMPT[31:32], 1)])[0].num_computed_tokens == 16
     (output,) = engine.forward([SequenceStep("b", 16, PROMPT[16:32], 1)])
     assert output.logits is not None
     assert torch.equal(output.logits[0], fingerprint(PROMPT[:32]))
@@ -361,9 +361,9 @@ def test_a_rollback_into_a_block_of_ones_own_takes_it_out_of_the_cache(engine: E
     start(engine, "a", PROMPT)
     assert engine.forward([SequenceStep("a", 20, [1] * 12, 1)])[0].logits is not None
     start(engine, "b", PROMPT)
-    assert group.num_computed == 40 + 12 + 24, "only the first block is as it was"
+    assert group.num_computed_tokens == 40 + 12 + 24, "only the first block is as it was"
     start(engine, "c", [*PROMPT[:20], *[1] * 12, 0])
-    assert group.num_computed == 40 + 12 + 24 + 1, "the rewritten block is found by what it holds now"
+    assert group.num_computed_tokens == 40 + 12 + 24 + 1, "the rewritten block is found by what it holds now"
 
 
 def test_cached_blocks_make_way_for_the_living_and_evict_nobody(engine: Engine) -> None:

@@ -85,9 +85,9 @@ class TestLlama:
         before = leftovers()
         engine = Engine.load("llama", config_of(checkpoints("llama")))
         yield engine
-        follower = engine._group.followers[0].pid
+        worker = engine._group.workers[0].pid
         engine.close()
-        assert not is_running(follower)
+        assert not is_running(worker)
         assert leftovers() <= before
 
     def test_two_ranks_equal_one(self, engine: Engine, references: Callable[[str], PreTrainedModel]) -> None:
@@ -100,13 +100,13 @@ class TestLlama:
         assert engine.forward([SequenceStep("a", 0, PROMPT, 1)])[0].logits is not None
 
     def test_nothing_listens_beyond_loopback(self, engine: Engine) -> None:
-        ranks = (psutil.Process(), psutil.Process(engine._group.followers[0].pid))
+        ranks = (psutil.Process(), psutil.Process(engine._group.workers[0].pid))
         connections = [c for rank in ranks for c in rank.net_connections() if c.status == psutil.CONN_LISTEN]
         assert connections
         assert {connection.laddr[0] for connection in connections} == {"127.0.0.1"}
 
-    def test_a_killed_follower_fails_the_engine_in_bounded_time(self, engine: Engine) -> None:
-        os.kill(engine._group.followers[0].pid, signal.SIGKILL)
+    def test_a_killed_worker_fails_the_engine_in_bounded_time(self, engine: Engine) -> None:
+        os.kill(engine._group.workers[0].pid, signal.SIGKILL)
         started = time.monotonic()
         for _ in range(2):
             with pytest.raises(EngineError, match="llama"):
@@ -135,22 +135,22 @@ import sys, time
 from eft_serve.config import ModelConfig
 from eft_serve.engine.engine import Engine
 engine = Engine.load("llama", ModelConfig(path=sys.argv[1], tensor_parallel=2))
-print(engine._group.followers[0].pid, flush=True)
+print(engine._group.workers[0].pid, flush=True)
 time.sleep(600)
 """
 
 
-def test_a_follower_dies_with_its_killed_leader(checkpoints: Checkpoints, clean_after: None) -> None:
+def test_a_worker_dies_with_its_killed_leader(checkpoints: Checkpoints, clean_after: None) -> None:
     command = [sys.executable, "-c", LEADER, str(checkpoints("llama"))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as leader:
         assert leader.stdout is not None
-        follower = int(leader.stdout.readline())
-        assert is_running(follower)
+        worker = int(leader.stdout.readline())
+        assert is_running(worker)
         leader.kill()
-    assert wait_until_gone(follower)
+    assert wait_until_gone(worker)
 
 
-def test_a_followers_failure_to_load_is_the_engines(
+def test_a_workers_failure_to_load_is_the_engines(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, clean_after: None
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")

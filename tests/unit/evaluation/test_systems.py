@@ -44,7 +44,7 @@ def test_interpolation_shares_one_reference(helpful: float, base: str, expected:
 def test_truncation_confines_the_up_scaling_only() -> None:
     truncated = SYSTEMS.up_scaled(1.5, truncate_top_p=0.9)
     assert truncated.truncate_top_p == 0.9
-    assert {term.model: (term.standing, term.ratio) for term in truncated.terms} == {
+    assert {term.model: (term.unscaled, term.ratio) for term in truncated.terms} == {
         "base-large": (0.0, 1.5),
         "base-small": (0.0, -1.5),
         "tuned-small": (1.0, 0.0),

@@ -37,13 +37,13 @@ def test_truncating_at_one_is_the_plain_combination(seed: int, scale: float, wei
 def test_the_ratio_counts_inside_the_nucleus_of_each_row_only() -> None:
     tuned = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(3, 4)
     base, ref = torch.tensor([0.0, 1.0, 2.0, 3.0]).expand(3, 4), torch.zeros(3, 4)
-    terms, standing, confined = [base, ref, tuned], spread(0, 0, 1), spread(1, -1, 0)
-    got = truncate_weights(terms, standing, confined, torch.tensor([0.0, 0.7, 1.0]))
+    terms, unscaled, confined = [base, ref, tuned], spread(0, 0, 1), spread(1, -1, 0)
+    got = truncate_weights(terms, unscaled, confined, torch.tensor([0.0, 0.7, 1.0]))
     ratio = log_softmax(base) - log_softmax(ref)
     inside = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
     torch.testing.assert_close(got, tuned + ratio * inside)
     with pytest.raises(ValueError, match="top_p"):
-        truncate_weights(terms, standing, confined, torch.tensor([0.0, 0.7, 1.1]))
+        truncate_weights(terms, unscaled, confined, torch.tensor([0.0, 0.7, 1.1]))
 
 
 def test_truncating_survives_tokens_impossible_in_both_terms_of_the_ratio() -> None:

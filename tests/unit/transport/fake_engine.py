@@ -54,7 +54,7 @@ class FakeEngine:
         if step.sequence_id == "sleep":
             time.sleep(60)
         if step.sequence_id == "evicted":
-            return StepOutput(step.sequence_id, held=3)
+            return StepOutput(step.sequence_id, num_computed_tokens=3)
         if step.sequence_id == "bad":
             return StepOutput(step.sequence_id, error="token 99 is out of vocabulary")
         sums = torch.tensor(step.token_ids, dtype=torch.float32).cumsum(0)[len(step.token_ids) - step.num_logits :]

@@ -87,7 +87,7 @@ def test_every_replica_answers_in_the_order_of_its_steps(stage: Stage) -> None:
     assert_answered(results["reference"], 2)
     base = results["base"]
     assert [output.sequence_id for output in base.outputs] == ["a", "evicted", "bad", "b"]
-    assert base.outputs[1].held == 3
+    assert base.outputs[1].num_computed_tokens == 3
     assert base.outputs[2].error == "token 99 is out of vocabulary"
     assert base.outputs[3].logits is not None
     assert 0 <= base.forward_seconds <= base.seconds < TIMEOUT_S
@@ -254,7 +254,7 @@ def test_a_client_without_curve_gets_nothing(stage: Stage) -> None:
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.set(zmq.LINGER, 0)
         socket.connect(stage.servers["base"].address)
-        socket.send(wire.encode_request(wire.Request(1, list(batch("a").steps), [])))
+        socket.send(wire.encode_request(wire.StepRequest(1, list(batch("a").steps), [])))
         assert socket.poll(500) == 0
     assert engine.forwards == []
     assert_answered(stage.client().fan_out({"base": batch("a")}, TIMEOUT_S)["base"])

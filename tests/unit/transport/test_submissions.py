@@ -12,9 +12,9 @@ import pytest
 import zmq
 
 from eft_serve.errors import EftServeError, EngineError, ModelNotFoundError, UnavailableError
-from eft_serve.transport import submissions, submitter
+from eft_serve.transport import coordinator_client, submissions
+from eft_serve.transport.coordinator_client import CoordinatorClient
 from eft_serve.transport.submissions import Notice, SubmissionServer, Submit
-from eft_serve.transport.submitter import Submitter
 from eft_serve.types import GenerationRequest, Listener, SamplingParams
 
 ADDRESS = "tcp://127.0.0.1:1"
@@ -56,22 +56,22 @@ class Coordinator:
 
 @dataclass
 class Ingress:
-    """A submitter, and which of its requests failed."""
+    """A coordinator_client, and which of its requests failed."""
 
     failures: dict[str, EftServeError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.submitter = Submitter(self.failures.__setitem__)
+        self.coordinator_client = CoordinatorClient(self.failures.__setitem__)
 
-    async def meet(self, *coordinators: Coordinator) -> None:
+    async def connect_ingress(self, *coordinators: Coordinator) -> None:
         for coordinator in coordinators:
-            coordinator.server.allow(self.submitter.public_key)
-        self.submitter.set_coordinators({c.listener.replica_id: c.listener for c in coordinators})
-        links = self.submitter._links
+            coordinator.server.allow(self.coordinator_client.public_key)
+        self.coordinator_client.set_coordinators({c.listener.replica_id: c.listener for c in coordinators})
+        links = self.coordinator_client._links
         await eventually(lambda: all(links[c.listener.replica_id].connection.ready for c in coordinators))
 
     def submit(self, request_id: str) -> None:
-        self.submitter.submit(request(request_id), ADDRESS)
+        self.coordinator_client.submit(request(request_id), ADDRESS)
 
 
 Serve = Callable[..., Coordinator]
@@ -97,7 +97,7 @@ def serve() -> Iterator[Serve]:
 async def ingress() -> AsyncIterator[Ingress]:
     ingress = Ingress()
     yield ingress
-    ingress.submitter.close()
+    ingress.coordinator_client.close()
 
 
 def request(request_id: str) -> GenerationRequest:
@@ -116,9 +116,9 @@ async def eventually(condition: Callable[[], object], seconds: float = 10.0) -> 
 async def test_a_request_is_taken_as_it_was_sent_and_nothing_is_waited_for_any_more(
     serve: Serve, ingress: Ingress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submitter, "TAKEN_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(coordinator_client, "TAKEN_TIMEOUT_S", 0.5)
     coordinator = serve()
-    await ingress.meet(coordinator)
+    await ingress.connect_ingress(coordinator)
     ingress.submit("a")
     await eventually(lambda: "a" in coordinator.handler.taken)
     _, submission = coordinator.handler.taken["a"]
@@ -136,7 +136,7 @@ async def test_a_refusal_comes_back_typed_and_the_server_goes_on(
 ) -> None:
     coordinator = serve()
     coordinator.handler.refusal = refusal
-    await ingress.meet(coordinator)
+    await ingress.connect_ingress(coordinator)
     ingress.submit("a")
     await eventually(lambda: "a" in ingress.failures)
     assert type(ingress.failures["a"]) is kind
@@ -150,8 +150,8 @@ async def test_a_refusal_comes_back_typed_and_the_server_goes_on(
 async def test_a_coordinator_that_does_not_answer_fails_the_request_in_time(
     serve: Serve, ingress: Ingress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submitter, "TAKEN_TIMEOUT_S", 0.2)
-    await ingress.meet(serve(answering=False))
+    monkeypatch.setattr(coordinator_client, "TAKEN_TIMEOUT_S", 0.2)
+    await ingress.connect_ingress(serve(answering=False))
     ingress.submit("a")
     assert ingress.failures == {}
     await eventually(lambda: "a" in ingress.failures, PROMPT_SECONDS)
@@ -161,13 +161,13 @@ async def test_a_coordinator_that_does_not_answer_fails_the_request_in_time(
 async def test_a_last_delta_that_never_comes_is_missed(
     serve: Serve, ingress: Ingress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submitter, "LATE_DELTAS_S", 0.1)
+    monkeypatch.setattr(coordinator_client, "LATE_DELTAS_S", 0.1)
     coordinator = serve()
-    await ingress.meet(coordinator)
+    await ingress.connect_ingress(coordinator)
     for name in ("lost", "whole"):
         ingress.submit(name)
     await eventually(lambda: len(coordinator.handler.taken) == 2)
-    ingress.submitter.end("whole", complete=True)
+    ingress.coordinator_client.end("whole", complete=True)
     client, _ = coordinator.handler.taken["lost"]
     coordinator.server.notify((client, Notice(name, finished=True)) for name in ("lost", "whole"))
     await eventually(lambda: ingress.failures)
@@ -180,7 +180,7 @@ async def test_a_coordinator_that_goes_away_fails_what_it_had_at_once_and_gets_n
     serve: Serve, ingress: Ingress
 ) -> None:
     one, other = serve("one"), serve("other")
-    await ingress.meet(one, other)
+    await ingress.connect_ingress(one, other)
     ingress.submit("a")
     ingress.submit("b")
     await eventually(lambda: one.handler.taken and other.handler.taken)
@@ -192,7 +192,7 @@ async def test_a_coordinator_that_goes_away_fails_what_it_had_at_once_and_gets_n
         ingress.submit(name)
     await eventually(lambda: len(other.handler.taken) == 4)
     other.server.close()
-    await eventually(lambda: not ingress.submitter.ready)
+    await eventually(lambda: not ingress.coordinator_client.ready)
     with pytest.raises(UnavailableError, match="no coordinator"):
         ingress.submit("f")
 
@@ -202,12 +202,12 @@ async def test_an_ingress_that_goes_away_is_noticed_and_one_that_stays_is_not(
 ) -> None:
     monkeypatch.setattr(submissions, "LOOK_INTERVAL_S", 0.05)
     coordinator, gone = serve(), Ingress()
-    await ingress.meet(coordinator)
-    await gone.meet(coordinator)
+    await ingress.connect_ingress(coordinator)
+    await gone.connect_ingress(coordinator)
     ingress.submit("stays")
     gone.submit("goes")
     await eventually(lambda: len(coordinator.handler.taken) == 2)
-    gone.submitter.close()
+    gone.coordinator_client.close()
     await eventually(lambda: coordinator.handler.lost, PROMPT_SECONDS)
     await asyncio.sleep(0.5)
     assert coordinator.handler.lost == [coordinator.handler.taken["goes"][0]]
@@ -216,66 +216,66 @@ async def test_an_ingress_that_goes_away_is_noticed_and_one_that_stays_is_not(
 
 async def test_an_abort_is_sent_unless_the_answer_is_complete(serve: Serve, ingress: Ingress) -> None:
     coordinator = serve()
-    await ingress.meet(coordinator)
+    await ingress.connect_ingress(coordinator)
     for name in "abc":
         ingress.submit(name)
-    ingress.submitter.end("a", complete=True)
-    ingress.submitter.end("b", complete=False)
-    ingress.submitter.end("unknown", complete=False)
-    ingress.submitter.end("c", complete=False)
+    ingress.coordinator_client.end("a", complete=True)
+    ingress.coordinator_client.end("b", complete=False)
+    ingress.coordinator_client.end("unknown", complete=False)
+    ingress.coordinator_client.end("c", complete=False)
     await eventually(lambda: len(coordinator.handler.aborted) == 2)
     assert coordinator.handler.aborted == ["b", "c"]
 
 
 async def test_who_has_fewest_open_requests_gets_the_next_and_equals_take_turns(serve: Serve, ingress: Ingress) -> None:
     one, other = serve("one"), serve("other")
-    await ingress.meet(one, other)
+    await ingress.connect_ingress(one, other)
     for number in range(8):  # each ends before the next: always equal
         ingress.submit(str(number))
-        ingress.submitter.end(str(number), complete=True)
+        ingress.coordinator_client.end(str(number), complete=True)
     await eventually(lambda: len(one.handler.taken) == len(other.handler.taken) == 4)
     ingress.submit("stays")
     await eventually(lambda: one.handler.taken.keys() | other.handler.taken.keys() >= {"stays"})
     busy, idle = (one, other) if "stays" in one.handler.taken else (other, one)
     for number in range(8, 12):
         ingress.submit(str(number))
-        ingress.submitter.end(str(number), complete=True)
+        ingress.coordinator_client.end(str(number), complete=True)
     await eventually(lambda: len(idle.handler.taken) == 8)
     assert len(busy.handler.taken) == 5
 
 
 async def test_a_coordinator_that_is_no_longer_listed_finishes_what_it_has(serve: Serve, ingress: Ingress) -> None:
     old, new = serve("old"), serve("new")
-    await ingress.meet(old)
+    await ingress.connect_ingress(old)
     ingress.submit("a")
-    await ingress.meet(new)
+    await ingress.connect_ingress(new)
     ingress.submit("b")
     ingress.submit("c")
     await eventually(lambda: new.handler.taken.keys() == {"b", "c"})
     assert old.handler.taken.keys() == {"a"}
-    ingress.submitter.end("a", complete=False)
-    await ingress.meet(new)
+    ingress.coordinator_client.end("a", complete=False)
+    await ingress.connect_ingress(new)
     await eventually(lambda: old.handler.aborted == ["a"])
-    assert ingress.submitter._links.keys() == {"new"}
+    assert ingress.coordinator_client._links.keys() == {"new"}
     assert ingress.failures == {}
 
 
 async def test_a_stranger_does_not_get_through(serve: Serve, ingress: Ingress) -> None:
     coordinator = serve()
-    ingress.submitter.set_coordinators({"one": coordinator.listener})
+    ingress.coordinator_client.set_coordinators({"one": coordinator.listener})
     await asyncio.sleep(0.5)
-    assert not ingress.submitter.ready
+    assert not ingress.coordinator_client.ready
     with pytest.raises(UnavailableError, match="no coordinator"):
         ingress.submit("a")
-    await ingress.meet(coordinator)  # a refused connection is made anew
+    await ingress.connect_ingress(coordinator)  # a refused connection is made anew
     ingress.submit("a")
     await eventually(lambda: "a" in coordinator.handler.taken)
 
 
 async def test_nonsense_is_dropped_and_harms_nobody(serve: Serve, ingress: Ingress) -> None:
     coordinator = serve()
-    await ingress.meet(coordinator)
-    socket = ingress.submitter._links["one"].connection.socket
+    await ingress.connect_ingress(coordinator)
+    socket = ingress.coordinator_client._links["one"].connection.socket
     for nonsense in (b"", b"\xc1", b"\x93\xa6Submit\x01\x02"):
         socket.send(nonsense, zmq.NOBLOCK)
     ingress.submit("a")

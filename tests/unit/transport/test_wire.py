@@ -11,7 +11,7 @@ from hypothesis import given
 from eft_serve.errors import EngineError
 from eft_serve.transport.segment import SegmentName
 from eft_serve.transport.wire import (
-    Request,
+    StepRequest,
     WireError,
     decode_reply,
     decode_request,
@@ -42,7 +42,7 @@ segments = st.none() | st.builds(SegmentName, counts, counts, st.binary(max_size
 def test_requests_come_back(
     message_id: int, some_steps: list[SequenceStep], freed: list[str], segment: SegmentName | None
 ) -> None:
-    request = Request(message_id, some_steps, freed, segment)
+    request = StepRequest(message_id, some_steps, freed, segment)
     assert decode_request([encode_request(request)]) == request
 
 
@@ -74,7 +74,11 @@ def test_replies_come_back_bit_for_bit(
     assert (reply.message_id, reply.forward_seconds, reply.failure) == (7, seconds, None)
     assert len(reply.outputs) == len(outputs)
     for got, sent in zip(reply.outputs, outputs, strict=True):
-        assert (got.sequence_id, got.held, got.error) == (sent.sequence_id, sent.held, sent.error)
+        assert (got.sequence_id, got.num_computed_tokens, got.error) == (
+            sent.sequence_id,
+            sent.num_computed_tokens,
+            sent.error,
+        )
         assert (list(got.drafted), list(got.confidences)) == (sent.drafted, sent.confidences)
         if sent.logits is None:
             assert got.logits is None
@@ -139,7 +143,7 @@ def test_steps_out_of_range_are_refused() -> None:
         SequenceStep("a", 0, [1], 1, max_computed=0),
     ):
         with pytest.raises(WireError, match="out of range"):
-            decode_request([encode_request(Request(1, [step], []))])
+            decode_request([encode_request(StepRequest(1, [step], []))])
 
 
 def test_a_step_without_salt_and_limit_may_leave_both_out() -> None:

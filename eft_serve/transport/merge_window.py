@@ -10,28 +10,28 @@ from collections.abc import Iterable, Set
 MAX_WAIT_S = 0.005
 MAX_WAIT_OF_FORWARD = 0.2
 LEAST_WAIT_S = 0.001  # sockets wait in whole milliseconds
-EXCUSED_FORWARDS = 16
+SKIPPED_FORWARDS = 16
 
 
-class Attendance:
+class MergeWindow:
     """Expects whoever took part in the last forward, save for those that lately let others wait in vain."""
 
     def __init__(self) -> None:
         self._last: frozenset[bytes] = frozenset()
-        self._excused: dict[bytes, int] = {}  # forwards that are still not to wait for this client
+        self._skipped: dict[bytes, int] = {}  # forwards that are still not to wait for this client
         self.wait_s = 0.0  # how long a message may wait for the others
 
-    def absent(self, present: Set[bytes]) -> frozenset[bytes]:
+    def awaited(self, present: Set[bytes]) -> frozenset[bytes]:
         """Those worth waiting for, once somebody is there."""
-        return self._last - present - self._excused.keys()
+        return self._last - present - self._skipped.keys()
 
-    def missed(self, clients: Iterable[bytes]) -> None:
+    def timed_out(self, clients: Iterable[bytes]) -> None:
         """They did not come in time."""
-        self._excused |= dict.fromkeys(clients, EXCUSED_FORWARDS)
+        self._skipped |= dict.fromkeys(clients, SKIPPED_FORWARDS)
 
-    def attended(self, clients: Iterable[bytes], seconds: float) -> None:
+    def forwarded(self, clients: Iterable[bytes], seconds: float) -> None:
         """These took part in a forward, which took so many seconds."""
         self._last = frozenset(clients)
-        self._excused = {client: left - 1 for client, left in self._excused.items() if left > 1}
+        self._skipped = {client: left - 1 for client, left in self._skipped.items() if left > 1}
         wait_s = min(MAX_WAIT_S, MAX_WAIT_OF_FORWARD * seconds)
         self.wait_s = wait_s if wait_s >= LEAST_WAIT_S else 0.0

@@ -40,7 +40,7 @@ class _Asked(NamedTuple):
     temperature: float
 
 
-class Lab:
+class Experiment:
     """Answers are those of the real decode loop over the real engines; see `Product`.
 
     Args:

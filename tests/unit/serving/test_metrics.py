@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from eft_serve.rayserve.metrics import merge
+from eft_serve.serving.metrics import merge
 
 
 def exposition(count: int, seconds: float) -> str:

@@ -16,7 +16,7 @@ from eft_serve.transport.wire import (
     LEAST_SHARED_BYTES,
     MAX_REPLY_BYTES,
     Reply,
-    Request,
+    StepRequest,
     WireError,
     decode_reply,
     encode_request,
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 _WIDEST_ITEM_BYTES = 4  # of the logits' dtypes
 
 
-class Link:
+class ReplicaConnection:
     """A socket to one replica. All its methods belong to the thread that made it."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Link:
         name = None
         if self._segment is not None:
             self._segment.message_id, name = message_id, self._segment.name
-        self._unsent = encode_request(Request(message_id, list(batch.steps), list(batch.freed), name))
+        self._unsent = encode_request(StepRequest(message_id, list(batch.steps), list(batch.freed), name))
         self._send()
         if self._unsent is not None:
             self._poller.register(self._socket, zmq.POLLIN | zmq.POLLOUT)

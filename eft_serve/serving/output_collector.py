@@ -24,7 +24,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
     )
 
 
-class Mailbox:
+class OutputCollector:
     """Deltas of one request; a slow reader gets fewer and larger ones. Used on the event loop alone."""
 
     def __init__(self) -> None:

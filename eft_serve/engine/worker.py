@@ -29,7 +29,7 @@ def _leave_with_leader(lifeline: int, directory: str) -> None:
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
 
 
-def follow(connection: Connection) -> None:
+def run_worker(connection: Connection) -> None:
     """Run commands until the leader closes the connection; a failure is reported and ends the process."""
     try:
         config, rank = connection.recv()
@@ -51,5 +51,5 @@ def follow(connection: Connection) -> None:
 
 if __name__ == "__main__":
     _leave_with_leader(int(sys.argv[2]), sys.argv[3])
-    follow(Connection(int(sys.argv[1])))
+    run_worker(Connection(int(sys.argv[1])))
     _leave(sys.argv[3])

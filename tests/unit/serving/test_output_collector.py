@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from eft_serve.errors import UnavailableError
-from eft_serve.rayserve.mailbox import Mailbox, merge
-from eft_serve.types import Delta, Failure, FinishReason, GuessReport, TokenComponents
+from eft_serve.serving.output_collector import OutputCollector, merge
+from eft_serve.types import Delta, Failure, FinishReason, SpecDecodeStats, TokenComponents
 
 
 def delta(text: str, finish: FinishReason | None = None) -> Delta:
@@ -17,35 +17,35 @@ def delta(text: str, finish: FinishReason | None = None) -> Delta:
 
 
 async def test_what_is_ready_comes_together_and_the_last_ends_it() -> None:
-    mailbox = Mailbox()
+    collector = OutputCollector()
     for num_before, text in enumerate("abc"):
-        mailbox.put(num_before, delta(text))
-    reader = mailbox.read()
+        collector.put(num_before, delta(text))
+    reader = collector.read()
     assert await anext(reader) == delta("abc")
     waiting = asyncio.ensure_future(anext(reader))
     await asyncio.sleep(0)
     assert not waiting.done()
-    mailbox.put(3, delta("d"))
-    assert not mailbox.complete
-    mailbox.put(4, delta("e", FinishReason.STOP))
-    assert mailbox.complete
+    collector.put(3, delta("d"))
+    assert not collector.complete
+    collector.put(4, delta("e", FinishReason.STOP))
+    assert collector.complete
     assert await waiting == delta("de", FinishReason.STOP)
     assert [d async for d in reader] == []
 
 
 async def test_lost_tokens_are_an_error_after_what_came_before_them() -> None:
-    mailbox = Mailbox()
-    mailbox.put(0, delta("ab"))
-    mailbox.put(3, delta("d", FinishReason.STOP))
-    reader = mailbox.read()
+    collector = OutputCollector()
+    collector.put(0, delta("ab"))
+    collector.put(3, delta("d", FinishReason.STOP))
+    reader = collector.read()
     assert await anext(reader) == delta("ab")
     with pytest.raises(UnavailableError, match="tokens 2 to 3 were lost"):
         await anext(reader)
-    assert not mailbox.complete
+    assert not collector.complete
 
 
 async def test_the_end_of_the_coordinator_wakes_the_reader_and_comes_too_late_for_a_whole_answer() -> None:
-    broken, whole = Mailbox(), Mailbox()
+    broken, whole = OutputCollector(), OutputCollector()
     waiting = asyncio.ensure_future(anext(broken.read()))
     await asyncio.sleep(0)
     broken.fail(UnavailableError("gone"))
@@ -61,7 +61,7 @@ def test_components_and_the_last_report_survive_the_merge() -> None:
         told = [TokenComponents(ord(c), -1.0, [], [], 0.0) for c in text]
         return Delta(text=text, token_ids=[ord(c) for c in text], components=told, **last)
 
-    ends: dict[str, Any] = {"finish_reason": FinishReason.STOP, "report": GuessReport(3, 2, 1)}
+    ends: dict[str, Any] = {"finish_reason": FinishReason.STOP, "report": SpecDecodeStats(3, 2, 1)}
     assert merge([described("a"), described("bc"), described("d", **ends)]) == described("abcd", **ends)
     assert merge([delta("a"), delta("b")]).components is None
 

@@ -1,4 +1,4 @@
-"""A coordinator's desk: requests are taken here from the ingresses, and the deltas of each go to the one that asked.
+"""A coordinator's server: requests are taken here from the ingresses, and the deltas of each go to the one that asked.
 
 It runs in the threads of the submission server and of the decode loop, and lends each to the other.
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Reader:
+class Subscriber:
     """Who wants a request's deltas."""
 
     request_id: str
@@ -36,7 +36,7 @@ class Reader:
     num_sent: int = 0  # tokens; the decode loop's thread alone counts
 
 
-class Desk:
+class CoordinatorServer:
     """Owns the decode loop and both ways to the ingresses.
 
     Args:
@@ -53,9 +53,9 @@ class Desk:
         host: str = "127.0.0.1",
     ) -> None:
         self.config = config
-        self.readers: dict[str, Reader] = {}  # by request id
+        self.subscribers: dict[str, Subscriber] = {}  # by request id
         self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics)
-        self.server = SubmissionServer(self, host)
+        self.submissions = SubmissionServer(self, host)
         self._sender = DeltaSender()  # the decode loop's thread's
         self._ingresses: dict[str, ReplyTo] = {}  # by address
 
@@ -63,25 +63,25 @@ class Desk:
 
     def start(self) -> None:
         self.decode_loop.start()
-        self.server.start()
+        self.submissions.start()
 
-    def meet(self, public_key: bytes, reply_to: ReplyTo) -> None:
+    def connect_ingress(self, public_key: bytes, reply_to: ReplyTo) -> None:
         """Take requests of this ingress; idempotent."""
         self._ingresses[reply_to.address] = reply_to
-        self.server.allow(public_key)
+        self.submissions.allow(public_key)
 
     def close(self) -> None:
         """End what is left with an error, say so, and stop; idempotent."""
         self.decode_loop.close()
         self._sender.close()
-        self.server.close()
+        self.submissions.close()
 
     # The submission server's thread.
 
     def submit(self, client: bytes, submission: Submit) -> None:
         """See `RequestHandler.submit`."""
         generation, limits = submission.request, self.config.coordinator
-        if len(self.readers) >= limits.max_num_seqs + limits.max_waiting:
+        if len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting:
             raise UnavailableError(f"more than {limits.max_waiting} requests are waiting; try again later")
         if (reply_to := self._ingresses.get(submission.reply_address)) is None:
             raise UnavailableError("the coordinator has not met this ingress yet; try again later")
@@ -91,21 +91,21 @@ class Desk:
         terms, truncate_top_p = ensemble.terms(knobs, every=every), ensemble.truncate_top_p(knobs)
         rewards = ensemble.rewards(knobs) if every else ()
         request = Request.create(generation, terms, time.monotonic(), truncate_top_p, rewards)
-        self.readers[generation.request_id] = Reader(generation.request_id, client, reply_to)
+        self.subscribers[generation.request_id] = Subscriber(generation.request_id, client, reply_to)
         self.decode_loop.submit(request)
 
     def abort(self, request_id: str) -> None:
         """See `RequestHandler.abort`."""
-        if self.readers.pop(request_id, None) is not None:
+        if self.subscribers.pop(request_id, None) is not None:
             self.decode_loop.abort(request_id)
 
     def clients(self) -> set[bytes]:
         """See `RequestHandler.clients`."""
-        return {reader.client for reader in list(self.readers.values())}
+        return {subscriber.client for subscriber in list(self.subscribers.values())}
 
     def lose(self, client: bytes) -> None:
         """See `RequestHandler.lose`."""
-        lost = [reader.request_id for reader in list(self.readers.values()) if reader.client == client]
+        lost = [subscriber.request_id for subscriber in list(self.subscribers.values()) if subscriber.client == client]
         if lost:
             logger.warning("an ingress is gone, and %d requests with it", len(lost))
         for request_id in lost:
@@ -116,25 +116,29 @@ class Desk:
     def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
         """One message to each ingress for all deltas of a step."""
         parts: dict[str, list[Part]] = defaultdict(list)  # by address
-        concerned: dict[str, list[Reader]] = defaultdict(list)
-        finished: list[Reader] = []
+        concerned: dict[str, list[Subscriber]] = defaultdict(list)
+        finished: list[Subscriber] = []
         for request_id, delta in deltas:
-            if reader := self.readers.get(request_id):  # none: its reader has gone away
-                parts[reader.reply_to.address].append((request_id, reader.num_sent, delta))
-                concerned[reader.reply_to.address].append(reader)
-                reader.num_sent += len(delta.token_ids)
+            if subscriber := self.subscribers.get(request_id):  # none: its subscriber has gone away
+                parts[subscriber.reply_to.address].append((request_id, subscriber.num_sent, delta))
+                concerned[subscriber.reply_to.address].append(subscriber)
+                subscriber.num_sent += len(delta.token_ids)
                 if delta.finish_reason is not None:
-                    finished.append(reader)
-        for address, readers in concerned.items():
-            if not self._sender.send(readers[0].reply_to, parts[address]):
+                    finished.append(subscriber)
+        for address, subscribers in concerned.items():
+            if not self._sender.send(subscribers[0].reply_to, parts[address]):
                 logger.error("%s does not take its tokens", address)
-                self._lose_tokens(readers)
-        for reader in finished:
-            self.readers.pop(reader.request_id, None)
-        self.server.notify((reader.client, Notice(reader.request_id, finished=True)) for reader in finished)
+                self._lose_tokens(subscribers)
+        for subscriber in finished:
+            self.subscribers.pop(subscriber.request_id, None)
+        self.submissions.notify(
+            (subscriber.client, Notice(subscriber.request_id, finished=True)) for subscriber in finished
+        )
 
-    def _lose_tokens(self, readers: Sequence[Reader]) -> None:
+    def _lose_tokens(self, subscribers: Sequence[Subscriber]) -> None:
         failure = to_failure(UnavailableError("the tokens could not be sent; send the request again"))
-        self.server.notify((reader.client, Notice(reader.request_id, failure)) for reader in readers)
-        for reader in readers:
-            self.abort(reader.request_id)
+        self.submissions.notify(
+            (subscriber.client, Notice(subscriber.request_id, failure)) for subscriber in subscribers
+        )
+        for subscriber in subscribers:
+            self.abort(subscriber.request_id)

@@ -1,4 +1,4 @@
-"""A coordinator's desk on real sockets, with a real decode loop over a model that draws one token after the other."""
+"""A coordinator's server on real sockets, with a real decode loop over a model that draws one token after the other."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import zmq
 from eft_serve.config import AppConfig
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.errors import EftServeError, InvalidRequestError, ModelNotFoundError, UnavailableError
-from eft_serve.rayserve.desk import Desk
-from eft_serve.rayserve.mailbox import Mailbox
+from eft_serve.serving.coordinator_server import CoordinatorServer
+from eft_serve.serving.output_collector import OutputCollector
 from eft_serve.transport import submissions
+from eft_serve.transport.coordinator_client import CoordinatorClient
 from eft_serve.transport.deltas import DeltaReceiver, Part, ReplyTo
-from eft_serve.transport.submitter import Submitter
 from eft_serve.types import (
     Delta,
     Endpoint,
@@ -90,7 +90,7 @@ class CountingBackend:
         }
 
     @property
-    def held(self) -> set[str]:
+    def sequences(self) -> set[str]:
         return {name for name in self.stepped - self.freed if not name.startswith("probe/")}
 
 
@@ -98,28 +98,28 @@ class CountingBackend:
 class Ingress:
     """What an ingress has of the data plane."""
 
-    mailboxes: dict[str, Mailbox] = field(default_factory=dict)
+    collectors: dict[str, OutputCollector] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.submitter = Submitter(self._fail)
+        self.coordinator_client = CoordinatorClient(self._fail)
         self.receiver = DeltaReceiver(self._receive)
 
     def _fail(self, request_id: str, error: EftServeError) -> None:
-        self.mailboxes[request_id].fail(error)
+        self.collectors[request_id].fail(error)
 
     def _receive(self, parts: Sequence[Part]) -> None:
         self.loop.call_soon_threadsafe(self._deliver, parts)
 
     def _deliver(self, parts: Sequence[Part]) -> None:
         for request_id, num_before, delta in parts:
-            self.mailboxes[request_id].put(num_before, delta)
+            self.collectors[request_id].put(num_before, delta)
 
-    async def meet(self, desk: Desk, reply_to: ReplyTo | None = None) -> None:
-        desk.meet(self.submitter.public_key, reply_to or self.receiver.reply_to)
-        listener = Listener(replica_id="one", address=desk.server.address, public_key=desk.server.public_key)
-        self.submitter.set_coordinators({"one": listener})
-        await eventually(lambda: self.submitter.ready)
+    async def connect_ingress(self, desk: CoordinatorServer, reply_to: ReplyTo | None = None) -> None:
+        desk.connect_ingress(self.coordinator_client.public_key, reply_to or self.receiver.reply_to)
+        listener = Listener(replica_id="one", address=desk.submissions.address, public_key=desk.submissions.public_key)
+        self.coordinator_client.set_coordinators({"one": listener})
+        await eventually(lambda: self.coordinator_client.ready)
 
     def submit(self, request_id: str = "r", *, reply_to: ReplyTo | None = None, **changes: Any) -> AsyncIterator[Delta]:
         request = GenerationRequest(
@@ -128,13 +128,13 @@ class Ingress:
             prompts={"base": [0, 1], "tuned": [1]},
             sampling=SamplingParams(temperature=0, max_tokens=5),
         )
-        self.mailboxes[request_id] = Mailbox()
+        self.collectors[request_id] = OutputCollector()
         address = (reply_to or self.receiver.reply_to).address
-        self.submitter.submit(msgspec.structs.replace(request, **changes), address)
-        return self.mailboxes[request_id].read()
+        self.coordinator_client.submit(msgspec.structs.replace(request, **changes), address)
+        return self.collectors[request_id].read()
 
     def close(self) -> None:
-        self.submitter.close()
+        self.coordinator_client.close()
         self.receiver.close()
 
 
@@ -144,9 +144,9 @@ def backend() -> CountingBackend:
 
 
 @pytest.fixture
-def desk(backend: CountingBackend, request: pytest.FixtureRequest) -> Iterator[Desk]:
+def desk(backend: CountingBackend, request: pytest.FixtureRequest) -> Iterator[CoordinatorServer]:
     config = AppConfig.parse({**CONFIG, "coordinator": getattr(request, "param", {})})
-    desk = Desk(config, backend, dict.fromkeys(config.models, DigitVocabulary()), CoordinatorMetrics())  # type: ignore[arg-type]
+    desk = CoordinatorServer(config, backend, dict.fromkeys(config.models, DigitVocabulary()), CoordinatorMetrics())  # type: ignore[arg-type]
     desk.start()
     desk.decode_loop.set_replicas({model: endpoint(model) for model in config.models})
     yield desk
@@ -155,9 +155,9 @@ def desk(backend: CountingBackend, request: pytest.FixtureRequest) -> Iterator[D
 
 
 @pytest.fixture
-async def ingress(desk: Desk) -> AsyncIterator[Ingress]:
+async def ingress(desk: CoordinatorServer) -> AsyncIterator[Ingress]:
     ingress = Ingress()
-    await ingress.meet(desk)
+    await ingress.connect_ingress(desk)
     yield ingress
     ingress.close()
 
@@ -188,13 +188,13 @@ def endless() -> SamplingParams:
 
 
 async def test_a_request_is_answered_and_nothing_is_left(
-    desk: Desk, ingress: Ingress, backend: CountingBackend
+    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend
 ) -> None:
     deltas = [delta async for delta in ingress.submit()]
     assert [token for delta in deltas for token in delta.token_ids] == [2, 3, 4, 5, 6]
     assert deltas[-1].finish_reason == FinishReason.LENGTH
-    await eventually(lambda: not desk.readers)
-    await eventually(lambda: backend.stepped and not backend.held)
+    await eventually(lambda: not desk.subscribers)
+    await eventually(lambda: backend.stepped and not backend.sequences)
 
 
 @pytest.mark.parametrize(
@@ -206,73 +206,75 @@ async def test_a_request_is_answered_and_nothing_is_left(
     ],
 )
 async def test_what_cannot_be_served_is_refused_with_its_error(
-    desk: Desk, ingress: Ingress, changes: dict[str, Any], kind: type[EftServeError], param: str
+    desk: CoordinatorServer, ingress: Ingress, changes: dict[str, Any], kind: type[EftServeError], param: str
 ) -> None:
     with pytest.raises(kind) as refusal:
         await anext(ingress.submit(**changes))
     assert refusal.value.param == param
-    assert not desk.readers
+    assert not desk.subscribers
 
 
-async def test_an_address_that_was_never_introduced_gets_nothing(desk: Desk, ingress: Ingress) -> None:
+async def test_an_address_that_was_never_introduced_gets_nothing(desk: CoordinatorServer, ingress: Ingress) -> None:
     elsewhere = msgspec.structs.replace(ingress.receiver.reply_to, address="tcp://127.0.0.1:9")
     with pytest.raises(UnavailableError, match="not met this ingress"):
         await anext(ingress.submit(reply_to=elsewhere))
-    assert not desk.readers
+    assert not desk.subscribers
 
 
 @pytest.mark.parametrize("desk", [{"max_num_seqs": 1, "max_waiting": 2}], indirect=True)
-async def test_no_more_are_open_than_may_run_and_wait(desk: Desk, ingress: Ingress, backend: CountingBackend) -> None:
+async def test_no_more_are_open_than_may_run_and_wait(
+    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend
+) -> None:
     await eventually(lambda: not desk.decode_loop.missing_models)
     backend.gate.clear()  # the decode loop takes nothing in meanwhile
     for name in "abc":
         ingress.submit(name)
     with pytest.raises(UnavailableError, match="more than 2 requests are waiting"):
         await anext(ingress.submit("d"))
-    assert desk.readers.keys() == set("abc")
+    assert desk.subscribers.keys() == set("abc")
 
 
 async def test_an_aborted_request_is_freed_in_every_model(
-    desk: Desk, ingress: Ingress, backend: CountingBackend
+    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend
 ) -> None:
     await anext(ingress.submit(sampling=endless()))
-    assert backend.held == {"r/base", "r/tuned"}
-    ingress.submitter.end("r", complete=False)
-    await eventually(lambda: not backend.held)
-    assert not desk.readers
+    assert backend.sequences == {"r/base", "r/tuned"}
+    ingress.coordinator_client.end("r", complete=False)
+    await eventually(lambda: not backend.sequences)
+    assert not desk.subscribers
 
 
 @pytest.mark.parametrize("desk", [{"max_num_seqs": 1}], indirect=True)
 async def test_a_vanished_ingress_takes_its_requests_with_it_and_nobody_elses(
-    desk: Desk, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submissions, "LOOK_INTERVAL_S", 0.05)
     gone = Ingress()
-    await gone.meet(desk)
+    await gone.connect_ingress(desk)
     await anext(ingress.submit("stays", sampling=endless()))
     gone.submit("waits for its turn", sampling=endless())
     await eventually(lambda: desk.decode_loop.num_requests == 2)
     gone.close()
     await eventually(lambda: desk.decode_loop.num_requests == 1)
-    assert desk.readers.keys() == {"stays"}
-    assert backend.held == {"stays/base", "stays/tuned"}
+    assert desk.subscribers.keys() == {"stays"}
+    assert backend.sequences == {"stays/base", "stays/tuned"}
 
 
 async def test_tokens_that_cannot_be_sent_fail_the_request(
-    desk: Desk, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eft_serve.transport.sockets.QUEUE_MESSAGES", 3)
     public_key, secret_key = zmq.curve_keypair()
     nobody = ReplyTo(address="tcp://127.0.0.1:9", server_key=public_key, public_key=public_key, secret_key=secret_key)
-    await ingress.meet(desk, nobody)
+    await ingress.connect_ingress(desk, nobody)
     with pytest.raises(UnavailableError, match="could not be sent"):
         async with asyncio.timeout(10):
             await anext(ingress.submit(reply_to=nobody, sampling=endless()))
-    await eventually(lambda: not backend.held)
-    assert not desk.readers
+    await eventually(lambda: not backend.sequences)
+    assert not desk.subscribers
 
 
-async def test_a_stopping_coordinator_says_so(desk: Desk, ingress: Ingress) -> None:
+async def test_a_stopping_coordinator_says_so(desk: CoordinatorServer, ingress: Ingress) -> None:
     deltas = ingress.submit(sampling=endless())
     await anext(deltas)
     closing = asyncio.get_running_loop().run_in_executor(None, desk.close)

@@ -28,7 +28,7 @@ Fail = Callable[[str, EftServeError], None]
 
 
 @dataclass(slots=True, eq=False)
-class _Link:
+class _CoordinatorConnection:
     """One coordinator."""
 
     listener: Listener
@@ -43,7 +43,7 @@ class _Link:
         return len(self.timers), self.last_turn
 
 
-class Submitter:
+class CoordinatorClient:
     """Made and used on one event loop.
 
     Args:
@@ -55,8 +55,8 @@ class Submitter:
         self._fail = fail
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
-        self._links: dict[str, _Link] = {}
-        self._homes: dict[str, _Link] = {}  # by open request
+        self._links: dict[str, _CoordinatorConnection] = {}
+        self._homes: dict[str, _CoordinatorConnection] = {}  # by open request
         self._num_turns = 0
 
     @property
@@ -119,12 +119,12 @@ class Submitter:
 
     def _connect(self, listener: Listener) -> None:
         connection = Connection(self._context, listener, self.public_key, self._secret_key, MAX_NOTICE_BYTES)
-        link = self._links[listener.replica_id] = _Link(listener, connection)
+        link = self._links[listener.replica_id] = _CoordinatorConnection(listener, connection)
         for socket in (connection.socket, connection.monitor):
             self._loop.add_reader(socket.get(zmq.FD), self._read, link)
         self._read(link)
 
-    def _close(self, link: _Link) -> None:
+    def _close(self, link: _CoordinatorConnection) -> None:
         for socket in (link.connection.socket, link.connection.monitor):
             self._loop.remove_reader(socket.get(zmq.FD))
         for timer in link.timers.values():
@@ -132,7 +132,7 @@ class Submitter:
                 timer.cancel()
         link.connection.close()
 
-    def _read(self, link: _Link) -> None:
+    def _read(self, link: _CoordinatorConnection) -> None:
         """Read all that is there: ZeroMQ's descriptors say once that there is something, and any call may hear it."""
         while link.connection.socket.poll(0):
             try:
@@ -147,7 +147,7 @@ class Submitter:
             for request_id in link.timers:
                 self._fail(request_id, UnavailableError("the coordinator is being replaced; send the request again"))
 
-    def _note(self, link: _Link, notice: Notice) -> None:
+    def _note(self, link: _CoordinatorConnection, notice: Notice) -> None:
         if notice.failure is not None:
             self._fail(notice.request_id, from_failure(notice.failure))
         elif notice.finished:
@@ -155,7 +155,9 @@ class Submitter:
         else:
             self._expect(link, notice.request_id)
 
-    def _expect(self, link: _Link, request_id: str, seconds: float | None = None, otherwise: str = "") -> None:
+    def _expect(
+        self, link: _CoordinatorConnection, request_id: str, seconds: float | None = None, otherwise: str = ""
+    ) -> None:
         """Fail the request unless something is heard of it in time; None: no longer."""
         if timer := link.timers.get(request_id):
             timer.cancel()

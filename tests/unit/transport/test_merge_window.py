@@ -10,9 +10,9 @@ from contextlib import ExitStack
 import pytest
 from fake_engine import FakeEngine, endpoint_of
 
-from eft_serve.transport import attendance
-from eft_serve.transport.attendance import EXCUSED_FORWARDS, MAX_WAIT_S, Attendance
+from eft_serve.transport import merge_window
 from eft_serve.transport.client import FanOut
+from eft_serve.transport.merge_window import MAX_WAIT_S, SKIPPED_FORWARDS, MergeWindow
 from eft_serve.transport.server import StepServer
 from eft_serve.types import SequenceStep, StepBatch
 
@@ -54,36 +54,36 @@ def sample(server: StepServer, name: str) -> float:
 
 
 def test_who_took_part_is_expected() -> None:
-    ours = Attendance()
-    assert not ours.absent({b"a"})
-    ours.attended({b"a", b"b"}, 0.01)
-    assert ours.absent({b"a"}) == {b"b"}
-    assert not ours.absent({b"a", b"b"})
-    ours.attended({b"a"}, 0.01)
-    assert not ours.absent({b"a"})
+    ours = MergeWindow()
+    assert not ours.awaited({b"a"})
+    ours.forwarded({b"a", b"b"}, 0.01)
+    assert ours.awaited({b"a"}) == {b"b"}
+    assert not ours.awaited({b"a", b"b"})
+    ours.forwarded({b"a"}, 0.01)
+    assert not ours.awaited({b"a"})
 
 
 def test_who_missed_a_turn_is_excused_for_a_while() -> None:
-    ours = Attendance()
-    ours.attended({b"a", b"b"}, 0.01)
-    ours.missed({b"b"})
-    for _ in range(EXCUSED_FORWARDS - 1):
-        ours.attended({b"a", b"b"}, 0.01)
-        assert not ours.absent({b"a"})
-    ours.attended({b"a", b"b"}, 0.01)
-    assert ours.absent({b"a"}) == {b"b"}
+    ours = MergeWindow()
+    ours.forwarded({b"a", b"b"}, 0.01)
+    ours.timed_out({b"b"})
+    for _ in range(SKIPPED_FORWARDS - 1):
+        ours.forwarded({b"a", b"b"}, 0.01)
+        assert not ours.awaited({b"a"})
+    ours.forwarded({b"a", b"b"}, 0.01)
+    assert ours.awaited({b"a"}) == {b"b"}
 
 
 @pytest.mark.parametrize(("forward_s", "wait_s"), [(10.0, MAX_WAIT_S), (0.01, 0.002), (0.004, 0.0)])
 def test_the_wait_is_a_part_of_the_forward(forward_s: float, wait_s: float) -> None:
-    ours = Attendance()
-    ours.attended({b"a"}, forward_s)
+    ours = MergeWindow()
+    ours.forwarded({b"a"}, forward_s)
     assert ours.wait_s == pytest.approx(wait_s)
 
 
 def test_two_clients_fall_into_step(server: StepServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attendance, "MAX_WAIT_S", FORWARD_S)  # however busy the machine is
-    monkeypatch.setattr(attendance, "MAX_WAIT_OF_FORWARD", 1.0)
+    monkeypatch.setattr(merge_window, "MAX_WAIT_S", FORWARD_S)  # however busy the machine is
+    monkeypatch.setattr(merge_window, "MAX_WAIT_OF_FORWARD", 1.0)
     with ExitStack() as stack:
         clients = [connect(stack, server) for _ in range(2)]
         threads = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eft_serve.transport.link import _answers
+from eft_serve.transport.replica_connection import _answers
 from eft_serve.types import Draft, SamplingParams, SequenceStep, StepOutput
 
 STEP = SequenceStep("s", 0, [1, 2], 1, draft=Draft(3, 0, 8, SamplingParams(temperature=0.0)))
@@ -23,7 +23,7 @@ STEP = SequenceStep("s", 0, [1, 2], 1, draft=Draft(3, 0, 8, SamplingParams(tempe
         (4, [4, 5, 6, 7], [0.5] * 4, False),
     ],
 )
-def test_guesses_come_with_their_rows_and_confidences(
+def test_draft_tokens_come_with_their_rows_and_confidences(
     num_rows: int, drafted: list[int], confidences: list[float], fits: bool
 ) -> None:
     output = StepOutput("s", logits=torch.zeros(num_rows, 8), drafted=drafted, confidences=confidences)
