@@ -36,6 +36,23 @@ def fanout(
 
 
 @app.command()
+def coordinator(
+    vocab: Annotated[str, typer.Option(help="Tokens in the vocabulary, each measured by itself.")] = (
+        "32000,128256,151936"
+    ),
+    batch: Annotated[str, typer.Option(help="Requests at a time.")] = "1,16,64",
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps of each measurement.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that the sides take turns.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Of the coordinator's math.")] = 1,
+) -> None:
+    """What a step costs the coordinator, greedy and sampled, beside copying its logits once."""
+    _become_like_a_replica()
+    from eft_serve.bench.coordinator import run
+
+    run([int(v) for v in vocab.split(",")], [int(b) for b in batch.split(",")], steps, rounds, threads)
+
+
+@app.command()
 def engine(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps at each batch size.")] = 60,
     prefills: Annotated[int, typer.Option(min=1, help="Prompts of 512 tokens.")] = 15,

@@ -20,12 +20,18 @@ MAX_STEPS = 100_000
 class Driven:
     """Engines, started by `builds` (by model: what builds it, and from what), and a real decode loop over them."""
 
-    def __init__(self, builds: Mapping[str, tuple[Build, tuple[Any, ...]]], vocabularies: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        builds: Mapping[str, tuple[Build, tuple[Any, ...]]],
+        vocabularies: Mapping[str, Any],
+        config: CoordinatorConfig | None = None,
+    ) -> None:
         self.backend = FanOut()
         self.tokens: dict[str, list[int]] = {}  # by request
         started = [start(build, arguments, self.backend.public_key) for build, arguments in builds.values()]
         self.processes = [process for process, _ in started]
-        self.loop = DecodeLoop(CoordinatorConfig(), self.backend, vocabularies, self._take, CoordinatorMetrics())
+        config = config or CoordinatorConfig()
+        self.loop = DecodeLoop(config, self.backend, vocabularies, self._take, CoordinatorMetrics())
         self.loop.set_replicas({endpoint.replica_id: endpoint for _, endpoint in started})
         self.loop.receive()
 

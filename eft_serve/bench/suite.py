@@ -37,6 +37,12 @@ BENCHMARKS = (
         "sleep. 1.0 would be free; one model after the other would be the sum of the latencies over the largest.",
     ),
     Benchmark(
+        "coordinator",
+        "What a decode step costs the coordinator: the real one and the real transport over three engines that answer "
+        "at once with peaked logits; greedy, at T = 1, and at T = 0.7 with top-p 0.9. The floor copies the same logits "
+        "once, on as many threads. Sides take turns; ratios are medians over the rounds.",
+    ),
+    Benchmark(
         "engine",
         "One model's step with one thread: the engine, stock transformers (SDPA, its dynamic cache), and the matrix "
         "products alone, as floor with attention's two and as weights without. Ratios are medians over steps that were "
