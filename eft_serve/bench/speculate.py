@@ -1,7 +1,7 @@
 """`eft-serve bench speculate`: what speculative decoding gains, on real small models and on the paper's latencies.
 
 Real coordinator, transport and engines, each model in a process of its own. Sides take turns request by request (or
-batch by batch), and a side's speed-up is the median of its ratios to plain decoding of the same prompts. Every side must
+batch by batch), and a side's speed-up is the median of its ratios to plain decoding of the same prompts. All sides must
 emit the same tokens; the benchmark fails when one did not.
 """
 

@@ -55,8 +55,8 @@ BENCHMARKS = (
     ),
     Benchmark(
         "speculate",
-        "Speculative decoding, one engine process for each model: the embedded family's long answers one at a time by block "
-        "length, models that sleep the paper's latencies beside the paper's own figures, and the default against "
+        "Speculative decoding, one engine process for each model: the embedded family's long answers one at a time by "
+        "block length, models that sleep the paper's latencies beside the paper's own figures, and the default against "
         "plain decoding by batch size. Speed-ups are medians of ratios to plain decoding, taken in turn.",
         "--prompts 6",
     ),

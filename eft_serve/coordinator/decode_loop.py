@@ -198,8 +198,6 @@ class DecodeLoop:
             vocabularies = [self.vocabularies[sequence.model] for sequence in request.sequences]
             request.num_ids = min(vocabulary.num_tokens for vocabulary in vocabularies)
             request.check_forced()
-            if len(self.scheduler.waiting) >= self.config.max_waiting:
-                raise UnavailableError(f"more than {self.config.max_waiting} requests are waiting; try again later")
             request.limit(self.replicas.context_left(request))
         except EftServeError as error:
             self._deltas.append((request.request_id, partial(failed, error)))

@@ -25,7 +25,7 @@ class OutputStream:
 
     @classmethod
     def of(cls, request: Request, vocabularies: list[Vocabulary]) -> OutputStream:
-        """The first model that counts detokenizes; the end token of any such model ends it, unless tokens are forced."""
+        """The first model that counts detokenizes; any such model's end token ends it, unless tokens are forced."""
         sampling = request.generation.sampling
         counting = [pair for pair in zip(request.sequences, vocabularies, strict=True) if pair[0].term.counts]
         first, spelling = counting[0]

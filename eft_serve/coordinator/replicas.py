@@ -50,9 +50,14 @@ class Replica:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.info.kv_block_size)
 
-    def add(self, num_tokens: int, sign: int = 1) -> None:
-        """Promise one more sequence room, or take that back."""
-        self.blocks += sign * self.blocks_for(num_tokens)
+    def has_room(self, num_blocks: int, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens fits beside so many promised blocks."""
+        fits = num_blocks + self.blocks_for(num_tokens) <= self.capacity_blocks
+        return fits and num_tokens <= self.info.max_model_len
+
+    def add(self, num_tokens: int) -> None:
+        """Promise one more sequence room."""
+        self.blocks += self.blocks_for(num_tokens)
 
 
 @dataclass(slots=True)
@@ -126,38 +131,27 @@ class ReplicaTable:
                     self.replicas[sequence.replica_id].add(request.num_reserved(sequence))
 
     def place(self, request: Request, *, within_budget: bool) -> set[str]:
-        """Give each unplaced sequence the least loaded replica of its model, the longest first; all or none.
+        """Give each unplaced sequence a replica of its model, see `assign`; all of them or none.
 
         Returns the models that have no replica to offer; empty when the request is placed.
         """
-        placed: list[SequenceState] = []
-        missing: set[str] = set()
-        for sequence in sorted(request.sequences, key=request.num_tokens, reverse=True):
+        unplaced: dict[str, list[SequenceState]] = defaultdict(list)
+        for sequence in request.sequences:
             if sequence.replica_id is None:
-                num_tokens = request.num_tokens(sequence)
-                replica_id = self._least_loaded(sequence.model, num_tokens if within_budget else 0)
-                if replica_id is None:
-                    missing.add(sequence.model)
-                else:  # at once: the next sequence may want the same replica's room
-                    sequence.replica_id = replica_id
-                    self.replicas[replica_id].add(num_tokens)
-                    placed.append(sequence)
-        for sequence in placed if missing else ():
-            assert sequence.replica_id is not None
-            self.replicas[sequence.replica_id].add(request.num_tokens(sequence), sign=-1)
-            sequence.replica_id = None
-        return missing
-
-    def _least_loaded(self, model: str, num_tokens: int) -> str | None:
-        """The replica of this model with the largest part of its budget free, if it has room for so many tokens."""
-        loads = [
-            (replica.blocks / replica.capacity_blocks, replica_id)
-            for replica_id, replica in self.replicas.items()
-            if replica.info.model == model
-            and replica.healthy
-            and (num_tokens == 0 or replica.blocks + replica.blocks_for(num_tokens) <= replica.capacity_blocks)
-        ]
-        return min(loads)[1] if loads else None
+                unplaced[sequence.model].append(sequence)
+        chosen: dict[str, list[tuple[SequenceState, str]]] = {}
+        for model, sequences in unplaced.items():
+            ids = [r for r, replica in self.replicas.items() if replica.healthy and replica.info.model == model]
+            replicas = [self.replicas[replica_id] for replica_id in ids]
+            used = [replica.blocks for replica in replicas] if within_budget else None
+            if (found := assign(replicas, [request.num_tokens(s) for s in sequences], used)) is not None:
+                chosen[model] = [(s, ids[index]) for s, index in zip(sequences, found, strict=True)]
+        if missing := unplaced.keys() - chosen.keys():
+            return missing
+        for sequence, replica_id in (pair for pairs in chosen.values() for pair in pairs):
+            sequence.replica_id = replica_id
+            self.replicas[replica_id].add(request.num_tokens(sequence))
+        return set()
 
     def release(self, request: Request) -> None:
         """Its caches are no longer wanted."""
@@ -188,26 +182,40 @@ def could_hold(replicas: Mapping[str, Sequence[Replica]], request: Request) -> b
     lengths: dict[str, list[int]] = defaultdict(list)
     for sequence in request.sequences:
         lengths[sequence.model].append(request.num_tokens(sequence))
-    return all(fit(replicas.get(model, ()), found) for model, found in lengths.items())
+    return all(_fit(replicas.get(model, ()), found) for model, found in lengths.items())
 
 
 def longest_output(replicas: Sequence[Replica], prompts: Sequence[int], wanted: int) -> int:
     """Tokens, at most as many as are wanted, that sequences with so many prompt tokens each can grow by together."""
-    return bisect_left(range(1, wanted + 1), True, key=lambda n: not fit(replicas, [p + n for p in prompts]))
+    return bisect_left(range(1, wanted + 1), True, key=lambda n: not _fit(replicas, [p + n for p in prompts]))
 
 
-def fit(replicas: Sequence[Replica], lengths: Sequence[int]) -> bool:
-    """Whether sequences of so many tokens find room in these replicas together; placed as `ReplicaTable.place` does."""
-    blocks = [0] * len(replicas)
-    for num_tokens in sorted(lengths, reverse=True):
+def _fit(replicas: Sequence[Replica], lengths: Sequence[int]) -> bool:
+    """Whether sequences of so many tokens find room in these replicas together, were they empty."""
+    return assign(replicas, lengths, [0] * len(replicas)) is not None
+
+
+def assign(replicas: Sequence[Replica], lengths: Sequence[int], used: Sequence[int] | None) -> list[int] | None:
+    """An index of a replica for each sequence: the longest first, to whichever has most of its budget free.
+
+    Args:
+        replicas: of one model.
+        lengths: tokens of each sequence.
+        used: blocks of each replica that are promised already; None to place by load alone, budget or not.
+
+    Returns:
+        None when some sequence finds no replica.
+    """
+    blocks = [replica.blocks for replica in replicas] if used is None else list(used)
+    chosen = [-1] * len(lengths)
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
         loads = [
             (blocks[index] / replica.capacity_blocks, index)
             for index, replica in enumerate(replicas)
-            if num_tokens <= replica.info.max_model_len
-            and blocks[index] + replica.blocks_for(num_tokens) <= replica.capacity_blocks
+            if used is None or replica.has_room(blocks[index], lengths[place])
         ]
         if not loads:
-            return False
-        chosen = min(loads)[1]
-        blocks[chosen] += replicas[chosen].blocks_for(num_tokens)
-    return True
+            return None
+        chosen[place] = index = min(loads)[1]
+        blocks[index] += replicas[index].blocks_for(lengths[place])
+    return chosen

@@ -8,7 +8,7 @@ there is preempted and computed again later.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.replicas import ReplicaTable, could_hold
 from eft_serve.coordinator.request import Request, SequenceState
+from eft_serve.coordinator.request_queue import FirstComeFirstServed, RequestQueue
 from eft_serve.types import Draft, SequenceStep, StepBatch
 
 FORCED_ROWS = 32  # forced tokens that a step scores of one request
@@ -54,10 +55,10 @@ class SchedulerOutput:
 class Scheduler:
     """Waiting and running requests over a table of replicas."""
 
-    def __init__(self, config: CoordinatorConfig, replicas: ReplicaTable) -> None:
+    def __init__(self, config: CoordinatorConfig, replicas: ReplicaTable, queue: RequestQueue | None = None) -> None:
         self.config = config
         self.replicas = replicas
-        self.waiting: deque[Request] = deque()
+        self.waiting: RequestQueue = queue or FirstComeFirstServed()
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
         self.pacer = Pacer(config.max_prefill_slowdown, config.max_num_batched_tokens)
@@ -75,7 +76,7 @@ class Scheduler:
         return taken
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def finish(self, request: Request) -> None:
         """It leaves, for whatever reason."""
@@ -169,14 +170,14 @@ class Scheduler:
         request.drop_draft_tokens()
         self.replicas.release(request)
         self.replicas.count_blocks(self.running)
-        self.waiting.appendleft(request)
+        self.waiting.add(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
 
     def _admit(self) -> None:
         """First come, first served, for each model by itself: who waits for one holds up only those who want it too."""
         short: set[str] = set()
-        for request in list(self.waiting):
+        for request in self.waiting:
             if len(self.running) == self.config.max_num_seqs:
                 break
             if short.isdisjoint(request.models):

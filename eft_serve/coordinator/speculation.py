@@ -1,7 +1,7 @@
 """A request's speculative decoding: who drafts its next tokens, and how many were accepted so far.
 
 Drafting is part of the ordinary step: the model that drafts goes on by itself from its own logits while the others
-compute the draft tokens of the step before. So a step without draft tokens is plain decoding, and no step costs another.
+compute the draft tokens of the step before. So a step without draft tokens is plain decoding, and none costs another.
 """
 
 from __future__ import annotations

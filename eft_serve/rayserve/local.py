@@ -7,11 +7,12 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 import httpx
+import psutil
 import ray
 from ray import serve
 from ray.serve import RunTarget
@@ -24,6 +25,9 @@ from eft_serve.rayserve.app import build
 APP_NAME = "eft-serve"
 OBJECT_STORE_BYTES = 128 * 1024**2  # nothing large goes through Ray
 READY_POLL_S = 0.1
+STOP_TIMEOUT_S = 10.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,26 @@ def local_cluster(*, host: str, port: int, dashboard: bool) -> Iterator[str | No
         serve.start(http_options={"host": host, "port": port})  # the proxy first: loading models would starve it
         yield f"http://{context.dashboard_url}" if dashboard else None
     finally:
-        ray.shutdown()
+        _shut_down()
+
+
+def _shut_down() -> None:
+    """Stop Ray and return when its processes are gone: `ray.shutdown` leaves some to end by themselves."""
+    started = [process for process in psutil.Process().children(recursive=True) if _is_rays(process)]
+    ray.shutdown()
+    _, alive = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        logger.warning("process %d of Ray does not end by itself; it is killed", process.pid)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+
+
+def _is_rays(process: psutil.Process) -> bool:
+    try:
+        return "ray" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class CoordinatorServer:
     def submit(self, client: bytes, submission: Submit) -> None:
         """See `RequestHandler.submit`."""
         generation, limits = submission.request, self.config.coordinator
-        if len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting:
+        if len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting:  # the one limit of open requests
             raise UnavailableError(f"more than {limits.max_waiting} requests are waiting; try again later")
         if (reply_to := self._ingresses.get(submission.reply_address)) is None:
             raise UnavailableError("the coordinator has not met this ingress yet; try again later")

@@ -100,7 +100,7 @@ def request(
     tenant: str = "anonymous",
     speculative: Speculative | None = None,
     adapted: Mapping[str, str] | None = None,
-    given: list[int] | None = None,
+    forced_token_ids: list[int] | None = None,
     components: int | None = None,
     **sampling: object,
 ) -> Request:
@@ -111,7 +111,7 @@ def request(
         sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
         tenant=tenant,
         speculative=speculative,
-        forced_token_ids=given,
+        forced_token_ids=forced_token_ids,
         components=components,
     )
     adapted = adapted or {}
