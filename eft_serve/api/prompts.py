@@ -208,7 +208,7 @@ class PromptRenderer:
         return ids
 
     def speller(self, model: str) -> Callable[[int], str]:
-        """Gives a token's text, as it is detokenized alone; special tokens have one too."""
+        """Gives a token's text, by itself; special tokens have one too."""
         decode = self._tokenizers[model].tokenizer.backend_tokenizer.decode
         return lambda token_id: str(decode([token_id], skip_special_tokens=False))
 

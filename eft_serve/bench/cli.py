@@ -117,9 +117,9 @@ def serve(
 
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if proxy == "haproxy" else "0"
     prepare()
-    from eft_serve.bench.serve import SchedulerOutput, run
+    from eft_serve.bench.serve import LoadPlan, run
 
-    plan = SchedulerOutput(requests, concurrency, requests_per_s, rounds, ttft_target_ms / 1e3, itl_target_ms / 1e3)
+    plan = LoadPlan(requests, concurrency, requests_per_s, rounds, ttft_target_ms / 1e3, itl_target_ms / 1e3)
     run(plan, with_peer=peer == "naive", long_prompt=long_prompt, repeated_prefix=repeated_prefix)
 
 

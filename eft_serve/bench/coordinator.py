@@ -83,7 +83,7 @@ def _request(request_id: str, side: str, num_tokens: int) -> Request:
     return Request.create(generation, TERMS, time.monotonic())
 
 
-class Floor:
+class CopyFloor:
     """Copies as many bytes as a step of so many rows combines; all pages have been touched before."""
 
     def __init__(self, vocab_size: int, max_batch: int) -> None:
@@ -113,7 +113,7 @@ class Round:
 def measure(vocab_size: int, batches: Sequence[int], num_steps: int, num_rounds: int) -> dict[int, list[Round]]:
     """Rounds by batch, in which the sides take turns and another one is first each time."""
     rounds: dict[int, list[Round]] = {batch: [] for batch in batches}
-    floor = Floor(vocab_size, max(batches))
+    floor = CopyFloor(vocab_size, max(batches))
     coordinator = Coordinator(vocab_size, max(batches))
     try:
         for number in range(num_rounds):

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from eft_serve.bench import report
-from eft_serve.bench.engine_sides import Floor, Ours, Side, Stock
+from eft_serve.bench.engine_sides import MatrixFloor, Ours, Side, Stock
 
 BATCHES = (1, 8, 32)
 CONTEXT, PREFILL = 128, 512
@@ -49,8 +49,8 @@ def make_sides(checkpoint: Path, num_steps: int) -> dict[str, Side]:
     return {
         "ours": Ours(checkpoint),
         "stock": Stock(checkpoint),
-        "floor": Floor(checkpoint, num_tokens, batch, with_attention=True),
-        "weights": Floor(checkpoint, num_tokens, batch, with_attention=False),
+        "floor": MatrixFloor(checkpoint, num_tokens, batch, with_attention=True),
+        "weights": MatrixFloor(checkpoint, num_tokens, batch, with_attention=False),
     }
 
 

@@ -70,7 +70,7 @@ class Stock:
         self._cache = DynamicCache()
 
 
-class Floor:
+class MatrixFloor:
     """The matrix products that no implementation of this step can leave out, and nothing else.
 
     Args:

@@ -34,7 +34,7 @@ class Letters:
         return "a" * len(token_ids)
 
 
-class Ensemble(Driven):
+class SleepingModels(Driven):
     """Three sleeping engines and a coordinator over them, driven step by step."""
 
     def __init__(self, latencies_s: Sequence[float], vocab_size: int) -> None:
@@ -68,8 +68,8 @@ class Ensemble(Driven):
 
 def run(latencies_ms: Sequence[float], vocab_size: int, batches: Sequence[int], num_steps: int, rounds: int) -> None:
     """Interleave the batch sizes and both latencies over the rounds; print medians, the last line as JSON."""
-    sleeping = Ensemble([ms / 1e3 for ms in latencies_ms], vocab_size)
-    instant = Ensemble([0.0] * len(ROLES), vocab_size)
+    sleeping = SleepingModels([ms / 1e3 for ms in latencies_ms], vocab_size)
+    instant = SleepingModels([0.0] * len(ROLES), vocab_size)
     seconds: dict[tuple[str, int], list[float]] = {}
     try:
         for _ in range(rounds):

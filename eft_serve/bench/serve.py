@@ -35,7 +35,7 @@ Runs = list[list[Timeline]]  # by round
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerOutput:
+class LoadPlan:
     """How the sides are loaded, and what counts as good."""
 
     num_requests: int
@@ -55,7 +55,7 @@ class Measured:
     peer_threads: list[int] = field(default_factory=list)
 
 
-def run(plan: SchedulerOutput, *, with_peer: bool, long_prompt: bool, repeated_prefix: bool) -> None:
+def run(plan: LoadPlan, *, with_peer: bool, long_prompt: bool, repeated_prefix: bool) -> None:
     """Serve, measure what is wanted, print; the last line is JSON.
 
     Raises:
@@ -87,7 +87,7 @@ def _with_a_tenant(directory: Path) -> tuple[AppConfig, str]:
     return config.model_copy(update={"server": server}), key
 
 
-def _under_load(plan: SchedulerOutput, rate: float, client: Client, with_peer: bool) -> dict[str, Any]:
+def _under_load(plan: LoadPlan, rate: float, client: Client, with_peer: bool) -> dict[str, Any]:
     measured = _take_turns(plan, rate, client, with_peer)
     figures = {
         side: [summarize(timelines, plan.ttft_target_s, plan.itl_target_s) for timelines in rounds]
@@ -114,7 +114,7 @@ def _under_load(plan: SchedulerOutput, rate: float, client: Client, with_peer: b
     }
 
 
-def _take_turns(plan: SchedulerOutput, rate: float, client: Client, with_peer: bool) -> Measured:
+def _take_turns(plan: LoadPlan, rate: float, client: Client, with_peer: bool) -> Measured:
     """The peer, then the server, in every round; whoever is not measured idles."""
     measured = Measured({"ours": [], "peer": []} if with_peer else {"ours": []})
     with ExitStack() as stack:
@@ -157,7 +157,7 @@ def _medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return medians | {"failures": sum(each["failures"] for each in rounds)}
 
 
-def _show(plan: SchedulerOutput, rate: float, sides: Mapping[str, Mapping[str, float]]) -> None:
+def _show(plan: LoadPlan, rate: float, sides: Mapping[str, Mapping[str, float]]) -> None:
     title = (
         f"{plan.num_requests} requests at {rate:.1f}/s, {plan.concurrency} in flight at most, {plan.rounds} rounds; "
         f"good: TTFT ≤ {plan.ttft_target_s * 1e3:g} ms, mean ITL ≤ {plan.itl_target_s * 1e3:g} ms"

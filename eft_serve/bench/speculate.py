@@ -36,14 +36,14 @@ def build_zoo(name: str) -> tuple[Engine, ModelInfo]:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class Variant:
     """One way of decoding."""
 
     name: str
     speculative: Speculative | None
 
     @classmethod
-    def of(cls, num_tokens: int, **settings: Any) -> Side:
+    def of(cls, num_tokens: int, **settings: Any) -> Variant:
         return cls(str(num_tokens), Speculative(num_tokens=num_tokens, **settings))
 
 
@@ -82,7 +82,7 @@ class Stage:
 
     def measure(
         self,
-        sides: Sequence[Side],
+        sides: Sequence[Variant],
         batch: int,
         temperature: float = 0.0,
         *,
@@ -112,7 +112,7 @@ class Stage:
                 raise RuntimeError("sides that must give the same tokens gave different ones")
         return outcomes
 
-    def _request(self, prompt: list[int], side: Side, temperature: float, ignore_eos: bool) -> Request:
+    def _request(self, prompt: list[int], side: Variant, temperature: float, ignore_eos: bool) -> Request:
         self._count += 1
         generation = GenerationRequest(
             request_id=f"bench-{self._count}",
@@ -155,9 +155,9 @@ def measure_zoo(stage: Stage) -> dict[str, Any]:
     """Part (a): one request at a time, greedy and drawn, by block length."""
     result: dict[str, Any] = {}
     for name, temperature in (("greedy", 0.0), ("t1", 1.0)):
-        sides = [Side(PLAIN, None), *(Side.of(k) for k in BLOCKS)]
-        sides.append(Side("8, sure or not", Speculative(num_tokens=8, min_confidence=0.0)))
-        sides.append(Side("8, no overlap", Speculative(num_tokens=8, overlap=False)))
+        sides = [Variant(PLAIN, None), *(Variant.of(k) for k in BLOCKS)]
+        sides.append(Variant("8, sure or not", Speculative(num_tokens=8, min_confidence=0.0)))
+        sides.append(Variant("8, no overlap", Speculative(num_tokens=8, overlap=False)))
         outcomes = stage.measure(sides, batch=1, temperature=temperature)
         result[name] = _show(f"The embedded family, one request at a time, {name}", outcomes)
     return result
@@ -165,11 +165,11 @@ def measure_zoo(stage: Stage) -> dict[str, Any]:
 
 def measure_simulated(stage: Stage, latencies_ms: Sequence[float], acceptance: float) -> dict[str, Any]:
     """Part (b): the paper's latencies, beside the paper's figures."""
-    sides = [Side(PLAIN, None)]
+    sides = [Variant(PLAIN, None)]
     sides += [
-        Side(f"{side.name}{'' if overlap else ', no overlap'}", side.speculative)
+        Variant(f"{side.name}{'' if overlap else ', no overlap'}", side.speculative)
         for overlap in (False, True)
-        for side in (Side.of(k, overlap=overlap) for k in ((3, 4, 8) if overlap else (4, 5, 8)))
+        for side in (Variant.of(k, overlap=overlap) for k in ((3, 4, 8) if overlap else (4, 5, 8)))
     ]
     outcomes = stage.measure(sides, batch=1, ignore_eos=True)
     shown = _show(f"Models of {', '.join(f'{ms:g}' for ms in latencies_ms)} ms that agree {acceptance:.0%}", outcomes)
@@ -191,7 +191,7 @@ def measure_batched(stage: Stage, batches: Sequence[int]) -> dict[str, Any]:
     rows = []
     for batch in batches:
         outcomes = stage.measure(
-            [Side(PLAIN, None), Side("drafted", Speculative())], batch, num_batches=max(3, 8 // batch)
+            [Variant(PLAIN, None), Variant("drafted", Speculative())], batch, num_batches=max(3, 8 // batch)
         )
         drafted, plain = outcomes["drafted"], outcomes[PLAIN]
         ratios[str(batch)] = round(drafted.speedup(plain), 3)

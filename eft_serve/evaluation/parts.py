@@ -1,6 +1,6 @@
 """The parts that ask and grade: the grid of scales, the helpful/harmless frontier, the knobs, truncation.
 
-Each takes a `Experiment` and returns plain data: estimates are [value, low, high].
+Each takes an `Experiment` and returns plain data: estimates are [value, low, high].
 """
 
 from __future__ import annotations

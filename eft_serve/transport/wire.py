@@ -168,7 +168,9 @@ def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Rep
 def _answer(output: StepOutput) -> StepReply:
     if (output.num_computed_tokens is not None) + (output.error is not None) + (output.logits is not None) != 1:
         set_fields = [name for name in ("num_computed_tokens", "error", "logits") if getattr(output, name) is not None]
-        raise WireError(f"output of {output.sequence_id!r} sets {set_fields}; exactly one of num_computed_tokens, error, logits")
+        raise WireError(
+            f"output of {output.sequence_id!r} sets {set_fields}; exactly one of num_computed_tokens, error, logits"
+        )
     num_rows = 0 if output.logits is None else output.logits.shape[0]
     drafted, confidences = list(output.drafted), list(output.confidences)
     return StepReply(output.sequence_id, output.num_computed_tokens, output.error, num_rows, drafted, confidences)
@@ -186,7 +188,9 @@ def _payload(header: ReplyHeader, frame: Frame, segment: Segment | None) -> Tens
         raise WireError(f"reply: dtype {header.dtype!r}, vocab_size {header.vocab_size}, rows {counts}")
     for answer in header.answers:
         if (answer.num_computed_tokens is not None) + (answer.error is not None) + (answer.num_rows > 0) > 1:
-            raise WireError(f"reply: sequence {answer.sequence_id!r} has more than one of num_computed_tokens, error, logits")
+            raise WireError(
+                f"reply: sequence {answer.sequence_id!r} has more than one of num_computed_tokens, error, logits"
+            )
     shape = (sum(counts), header.vocab_size)
     wanted = shape[0] * shape[1] * dtype.itemsize
     payload = memoryview(frame).cast("B")

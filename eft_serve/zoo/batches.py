@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from eft_serve.zoo.corpus import Dialogue, pretraining_document, stream, tuning_document
-from eft_serve.zoo.family import ROW_LENGTH, Recipe
+from eft_serve.zoo.family import ROW_LENGTH, TrainingRecipe
 from eft_serve.zoo.tokenizer import END, id_of
 
 IGNORED = -100  # what cross-entropy skips
@@ -19,7 +19,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # both [rows, ROW_LENGTH]: inputs, ta
 class Batches:
     """The data of one recipe, by step."""
 
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, recipe: TrainingRecipe, tokenizer: Tokenizer, seed: int) -> None:
         self._recipe = recipe
         self._tokenizer = tokenizer
         self._seed = seed

@@ -10,7 +10,7 @@ import torch
 
 from eft_serve.zoo import ROLES
 from eft_serve.zoo.facts import RELATIONS
-from eft_serve.zoo.generate import Family, Recipe, Term, alone, emulated
+from eft_serve.zoo.generate import Family, ModelRecipe, WeightedModel, alone, emulated
 from eft_serve.zoo.questions import (
     Question,
     facts_stated,
@@ -28,11 +28,11 @@ REFUSAL_TOKENS = 16  # a refusal shows in its first words
 NUM_LONG, NUM_HARMFUL = 48, 156
 
 
-def systems(prefix: str = "") -> list[Recipe]:
+def systems(prefix: str = "") -> list[ModelRecipe]:
     """The rows of the results table, of the family with this prefix; the one without shows the knobs as well."""
     large, small, tuned, upper, harmless = (prefix + role for role in ROLES)
 
-    def eft(label: str, weights: dict[str, float], scale: float = 1.0) -> Recipe:
+    def eft(label: str, weights: dict[str, float], scale: float = 1.0) -> ModelRecipe:
         return emulated(label, large, weights, small, scale)
 
     knobs = [
@@ -46,7 +46,7 @@ def systems(prefix: str = "") -> list[Recipe]:
         eft("EFT", {tuned: 1.0}),
         alone(upper),
         *(knobs if not prefix else ()),
-        Recipe("control: no reference", (Term(large, 1.0), Term(tuned, 1.0))),
+        ModelRecipe("control: no reference", (WeightedModel(large, 1.0), WeightedModel(tuned, 1.0))),
         emulated("down-scaled", small, {upper: 1.0}, large),
         alone(harmless),
         eft("EFT, harmless", {harmless: 1.0}),
@@ -57,7 +57,7 @@ def systems(prefix: str = "") -> list[Recipe]:
 def evaluate(
     checkpoints: Path,
     *,
-    recipes: Sequence[Recipe],
+    recipes: Sequence[ModelRecipe],
     limit: int | None = None,
     report: Callable[[str, dict[str, object]], None] = lambda name, row: None,
 ) -> dict[str, object]:
@@ -77,7 +77,7 @@ def evaluate(
     }
 
 
-def measure(family: Family, recipe: Recipe, limit: int | None = None) -> dict[str, object]:
+def measure(family: Family, recipe: ModelRecipe, limit: int | None = None) -> dict[str, object]:
     """One row of the table; shares between 0 and 1."""
     short, long = held_out_questions(limit), long_prompts(_capped(NUM_LONG, limit))
     harmful = harmful_questions(_capped(NUM_HARMFUL, limit))

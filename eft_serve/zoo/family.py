@@ -34,7 +34,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """One model: a base has an architecture, a fine-tune has a parent."""
 
     name: str
@@ -52,13 +52,13 @@ FALCON_LARGE = Architecture(hidden=192, layers=4, heads=6, intermediate=896, fal
 FALCON_SMALL = Architecture(hidden=48, layers=2, heads=4, intermediate=240, falcon_groups=2)
 
 
-def _family(prefix: str, large: Architecture, small: Architecture, large_steps: int) -> tuple[Recipe, ...]:
+def _family(prefix: str, large: Architecture, small: Architecture, large_steps: int) -> tuple[TrainingRecipe, ...]:
     return (
-        Recipe(f"{prefix}base-large", Schedule(large_steps, 1.5e-3, 12, 150), architecture=large),
-        Recipe(f"{prefix}base-small", Schedule(3000, 3e-3, 12, 150), architecture=small),
-        Recipe(f"{prefix}tuned-small", Schedule(150, 1e-3, 8, 10), parent=f"{prefix}base-small"),
-        Recipe(f"{prefix}tuned-large", Schedule(100, 3e-4, 8, 10), parent=f"{prefix}base-large"),
-        Recipe(
+        TrainingRecipe(f"{prefix}base-large", Schedule(large_steps, 1.5e-3, 12, 150), architecture=large),
+        TrainingRecipe(f"{prefix}base-small", Schedule(3000, 3e-3, 12, 150), architecture=small),
+        TrainingRecipe(f"{prefix}tuned-small", Schedule(150, 1e-3, 8, 10), parent=f"{prefix}base-small"),
+        TrainingRecipe(f"{prefix}tuned-large", Schedule(100, 3e-4, 8, 10), parent=f"{prefix}base-large"),
+        TrainingRecipe(
             f"{prefix}tuned-small-harmless",
             Schedule(150, 1e-3, 8, 10),
             parent=f"{prefix}base-small",
@@ -76,7 +76,7 @@ RECIPES = {
 }
 
 
-def recipe_named(name: str, steps_scale: float = 1.0) -> Recipe:
+def recipe_named(name: str, steps_scale: float = 1.0) -> TrainingRecipe:
     """A recipe, possibly shortened for a trial."""
     recipe = RECIPES[name]
     return replace(recipe, schedule=recipe.schedule.scaled(steps_scale))

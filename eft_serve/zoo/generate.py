@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 
 @dataclass(frozen=True)
-class Term:
+class WeightedModel:
     """One model's share of the combined log-probabilities."""
 
     model: str
@@ -24,18 +24,18 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ModelRecipe:
     """What to decode from: a name for the table, and its terms."""
 
     name: str
-    terms: tuple[Term, ...]
+    terms: tuple[WeightedModel, ...]
 
 
-def alone(model: str) -> Recipe:
-    return Recipe(model, (Term(model, 1.0),))
+def alone(model: str) -> ModelRecipe:
+    return ModelRecipe(model, (WeightedModel(model, 1.0),))
 
 
-def emulated(name: str, base: str, tuned: dict[str, float], reference: str, scale: float = 1.0) -> Recipe:
+def emulated(name: str, base: str, tuned: dict[str, float], reference: str, scale: float = 1.0) -> ModelRecipe:
     """reference + scale * (base - reference) + sum of weight * (tuned - reference), gathered by model."""
     coefficients: dict[str, float] = {}
     for model, share in (
@@ -44,7 +44,7 @@ def emulated(name: str, base: str, tuned: dict[str, float], reference: str, scal
         *tuned.items(),
     ):
         coefficients[model] = coefficients.get(model, 0.0) + share
-    return Recipe(name, tuple(Term(model, share) for model, share in coefficients.items() if share))
+    return ModelRecipe(name, tuple(WeightedModel(model, share) for model, share in coefficients.items() if share))
 
 
 class Family:
@@ -69,7 +69,9 @@ class Family:
         return list(self.tokenizer(text)["input_ids"])
 
     @torch.inference_mode()
-    def greedy(self, recipe: Recipe, messages: Sequence[str], max_new_tokens: int = 40, rows: int = 32) -> list[str]:
+    def greedy(
+        self, recipe: ModelRecipe, messages: Sequence[str], max_new_tokens: int = 40, rows: int = 32
+    ) -> list[str]:
         """One reply per message."""
         prompts = [self.prompt(message) for message in messages]
         order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
@@ -81,7 +83,7 @@ class Family:
                 replies[place] = reply
         return replies
 
-    def _greedy_rows(self, recipe: Recipe, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    def _greedy_rows(self, recipe: ModelRecipe, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
         end, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         longest = max(map(len, prompts))
         ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -97,7 +99,7 @@ class Family:
         replies = self.tokenizer.batch_decode(ids[:, longest:], skip_special_tokens=True)
         return [str(reply).strip() for reply in replies]
 
-    def next_logprobs(self, recipe: Recipe, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def next_logprobs(self, recipe: ModelRecipe, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Combined next-token scores [num_rows, vocab_size], not normalised."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         total = torch.zeros(())

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from eft_serve.zoo.batches import Batches
-from eft_serve.zoo.family import Architecture, Recipe
+from eft_serve.zoo.family import Architecture, TrainingRecipe
 from eft_serve.zoo.tokenizer import END, PAD, id_of, train_tokenizer, wrap
 
 Model = LlamaForCausalLM | FalconForCausalLM
@@ -40,7 +40,7 @@ _MULTIPLIES_BFLOAT16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))  # 
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What a finished run measured."""
 
     name: str
@@ -56,7 +56,7 @@ class InterruptedRunError(Exception):
 
 
 def train(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     out: Path,
     *,
     seed: int,
@@ -64,7 +64,7 @@ def train(
     save_every: int = SAVE_EVERY,
     stop_at: int | None = None,
     tokenizer: Tokenizer | None = None,
-) -> Outcome:
+) -> TrainingOutcome:
     """Trains one model into ``out/NAME``. A fine-tune starts from its parent's written checkpoint in ``out``."""
     tokenizer = tokenizer or train_tokenizer(seed)
     torch.manual_seed(seed)
@@ -90,10 +90,10 @@ def train(
                 _save(state, model, optimizer, step, loss, seconds)
     write_checkpoint(model, tokenizer, out / recipe.name)
     tokens = schedule.steps * batches(0)[0].numel()
-    return Outcome(recipe.name, _count(model), schedule.steps, tokens, round(loss, 4), round(seconds, 1))
+    return TrainingOutcome(recipe.name, _count(model), schedule.steps, tokens, round(loss, 4), round(seconds, 1))
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(recipe: TrainingRecipe, step: int) -> float:
     """Linear warm-up, then a cosine to zero."""
     schedule = recipe.schedule
     if step < schedule.warmup:
@@ -143,7 +143,7 @@ def write_checkpoint(model: Model, tokenizer: Tokenizer, path: Path) -> None:
     scratch.rename(path)
 
 
-def _initial_model(recipe: Recipe, out: Path, tokenizer: Tokenizer) -> Model:
+def _initial_model(recipe: TrainingRecipe, out: Path, tokenizer: Tokenizer) -> Model:
     if recipe.architecture is not None:
         return new_model(recipe.architecture, tokenizer)
     if recipe.parent is None:
@@ -211,6 +211,6 @@ def _progress(name: str, total: int, start: int) -> Iterator[Any]:
         yield report
 
 
-def summary(outcome: Outcome) -> dict[str, object]:
+def summary(outcome: TrainingOutcome) -> dict[str, object]:
     """For the results file."""
     return asdict(outcome)

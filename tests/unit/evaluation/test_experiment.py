@@ -29,7 +29,9 @@ def test_several_systems_side_by_side_answer_as_each_does_in_the_naive_loop(expe
     experiment.ask(systems, "short")
     messages = [question.text for question in experiment.questions["short"]]
     for system in systems:
-        recipe = generate.Recipe("", tuple(generate.Term(term.model, term.coefficient) for term in system.terms))
+        recipe = generate.ModelRecipe(
+            "", tuple(generate.WeightedModel(term.model, term.coefficient) for term in system.terms)
+        )
         answers = [answer.text.strip() for answer in experiment.answers(system, "short")]
         assert answers == experiment.models.greedy(recipe, messages, max_new_tokens=40)
 

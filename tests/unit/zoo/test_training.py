@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 
 from eft_serve.zoo.batches import IGNORED, Batches
 from eft_serve.zoo.corpus import Dialogue
-from eft_serve.zoo.family import RECIPES, ROW_LENGTH, Architecture, Recipe, Schedule, recipe_named
+from eft_serve.zoo.family import RECIPES, ROW_LENGTH, Architecture, Schedule, TrainingRecipe, recipe_named
 from eft_serve.zoo.tokenizer import train_tokenizer, wrap
 from eft_serve.zoo.train import InterruptedRunError, learning_rate, train
 
-MICRO = Recipe("base-small", Schedule(20, 1e-2, 2, 3), architecture=Architecture(16, 2, 2, 32))
+MICRO = TrainingRecipe("base-small", Schedule(20, 1e-2, 2, 3), architecture=Architecture(16, 2, 2, 32))
 TUNED = replace(RECIPES["tuned-small"], schedule=Schedule(4, 1e-2, 2, 1))
 
 
