@@ -26,6 +26,7 @@ Frame = bytes | bytearray | memoryview
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_OUTCOMES = ("num_computed_tokens", "error", "logits")  # of a step
 
 
 class WireError(EngineError):
@@ -167,10 +168,8 @@ def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Rep
 
 def _answer(output: StepOutput) -> StepReply:
     if (output.num_computed_tokens is not None) + (output.error is not None) + (output.logits is not None) != 1:
-        set_fields = [name for name in ("num_computed_tokens", "error", "logits") if getattr(output, name) is not None]
-        raise WireError(
-            f"output of {output.sequence_id!r} sets {set_fields}; exactly one of num_computed_tokens, error, logits"
-        )
+        set_fields = [name for name in _OUTCOMES if getattr(output, name) is not None]
+        raise WireError(f"output of {output.sequence_id!r} sets {set_fields}; exactly one of {', '.join(_OUTCOMES)}")
     num_rows = 0 if output.logits is None else output.logits.shape[0]
     drafted, confidences = list(output.drafted), list(output.confidences)
     return StepReply(output.sequence_id, output.num_computed_tokens, output.error, num_rows, drafted, confidences)
@@ -188,9 +187,7 @@ def _payload(header: ReplyHeader, frame: Frame, segment: Segment | None) -> Tens
         raise WireError(f"reply: dtype {header.dtype!r}, vocab_size {header.vocab_size}, rows {counts}")
     for answer in header.answers:
         if (answer.num_computed_tokens is not None) + (answer.error is not None) + (answer.num_rows > 0) > 1:
-            raise WireError(
-                f"reply: sequence {answer.sequence_id!r} has more than one of num_computed_tokens, error, logits"
-            )
+            raise WireError(f"reply: sequence {answer.sequence_id!r} has more than one of {', '.join(_OUTCOMES)}")
     shape = (sum(counts), header.vocab_size)
     wanted = shape[0] * shape[1] * dtype.itemsize
     payload = memoryview(frame).cast("B")
