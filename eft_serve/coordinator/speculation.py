@@ -26,7 +26,7 @@ class Speculation:
 
     @classmethod
     def of(cls, generation: GenerationRequest, terms: Sequence[Term]) -> Speculation:
-        """Nobody draft tokens what is given."""
+        """Nobody drafts tokens that are forced."""
         asked = generation.speculative if generation.forced_token_ids is None else None
         settings = asked or Speculative(draft="none")
         return cls(_drafter(settings.draft, terms), settings)
