@@ -74,12 +74,13 @@ class CpuBackend:
         kinds: list[int] = []
         coefficients: list[float] = []
         starts = [0]
-        for request in batch.requests:
-            terms = [_rows_of(term) for term in request.logits]
+        errors = _flaws(batch)
+        for index, request in enumerate(batch.requests):
+            terms = [] if index in errors else [_rows_of(term) for term in request.logits]
             for row in range(request.num_rows):
                 addresses += [first + row * pitch for first, pitch, _ in terms]
                 kinds += [kind for _, _, kind in terms]
-                coefficients += request.coefficients
+                coefficients += request.coefficients[: len(terms)]
                 starts.append(len(addresses))
         out = torch.empty(batch.num_rows, batch.vocab_size)
         status = np.empty((batch.num_rows, 2), np.int64)
@@ -92,9 +93,9 @@ class CpuBackend:
             out.numpy(),
             status,
         )
-        errors = _truncate(batch, out)
+        errors |= _truncate(batch, out, errors)
         if status[:, 0].any():
-            errors |= self._faults(batch, status, starts)
+            errors = self._faults(batch, status, starts) | errors
         for index in errors:
             out[batch.starts[index] : batch.starts[index + 1]] = 0
         return out, errors
@@ -130,14 +131,14 @@ class TorchBackend:
 
     def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
         out = torch.full((batch.num_rows, batch.vocab_size), -torch.inf, device=self._device)
-        errors: Errors = {}
+        errors = _flaws(batch)
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)  # rows that one operation can take
         for index, request in enumerate(batch.requests):
-            if request.truncation is None:
+            if request.truncation is None and index not in errors:
                 groups[len(request.logits), request.vocab_size].append(index)
         for indices in groups.values():
             self._combine_group(batch, indices, out, errors)
-        errors |= _truncate(batch, out)
+        errors |= _truncate(batch, out, errors)
         for index in errors:
             out[batch.starts[index] : batch.starts[index + 1]] = 0
         return out, errors
@@ -176,16 +177,28 @@ class TorchBackend:
 
 def _rows_of(term: Tensor) -> tuple[int, int, int]:
     """Where the first row begins in memory, bytes from one to the next, and how numbers are stored."""
-    if term.stride(1) != 1 or term.device.type != "cpu":
-        raise ValueError(f"logits: {term.device} and strides {term.stride()}; rows stand in one piece of CPU memory")
     return term.data_ptr(), term.stride(0) * term.dtype.itemsize, _KINDS[term.dtype]
 
 
-def _truncate(batch: RowBatch, out: Tensor) -> Errors:
+def _flaws(batch: RowBatch) -> Errors:
+    """Requests whose terms are not what they should be: addresses are read as they are, so nothing else guards them."""
+    errors: Errors = {}
+    for index, request in enumerate(batch.requests):
+        for place, term in enumerate(request.logits):
+            is_readable = term.dim() == 2 and term.stride(1) == 1 and term.device.type == "cpu" and term.dtype in _KINDS
+            if not is_readable or len(term) < request.num_rows or term.shape[1] < request.vocab_size:
+                wanted = f"at least [{request.num_rows}, {request.vocab_size}], each row in one piece"
+                errors[index] = f"logits: term {place} is {term.dtype} of shape {list(term.shape)}; want {wanted}"
+        if len(request.logits) != len(request.coefficients) or not request.logits:
+            errors[index] = f"logits: {len(request.logits)} terms for {len(request.coefficients)} coefficients"
+    return errors
+
+
+def _truncate(batch: RowBatch, out: Tensor, flawed: Errors) -> Errors:
     """Combine the requests whose weights are truncated, into their rows."""
     errors: Errors = {}
     for index, (request, rows) in enumerate(batch):
-        if request.truncation is not None:
+        if request.truncation is not None and index not in flawed:
             truncation, n = request.truncation, request.num_rows
             try:
                 out[rows, : request.vocab_size] = truncate_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,29 @@ def test_a_row_without_a_distribution_is_an_error_of_its_own_request(
     assert message in errors[1]
     assert len(backend.sample(batch, logits)) == 6, "garbage must not stop the kernel"
     assert torch.equal(logits[:2, :VOCAB], combined(backend, [healthy])[0])
+
+
+@backends
+@pytest.mark.parametrize(
+    "flawed",
+    [
+        torch.zeros(1, VOCAB - 1),  # a head narrower than the tokenizer
+        torch.zeros(0, VOCAB),
+        torch.zeros(1, VOCAB, dtype=torch.float64),
+        torch.zeros(VOCAB, 2).T[:1],
+    ],
+    ids=["narrow", "short", "float64", "strided"],
+)
+def test_logits_that_cannot_be_read_are_an_error_of_their_own_request(backend: SamplingBackend, flawed: Tensor) -> None:
+    healthy, faulty = request([1.0]), request([1.0, -1.0])
+    faulty = replace(faulty, logits=[faulty.logits[0], flawed])
+    truncated = replace(faulty, truncation=Truncation(top_p=0.9, unscaled=[0, 1], ratio=[1, -1]))
+    batch = RowBatch([faulty, healthy, truncated])
+    logits, errors = backend.combine(batch)
+    assert sorted(errors) == [0, 2]
+    assert "term 1" in errors[0]
+    assert torch.equal(logits[1:2, :VOCAB], combined(backend, [healthy])[0])
+    assert len(backend.sample(batch, logits)) == 3
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1), st.sampled_from([0.5, 1.0, 1.5]))
