@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eft_serve.checkpoints.chat_template import read_template
+from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.tokenizer import load_tokenizer
 from eft_serve.config import AppConfig
-from eft_serve.config_check.checkpoint import BrokenFileError
-from eft_serve.config_check.templates import read_template
 from eft_serve.config_recipes import PromptConfig
 from eft_serve.ensemble import Term
 from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
@@ -48,12 +49,7 @@ class ModelTokenizer:
     @classmethod
     def load(cls, path: Path) -> ModelTokenizer:
         """Read a model directory; raises `CheckpointError` when it has no fast tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: no tokenizer can be read: {error}") from error
+        tokenizer = load_tokenizer(path)
         if not tokenizer.is_fast:
             raise CheckpointError(f"{path}: has no tokenizer.json; save it once with a fast tokenizer")
         backend = tokenizer.backend_tokenizer

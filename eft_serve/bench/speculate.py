@@ -16,9 +16,9 @@ from typing import Any
 from eft_serve.bench import report, simulated
 from eft_serve.bench.driven import Driven
 from eft_serve.bench.fanout import Letters
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS, ModelConfig
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.engine.engine import Engine
 from eft_serve.ensemble import Term
 from eft_serve.types import GenerationRequest, ModelInfo, SamplingParams, SpecDecodeStats, Speculative

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.lora import Lora, misfits, read_lora, summary
+from eft_serve.checkpoints.weights import checkpoint_shapes
 from eft_serve.config import AdapterConfig, AppConfig
-from eft_serve.config_check.checkpoint import BrokenFileError, checkpoint_shapes
-from eft_serve.config_check.lora import Lora, misfits, read_lora, summary
 from eft_serve.config_check.problem import Problem
 
 OUTPUT_HEADS = ("lm_head", "embed_out")

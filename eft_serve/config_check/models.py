@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from eft_serve.checkpoints.json_file import BrokenFileError, read_json
+from eft_serve.checkpoints.tokenizer import token_ids
 from eft_serve.config import ZOO_PREFIX, ModelConfig
-from eft_serve.config_check.checkpoint import INDEX, SINGLE, BrokenFileError, read_json, token_ids, weight_mistakes
 from eft_serve.config_check.problem import Problem
+from eft_serve.config_check.weights import weight_problems
 
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 HEADS_FIELDS = ("num_attention_heads", "n_head")
 KV_HEADS_FIELDS = ("num_key_value_heads", "num_kv_heads")
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
-PICKLED = "pytorch_model*.bin"
 
 
 def model_problems(name: str, model: ModelConfig) -> Iterator[Problem]:
@@ -25,7 +26,7 @@ def model_problems(name: str, model: ModelConfig) -> Iterator[Problem]:
         hint = "the embedded family has no such model" if model.path.startswith(ZOO_PREFIX) else "copy the model there"
         yield Problem(f"{where}.path", f"{model.checkpoint} is not a directory; {hint} or correct the path")
         return
-    yield from _weights_problems(where, model.checkpoint)
+    yield from weight_problems(where, model.checkpoint)
     config: dict[str, Any] = {}
     if not (model.checkpoint / "config.json").is_file():
         yield Problem(f"{where}.path", f"{model.checkpoint} has no config.json; save the model with save_pretrained")
@@ -47,16 +48,6 @@ def _placement_problems(where: str, model: ModelConfig) -> Iterator[Problem]:
     if model.device == "cuda" and not gpus:
         message = "0, so that Ray hides every GPU from a model with device: cuda; give it GPUs, or set device: cpu"
         yield Problem(f"{where}.resources.num_gpus", message)
-
-
-def _weights_problems(where: str, directory: Path) -> Iterator[Problem]:
-    whole = [directory / SINGLE, directory / INDEX]
-    if not any(path.is_file() for path in whole) and any(directory.glob(PICKLED)):
-        message = f"{directory} has pickled weights, which only loading can check; save them as safetensors"
-        yield Problem(f"{where}.path", message, "warning")
-        return
-    for mistake in weight_mistakes(directory):
-        yield Problem(f"{where}.path", f"{mistake}; copy or save the checkpoint again")
 
 
 def _tokenizer_problems(where: str, directory: Path, config: dict[str, Any]) -> Iterator[Problem]:

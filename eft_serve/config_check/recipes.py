@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from eft_serve.checkpoints.end_tokens import read_end_tokens
+from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.tokenizer import token_ids
+from eft_serve.checkpoints.vocabulary import vocabulary_difference
 from eft_serve.config import AppConfig
-from eft_serve.config_check.checkpoint import BrokenFileError, read_json, token_ids
 from eft_serve.config_check.problem import Problem
 
 
@@ -32,22 +34,6 @@ def recipe_problems(config: AppConfig) -> Iterator[Problem]:
                 )
 
 
-def vocabulary_difference(base: str, ours: Mapping[str, int], other: str, theirs: Mapping[str, int]) -> str | None:
-    """How two models' tokens differ, naming both and the first difference; None when they are the same."""
-    if ours == theirs:
-        return None
-    token_id = min(token_id for _, token_id in ours.items() ^ theirs.items())
-    said = {
-        model: sorted(token for token, i in ids.items() if i == token_id)
-        for model, ids in ((base, ours), (other, theirs))
-    }
-    spelt = (f"{model} has {', '.join(map(repr, tokens)) or 'none'}" for model, tokens in said.items())
-    return (
-        f"{base} and {other} have different vocabularies, first at id {token_id}: {', '.join(spelt)}; "
-        "the models of a recipe must share one tokenizer"
-    )
-
-
 def _token_ids(checkpoint: Path) -> dict[str, int]:
     try:
         return token_ids(checkpoint / "tokenizer.json")
@@ -55,12 +41,8 @@ def _token_ids(checkpoint: Path) -> dict[str, int]:
         return {}
 
 
-def _end_tokens(checkpoint: Path) -> set[int]:
-    for name in ("generation_config.json", "config.json"):
-        try:
-            found: Any = read_json(checkpoint / name).get("eos_token_id")
-        except BrokenFileError:
-            continue
-        if found is not None:
-            return {i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int)}
-    return set()
+def _end_tokens(checkpoint: Path) -> frozenset[int]:
+    try:
+        return read_end_tokens(checkpoint) or frozenset()
+    except BrokenFileError:
+        return frozenset()

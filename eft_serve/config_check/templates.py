@@ -1,46 +1,13 @@
-"""Chat templates in files of their own: read, and parsed as `transformers` would before it renders them."""
+"""What is wrong with the chat templates that recipes name."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from eft_serve.checkpoints.chat_template import read_template
+from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.config import AppConfig
-from eft_serve.config_check.checkpoint import BrokenFileError
 from eft_serve.config_check.problem import Problem
-
-
-class _Generation(Extension):
-    """The block with which templates mark what the assistant says."""
-
-    tags = {"generation"}  # noqa: RUF012  # Jinja's own way to say it
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def read_template(path: Path) -> str:
-    """The text of a chat template.
-
-    Raises:
-        BrokenFileError: it cannot be read or does not parse.
-    """
-    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    try:
-        text = path.expanduser().read_text()
-        environment.from_string(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise BrokenFileError(f"{path} cannot be read: {error}") from error
-    except TemplateError as error:
-        line = getattr(error, "lineno", None)
-        raise BrokenFileError(f"{path} is no chat template: {error}" + (f" (line {line})" if line else "")) from error
-    return text
 
 
 def template_problems(config: AppConfig) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ from operator import eq
 
 import torch
 
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.backend import LogitsBackend
 from eft_serve.coordinator.gather import Gathered, gather
@@ -27,7 +28,6 @@ from eft_serve.coordinator.replicas import ReplicaTable
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
 from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
-from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.errors import DeadlineError, EftServeError, EngineError, UnavailableError
 from eft_serve.numerics.backends import choose_backend
 from eft_serve.types import Delta, Endpoint, FinishReason, SequenceStep, StepBatch, StepResult

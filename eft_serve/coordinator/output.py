@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.errors import EftServeError, to_failure
 from eft_serve.types import Delta, FinishReason, SpecDecodeStats, TokenComponents
 

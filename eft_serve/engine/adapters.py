@@ -21,8 +21,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eft_serve.config_check.checkpoint import BrokenFileError
-from eft_serve.config_check.lora import WEIGHTS, misfits, read_lora, summary, tensor_name
+from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.lora import WEIGHTS, misfits, read_lora, summary, tensor_name
 from eft_serve.engine.layout import Group
 from eft_serve.engine.weights import input_major
 from eft_serve.errors import CheckpointError, EngineError

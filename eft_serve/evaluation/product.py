@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import CoordinatorConfig, ModelConfig
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.engine.engine import Engine
 from eft_serve.errors import EftServeError
 from eft_serve.evaluation.systems import System

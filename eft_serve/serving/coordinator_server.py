@@ -11,12 +11,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import AppConfig
 from eft_serve.coordinator.backend import LogitsBackend
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.ensemble import Ensemble
 from eft_serve.errors import ModelNotFoundError, UnavailableError, to_failure
 from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.testing import naive
 from eft_serve.zoo.questions import held_out_questions
 

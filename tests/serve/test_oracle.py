@@ -13,7 +13,7 @@ import pytest
 from harness import NARROW_TOKENS, Served
 from transformers import PreTrainedModel
 
-from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.testing import naive
 from eft_serve.zoo.questions import held_out_questions, long_prompts
 

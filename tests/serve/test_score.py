@@ -11,7 +11,7 @@ import pytest
 from harness import PREFIX, SYSTEM_PROMPT, Served
 from transformers import PreTrainedModel
 
-from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.testing import naive
 from eft_serve.zoo.questions import held_out_questions
 

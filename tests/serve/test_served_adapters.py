@@ -9,7 +9,7 @@ import pytest
 from harness import Served
 from transformers import PreTrainedModel
 
-from eft_serve.coordinator.vocabulary import Vocabulary
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.testing import lora, naive
 from eft_serve.zoo.questions import held_out_questions
 

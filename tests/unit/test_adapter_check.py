@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from eft_serve.checkpoints.lora import CONFIG, WEIGHTS
+from eft_serve.checkpoints.weights import INDEX, SINGLE
 from eft_serve.config import AppConfig
 from eft_serve.config_check import Problem, check
-from eft_serve.config_check.checkpoint import INDEX, SINGLE
-from eft_serve.config_check.lora import CONFIG, WEIGHTS
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 

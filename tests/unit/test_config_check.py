@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
+from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.weights import INDEX, SINGLE, tensor_shapes
 from eft_serve.config import AppConfig
 from eft_serve.config_check import ClusterResources, Problem, check, load_any
-from eft_serve.config_check.checkpoint import INDEX, SINGLE, BrokenFileError, tensor_shapes
 from eft_serve.config_cli import app as cli
 from eft_serve.errors import ConfigError
 

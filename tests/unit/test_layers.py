@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 FLOORS = [
-    {"config", "config_base", "config_check", "config_recipes", "ensemble", "errors", "extras", "types"},
-    {"numerics"},
-    {"engine", "coordinator", "transport", "tenancy", "api", "zoo"},
+    {"config", "config_base", "config_recipes", "ensemble", "errors", "extras", "types"},
+    {"numerics", "checkpoints"},
+    {"engine", "coordinator", "transport", "tenancy", "api", "zoo", "config_check"},
     {"serving"},
     {"rayserve"},
     {"jobs", "bench", "evaluation", "testing", "deployments", "demo", "config_cli"},

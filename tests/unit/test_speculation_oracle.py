@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from eft_serve.bench.speculate import EFT
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS, CoordinatorConfig, ModelConfig
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
-from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.engine.engine import Engine
 from eft_serve.evaluation.product import InProcess, endpoint_of
 from eft_serve.types import Delta, GenerationRequest, SamplingParams, Speculative

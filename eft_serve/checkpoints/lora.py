@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eft_serve.config_check.checkpoint import BrokenFileError, read_json, tensor_shapes
+from eft_serve.checkpoints.json_file import BrokenFileError, read_json
+from eft_serve.checkpoints.weights import tensor_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REPAIR = "save the adapter again with save_pretrained"

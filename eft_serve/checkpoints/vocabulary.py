@@ -1,17 +1,20 @@
-"""What the coordinator knows of a checkpoint's tokens: how many are real, which end a text, what text they are."""
+"""The tokens of a checkpoint: how many are real, which end a text, what text they are; knows no request."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
+from eft_serve.checkpoints.end_tokens import read_end_tokens
+from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.tokenizer import load_tokenizer
 from eft_serve.config import AppConfig
-from eft_serve.config_check.recipes import vocabulary_difference
 from eft_serve.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,17 @@ class Vocabulary:
     @classmethod
     def load(cls, checkpoint: Path) -> Vocabulary:
         """Read tokenizer and generation config of a `transformers` directory; raises `CheckpointError`."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{checkpoint}: no usable tokenizer: {error}", param="models") from error
+        tokenizer = load_tokenizer(checkpoint)
         ids = tokenizer.get_vocab()
         if max(ids.values()) != len(ids) - 1:
             raise CheckpointError(f"{checkpoint}: token ids have gaps: {len(ids)} tokens up to id {max(ids.values())}")
-        return cls(tokenizer, ids, _eos_token_ids(checkpoint, tokenizer.eos_token_id))
+        try:
+            ends = read_end_tokens(checkpoint)
+        except BrokenFileError as error:
+            raise CheckpointError(str(error), param="models") from error
+        if ends is None:
+            ends = frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+        return cls(tokenizer, ids, ends)
 
 
 def load_vocabularies(config: AppConfig) -> dict[str, Vocabulary]:
@@ -63,11 +69,17 @@ def load_vocabularies(config: AppConfig) -> dict[str, Vocabulary]:
     return vocabularies
 
 
-def _eos_token_ids(checkpoint: Path, fallback: int | None) -> frozenset[int]:
-    """The ends of text that `generate` would stop at: generation config, else config, else the tokenizer's."""
-    for name in ("generation_config.json", "config.json"):
-        path = checkpoint / name
-        found = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
-    return frozenset([fallback] if fallback is not None else [])
+def vocabulary_difference(base: str, ours: Mapping[str, int], other: str, theirs: Mapping[str, int]) -> str | None:
+    """How two models' tokens differ, naming both and the first difference; None when they are the same."""
+    if ours == theirs:
+        return None
+    token_id = min(token_id for _, token_id in ours.items() ^ theirs.items())
+    said = {
+        model: sorted(token for token, i in ids.items() if i == token_id)
+        for model, ids in ((base, ours), (other, theirs))
+    }
+    spelt = (f"{model} has {', '.join(map(repr, tokens)) or 'none'}" for model, tokens in said.items())
+    return (
+        f"{base} and {other} have different vocabularies, first at id {token_id}: {', '.join(spelt)}; "
+        "the models of a recipe must share one tokenizer"
+    )

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from eft_serve.api.prompts import ModelTokenizer
+from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS
-from eft_serve.coordinator.vocabulary import Vocabulary
 from eft_serve.errors import CheckpointError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from eft_serve.checkpoints.vocabulary import Vocabulary, load_vocabularies
 from eft_serve.config import ZOO_CHECKPOINTS, AppConfig
-from eft_serve.coordinator.vocabulary import Vocabulary, load_vocabularies
 from eft_serve.errors import CheckpointError, ConfigError
 
 SMALL = ZOO_CHECKPOINTS / "base-small"

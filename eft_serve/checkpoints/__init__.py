@@ -1,0 +1,4 @@
+"""What a model directory holds: one reader for each fact, for every process; judges no configuration, knows no request.
+
+Nothing is ever downloaded and no code of a checkpoint is ever run. Only `model.py` imports torch.
+"""

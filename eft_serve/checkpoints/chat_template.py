@@ -1,0 +1,40 @@
+"""Chat templates in files of their own: read, and parsed as `transformers` would before it renders them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from eft_serve.checkpoints.json_file import BrokenFileError
+
+
+class _Generation(Extension):
+    """The block with which templates mark what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012  # Jinja's own way to say it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def read_template(path: Path) -> str:
+    """The text of a chat template.
+
+    Raises:
+        BrokenFileError: it cannot be read or does not parse.
+    """
+    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    try:
+        text = path.expanduser().read_text()
+        environment.from_string(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BrokenFileError(f"{path} cannot be read: {error}") from error
+    except TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise BrokenFileError(f"{path} is no chat template: {error}" + (f" (line {line})" if line else "")) from error
+    return text
