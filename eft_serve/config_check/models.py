@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from eft_serve.checkpoints.config_fields import BATCH_DEPENDENT_ROPE, CONTEXT_FIELDS, HEADS_FIELDS, KV_HEADS_FIELDS
 from eft_serve.checkpoints.json_file import BrokenFileError, read_json
 from eft_serve.checkpoints.tokenizer import token_ids
 from eft_serve.config import ZOO_PREFIX, ModelConfig
 from eft_serve.config_check.problem import Problem
 from eft_serve.config_check.weights import weight_problems
-
-CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-HEADS_FIELDS = ("num_attention_heads", "n_head")
-KV_HEADS_FIELDS = ("num_key_value_heads", "num_kv_heads")
-BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def model_problems(name: str, model: ModelConfig) -> Iterator[Problem]:

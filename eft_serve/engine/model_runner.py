@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eft_serve.checkpoints.model import load_model, read_config
 from eft_serve.config import ModelConfig
-from eft_serve.engine import checkpoint, paged_attention, varlen_attention
+from eft_serve.engine import paged_attention, varlen_attention
 from eft_serve.engine.adapters import Adapters
 from eft_serve.engine.attention import GroupedAttention
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE
 from eft_serve.engine.compact_path import CompactPath
 from eft_serve.engine.layout import Layout
+from eft_serve.engine.limits import check_served, context_limit
 from eft_serve.engine.padded_path import PaddedPath
 from eft_serve.engine.paged_attention import PagedAttention
 from eft_serve.engine.paged_tensors import PagedTensors
@@ -96,10 +98,10 @@ class ModelRunner:
     def load(self) -> Probes | None:
         """Read the checkpoint and its adapters; rank 0 returns the unsplit, uncached model's probe logits."""
         path = self._config.checkpoint
-        self.hf_config = checkpoint.read_config(path)
-        checkpoint.check_served(self.hf_config, self._config)
-        self.max_model_len = checkpoint.context_limit(self.hf_config, self._config)
-        self.model: PreTrainedModel = checkpoint.load_model(path, self.hf_config, self.dtype)
+        self.hf_config = read_config(path)
+        check_served(self.hf_config, self._config)
+        self.max_model_len = context_limit(self.hf_config, self._config)
+        self.model: PreTrainedModel = load_model(path, self.hf_config, self.dtype)
         self._adapters = Adapters.load(self._directories, self.model)
         self._stock_attention = self.model.config._attn_implementation
         self.num_embeddings = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ from tiny_models import CONTEXT, build_config, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from eft_serve.config import ModelConfig
-from eft_serve.engine.checkpoint import context_limit
 from eft_serve.engine.engine import Engine
+from eft_serve.engine.limits import context_limit
 from eft_serve.errors import CheckpointError, EngineError
 
 
