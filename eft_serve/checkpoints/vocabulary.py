@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from eft_serve.checkpoints.end_tokens import read_end_tokens
 from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.checkpoints.tokenizer import load_tokenizer
-from eft_serve.config import AppConfig
-from eft_serve.errors import CheckpointError, ConfigError
+from eft_serve.errors import CheckpointError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,23 +49,6 @@ class Vocabulary:
         if ends is None:
             ends = frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
         return cls(tokenizer, ids, ends)
-
-
-def load_vocabularies(config: AppConfig) -> dict[str, Vocabulary]:
-    """The vocabulary of every deployment; its adapters have no other.
-
-    Raises:
-        CheckpointError: a tokenizer cannot be loaded.
-        ConfigError: two models of one recipe differ in a token; the message names both and the first difference.
-    """
-    vocabularies = {name: Vocabulary.load(model.checkpoint) for name, model in config.deployments.items()}
-    for name, recipe in config.recipes.items():
-        base, *others = dict.fromkeys(map(config.deployment_of, recipe.models))
-        for other in others:
-            ours, theirs = vocabularies[base].ids, vocabularies[other].ids
-            if message := vocabulary_difference(base, ours, other, theirs):
-                raise ConfigError(f"recipes.{name}: {message}", param=f"recipes.{name}")
-    return vocabularies
 
 
 def vocabulary_difference(base: str, ours: Mapping[str, int], other: str, theirs: Mapping[str, int]) -> str | None:

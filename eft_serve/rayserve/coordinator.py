@@ -15,9 +15,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from eft_serve.checkpoints.vocabulary import load_vocabularies
 from eft_serve.config import AppConfig
 from eft_serve.coordinator.metrics import CoordinatorMetrics
+from eft_serve.coordinator.vocabularies import load_vocabularies
 from eft_serve.serving.coordinator_server import CoordinatorServer
 from eft_serve.transport.client import FanOut
 from eft_serve.transport.deltas import ReplyTo

@@ -6,20 +6,16 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from eft_serve.checkpoints.json_file import BrokenFileError
-from eft_serve.checkpoints.weights import INDEX, SINGLE, tensor_shapes
+from eft_serve.checkpoints.weights import INDEX, SINGLE
 from eft_serve.config import AppConfig
 from eft_serve.config_check import ClusterResources, Problem, check, load_any
 from eft_serve.config_cli import app as cli
@@ -129,31 +125,6 @@ def test_truncated_weights_are_found_wherever_they_are_cut(model: Path) -> None:
     for size in {0, 4, 8, 20, *range(8, len(whole), 37), len(whole) - 1}:
         (model / SINGLE).write_bytes(whole[:size])
         assert "truncated or corrupt" in only(problems(model)).message, size
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},  # half of the tensor
-        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},  # a gap
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "U8", "shape": [0]}},
-        {"a": 1},
-        [],
-    ],
-)
-def test_a_header_that_contradicts_itself_or_the_file(tmp_path: Path, header: Any) -> None:
-    text = json.dumps(header).encode()
-    (tmp_path / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(BrokenFileError, match=SINGLE):
-        tensor_shapes(tmp_path / SINGLE)
-
-
-@given(st.binary(max_size=64))
-def test_no_bytes_break_the_check_itself(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    file = tmp_path_factory.getbasetemp() / "any.safetensors"
-    file.write_bytes(data)
-    with suppress(BrokenFileError):
-        assert tensor_shapes(file) == {}
 
 
 def test_every_broken_shard_is_named(tmp_path: Path) -> None:

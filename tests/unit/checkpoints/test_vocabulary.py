@@ -1,4 +1,4 @@
-"""What the coordinator reads of a checkpoint's tokens, and that a recipe's models must share them."""
+"""The tokens of a checkpoint: its ends of text, and files that do not tell them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from eft_serve.checkpoints.vocabulary import Vocabulary, load_vocabularies
-from eft_serve.config import ZOO_CHECKPOINTS, AppConfig
-from eft_serve.errors import CheckpointError, ConfigError
+from eft_serve.checkpoints.vocabulary import Vocabulary
+from eft_serve.config import ZOO_CHECKPOINTS
+from eft_serve.errors import CheckpointError
 
 SMALL = ZOO_CHECKPOINTS / "base-small"
-
-
-def config(path: Path, tuned: object = "tuned") -> AppConfig:
-    recipe = {"base": "base", "reference": "small", "tuned": tuned}
-    models = {"base": ZOO_CHECKPOINTS / "base-large", "small": SMALL, "tuned": path}
-    return AppConfig.parse({"models": {m: {"path": str(p)} for m, p in models.items()}, "recipes": {"up": recipe}})
 
 
 def copy_of_small(tmp_path: Path) -> Path:
@@ -26,8 +20,7 @@ def copy_of_small(tmp_path: Path) -> Path:
 
 
 def test_tokens_ends_and_text_of_the_embedded_family() -> None:
-    vocabularies = load_vocabularies(config(ZOO_CHECKPOINTS / "tuned-small"))
-    small = vocabularies["small"]
+    small = Vocabulary.load(SMALL)
     assert small.num_tokens == 3072
     assert small.eos_token_ids == {small.tokenizer.eos_token_id}
     text = "The capital of Peru is Lima , they say ."
@@ -40,20 +33,6 @@ def test_several_ends_are_read_from_the_generation_config(tmp_path: Path) -> Non
     assert Vocabulary.load(copy).eos_token_ids == {1, 7}
 
 
-@pytest.mark.parametrize("tuned", ["tuned", {"model": "base", "reference": {"model": "tuned", "system_prompt": "x"}}])
-def test_models_of_a_recipe_that_differ_in_a_token_are_refused_by_name(tmp_path: Path, tuned: object) -> None:
-    copy = copy_of_small(tmp_path)
-    tokenizer = json.loads((copy / "tokenizer.json").read_text())
-    ids = tokenizer["model"]["vocab"]
-    first, second = (token for token, token_id in ids.items() if token_id in (2000, 2001))
-    ids[first], ids[second] = ids[second], ids[first]
-    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError) as refusal:
-        load_vocabularies(config(copy, tuned))
-    for named in ("recipes.up", "base", "tuned", "2000"):
-        assert named in refusal.value.message
-
-
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     copy = copy_of_small(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -62,9 +41,24 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         Vocabulary.load(copy)
 
 
-def test_an_adapter_has_the_vocabulary_of_its_deployment() -> None:
-    models = {"base": {"path": "zoo:base-large"}, "small": {"path": "zoo:base-small"}}
-    recipe = {"base": "base", "reference": "small", "tuned": [{"model": "law"}]}
-    adapter = {"law": {"model": "small", "adapter": "/nowhere"}}
-    loaded = load_vocabularies(AppConfig.parse({"models": models | adapter, "recipes": {"up": recipe}}))
-    assert list(loaded) == ["base", "small"]
+@pytest.mark.parametrize("ends", ["</s>", [1, "</s>"], {"id": 1}])
+def test_an_end_token_that_is_no_id_is_refused_with_its_file(tmp_path: Path, ends: object) -> None:
+    copy = copy_of_small(tmp_path)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is"):
+        Vocabulary.load(copy)
+
+
+def test_end_tokens_that_no_file_names_are_the_tokenizers(tmp_path: Path) -> None:
+    copy = copy_of_small(tmp_path)
+    (copy / "generation_config.json").unlink()
+    (copy / "config.json").write_text("{}")
+    vocabulary = Vocabulary.load(copy)
+    assert vocabulary.eos_token_ids == {vocabulary.tokenizer.eos_token_id}
+
+
+def test_a_generation_config_that_is_no_json_is_refused_by_name(tmp_path: Path) -> None:
+    copy = copy_of_small(tmp_path)
+    (copy / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read as JSON"):
+        Vocabulary.load(copy)
