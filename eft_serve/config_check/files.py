@@ -13,6 +13,7 @@ import yaml
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import ConfigError
+from eft_serve.yaml_file import read_yaml
 
 DEPLOY_KEYS = frozenset(
     {
@@ -55,20 +56,6 @@ APPLICATION_KEYS = frozenset(
     }
 )
 ARGS_KEYS = frozenset({"config"})
-MERGE = "tag:yaml.org,2002:merge"
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == MERGE:
-                continue
-            key = self.construct_object(key_node)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def load_any(path: Path) -> AppConfig:
@@ -142,6 +129,6 @@ def _unknown(data: Any, known: frozenset[str], source: str, where: str) -> Itera
 
 def _read(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506, a SafeLoader
+        return read_yaml(path)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none, bytes that are no text
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error

@@ -15,7 +15,7 @@ import yaml
 
 from eft_serve.errors import ConfigError
 from eft_serve.tenancy.keys import generate_key, hash_key
-from eft_serve.tenancy.tenants import ALL_RECIPES, Tenants, read_yaml
+from eft_serve.tenancy.tenants import ALL_RECIPES, Tenants, read_data
 
 
 def create_tenant(
@@ -39,7 +39,7 @@ def create_tenant(
     entry |= {k: v for k, v in limits.items() if v is not None} | ({"metrics": True} if metrics else {})
     path = path.resolve()
     with _sole_writer(path.parent):
-        data = read_yaml(path) if path.exists() else {"tenants": {}}
+        data = read_data(path) if path.exists() else {"tenants": {}}
         tenants = Tenants.parse(data, source=str(path)).tenants
         if name in tenants:
             raise ConfigError(f"{path}: tenant {name!r} exists; choose another name")

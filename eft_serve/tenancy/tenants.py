@@ -6,7 +6,6 @@ key.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from eft_serve.config_base import Name
 from eft_serve.errors import AuthenticationError, ConfigError
 from eft_serve.tenancy.keys import hash_key, same_hash
+from eft_serve.yaml_file import DuplicateKeyError, read_yaml
 
 ALL_RECIPES = "*"
 KeyHash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -81,7 +81,7 @@ class Tenants(_Frozen):
         Raises:
             ConfigError: it is missing, is not YAML, or does not validate; the message names every mistake.
         """
-        return cls.parse(read_yaml(path), source=str(path))
+        return cls.parse(read_data(path), source=str(path))
 
     @classmethod
     def parse(cls, data: Any, source: str = "tenants") -> Tenants:
@@ -110,26 +110,21 @@ class Tenants(_Frozen):
         return matches[0]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which naming something twice is a mistake: the first of two tenants would silently be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        mapping = super().construct_mapping(node, deep)
-        if len(mapping) != len(node.value):
-            raise yaml.constructor.ConstructorError(problem="a name stands twice", problem_mark=node.start_mark)
-        return mapping
-
-
-def read_yaml(path: Path) -> Any:
+def read_data(path: Path) -> Any:
     """The file's plain data; raises `ConfigError` that names the line and repeats none of the file."""
     try:
-        return yaml.load(path.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506, a SafeLoader
+        return read_yaml(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except DuplicateKeyError as error:
+        where, problem = _line(error), "a name stands twice"
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"line {mark.line + 1}" if mark else "somewhere"
-        problem = error.problem or "not YAML"
+        where, problem = _line(error), error.problem or "not YAML"
     except (yaml.YAMLError, UnicodeDecodeError):
         where, problem = "somewhere", "not YAML"
     raise ConfigError(f"{path}: {where}: {problem}")
+
+
+def _line(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    return f"line {mark.line + 1}" if mark else "somewhere"

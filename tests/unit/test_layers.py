@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 FLOORS = [
-    {"config", "config_base", "config_recipes", "ensemble", "errors", "extras", "types"},
+    {"config", "config_base", "config_recipes", "ensemble", "errors", "extras", "types", "yaml_file"},
     {"numerics", "checkpoints"},
     {"engine", "coordinator", "transport", "tenancy", "api", "zoo", "config_check"},
     {"serving"},
