@@ -12,7 +12,7 @@ class EftServeError(Exception):
 
     Args:
         message: for the caller; must hold no secret.
-        param: the offending field, as the caller detokenized it.
+        param: the offending field, as the caller spelled it.
         retry_after_s: for `RateLimitError` and `UnavailableError`, seconds to wait.
     """
 

@@ -44,12 +44,12 @@ class Call:
 
 @dataclass(slots=True)
 class Progress:
-    """What became of a call so far."""
+    """The state of a call so far."""
 
     choices: list[Choice]  # one for each request to the models
     num_prompt_tokens: int = 0
     status: int = 200
-    answered: bool = False  # all was sent; that the connection ends then is no news
+    answered: bool = False  # everything was sent; the connection may end now
     opened: set[int] = field(default_factory=set)
 
     @property
@@ -64,7 +64,7 @@ class ModelResponse(Response):
         context: the application's collaborators.
         call: what is asked for.
         prefix: of the answer's id.
-        num_choices: requests that it takes of the models.
+        num_choices: how many requests to the models it takes.
     """
 
     def __init__(self, context: Context, call: Call, prefix: str, num_choices: int) -> None:
@@ -97,7 +97,7 @@ class ModelResponse(Response):
         raise NotImplementedError
 
     async def _run_all(self, requests: Sequence[GenerationRequest]) -> None:
-        """Take in all that the models say."""
+        """Read everything that the models generate."""
         async with aclosing(self._deltas(requests)) as deltas:
             async for _ in deltas:
                 pass
@@ -107,7 +107,7 @@ class ModelResponse(Response):
         await json_response(body)(scope, receive, send)
 
     async def _deltas(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Indexed, None]:
-        """What the models say, within the deadline, noted in the progress as it comes."""
+        """What the models generate, within the deadline, noted in the progress as it comes."""
         streams = [self._output(i, request) for i, request in enumerate(requests)]
         source = streams[0] if len(streams) == 1 else merged(streams)
         async with aclosing(source):

@@ -1,8 +1,8 @@
 """Who is asking: a tenant by its key or, on a server without tenants, a loopback client.
 
-Without tenants three things must hold, because each alone can be had from afar: the peer is loopback, nothing says
-that a proxy forwarded the request (then the peer is the proxy, not the client), and the `Host` is a loopback name (a
-web page can make a browser ask 127.0.0.1 under its own name). Headers are only ever read to trust less.
+Without tenants three things must hold, because a remote client can arrange each one alone: the peer is loopback,
+nothing says that a proxy forwarded the request (then the peer is the proxy, not the client), and the `Host` is a
+loopback name (a web page can make a browser ask 127.0.0.1 under its own name). Headers can only reduce trust.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Access:
         return ANONYMOUS
 
     def metrics_reader(self, request: Request) -> Tenant:
-        """As `tenant`, for one who may read metrics, which name every tenant."""
+        """As `tenant`, but only a tenant that may read metrics, which name every tenant."""
         tenant = self.tenant(request)
         if not tenant.metrics:
             raise PermissionDeniedError("this key does not open /metrics; give its tenant 'metrics: true'")

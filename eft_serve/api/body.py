@@ -1,4 +1,4 @@
-"""From bytes to a validated request, with every mistake as a 400 that names the field."""
+"""From bytes to a validated request; every mistake is a 400 that names the field."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ async def read_json(request: Request, timeout_s: float, max_bytes: int = MAX_BOD
     """The request's JSON object.
 
     Raises:
-        UnsupportedMediaTypeError: it is not declared as JSON. A web page may send other types to any server unasked,
-            so this also keeps foreign pages out.
+        UnsupportedMediaTypeError: it is not declared as JSON. A web page may send other types to any server without
+            permission, so this also keeps other sites' pages out.
         BodyTooLargeError: it is larger than `max_bytes`.
         InvalidRequestError: it is not JSON, or not an object.
         DeadlineError: it did not arrive in time.
@@ -99,7 +99,7 @@ def without_no_ops(data: Mapping[str, Any], no_ops: Mapping[str, tuple[Any, ...]
 
 def _first_mistake(error: ValidationError) -> InvalidRequestError:
     first = error.errors(include_url=False, include_input=False)[0]
-    # pydantic names the branch of a union after the field; those are the parts that the caller did not write
+    # pydantic names the branch of a union after the field; these parts are not in the caller's JSON
     where = [str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
     param = ".".join(where) or None
     message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")

@@ -13,7 +13,7 @@ from eft_serve.types import Knobs, TokenComponents
 
 @dataclass(frozen=True, slots=True)
 class ComponentsFormat:
-    """Words components of one ensemble's tokens."""
+    """Formats the components of one ensemble's tokens."""
 
     terms: tuple[str, ...]
     rewards: tuple[str, ...]  # by fine-tuning; a plain model has none

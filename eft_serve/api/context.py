@@ -1,4 +1,4 @@
-"""What every endpoint has at hand, and what the middleware knows of a request."""
+"""What every endpoint can use, and what the middleware knows of a request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Context:
     started: int  # Unix seconds
 
     def ensemble(self, name: str, tenant: Tenant) -> Ensemble:
-        """What a `model` names, for this tenant; what it may not use does not exist for it.
+        """What a `model` names, for this tenant; what the tenant may not use does not exist for it.
 
         Raises:
             ModelNotFoundError: neither a recipe nor a model, or not this tenant's.

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from eft_serve.errors import DeadlineError, EftServeError, InvalidRequestError, RateLimitError
 
 INTERNAL = "the server failed; its log has the details under this request id"
-CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it, it only labels metrics
+CLIENT_CLOSED_REQUEST = 499  # nginx's number; the client is gone, so it only labels metrics
 
 
 class BodyTooLargeError(InvalidRequestError):
@@ -46,7 +46,7 @@ def domain_body(error: EftServeError) -> dict[str, Any]:
 
 
 def domain_response(error: EftServeError) -> Response:
-    """A domain error as a response, with the headers that its status asks for."""
+    """A domain error as a response, with the headers that its status needs."""
     headers: dict[str, str] = {}
     retry_after_s = error.retry_after_s
     if isinstance(error, RateLimitError) or retry_after_s is not None:
@@ -59,7 +59,7 @@ def domain_response(error: EftServeError) -> Response:
 
 
 def internal_body() -> dict[str, Any]:
-    """An unexpected failure, with nothing of the inside."""
+    """An unexpected failure, without internal details."""
     return error_body(INTERNAL, "server_error", code="internal_error")
 
 
@@ -69,7 +69,7 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 def install(app: FastAPI) -> None:
-    """Register the handlers; what nobody expected is caught by the middleware instead, which knows the request id."""
+    """Register the handlers; unexpected errors are caught by the middleware, which knows the request id."""
 
     @app.exception_handler(EftServeError)
     async def domain(_: Request, error: EftServeError) -> Response:

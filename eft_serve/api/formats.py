@@ -14,7 +14,7 @@ JsonObject = dict[str, Any]
 
 @dataclass(slots=True)
 class Choice:
-    """One finished or growing answer."""
+    """One answer, complete or in progress."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -28,11 +28,11 @@ class Choice:
 
     @property
     def reward(self) -> float:
-        """Of all its tokens."""
+        """The sum over all its tokens."""
         return sum(token.reward for token in self.components)
 
     def add(self, delta: Delta) -> None:
-        """It has grown."""
+        """Add what a delta brings."""
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.finish_reason = delta.finish_reason
@@ -41,7 +41,7 @@ class Choice:
 
 
 def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool) -> JsonObject:
-    """Tokens used; the prompt counts once however many choices there are, as OpenAI has it."""
+    """Tokens used; the prompt counts once however many choices there are, as in OpenAI's API."""
     num_generated = sum(choice.num_tokens for choice in choices)
     used: JsonObject = {
         "prompt_tokens": num_prompt_tokens,
@@ -64,7 +64,7 @@ def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool) 
 
 
 class Format(Protocol):
-    """How one endpoint words its answers."""
+    """The form of one endpoint's answers."""
 
     prefix: str
     whole: str
@@ -142,7 +142,7 @@ class Envelope:
     created: int  # Unix seconds
     model: str
     with_usage: bool = False  # every chunk has a usage field, null but in the last
-    with_report: bool = False  # usage tells what became of the draft tokens
+    with_report: bool = False  # usage says how many draft tokens were accepted
     with_token_ids: bool = False  # every choice has the ids of its tokens, as vLLM's `return_token_ids` gives them
     with_reward: bool = False  # every choice has that of all its tokens
     components: ComponentsFormat | None = None  # every choice has those of its tokens

@@ -110,7 +110,7 @@ class GenerationResponse(ModelResponse):
         ]
 
     def _max_tokens(self, terms: Sequence[Term], prompts: Prompts) -> int:
-        """The tokens asked for, or the default as far as every model's context has room for it."""
+        """The tokens asked for, or the default if every model's context has room for it, else what fits."""
         param, requested = self._call.prompt_param, self._call.body.requested_tokens
         name, context = self._context.tightest(terms, prompts)
         room = context - len(prompts[name])
@@ -169,5 +169,5 @@ class GenerationResponse(ModelResponse):
 
 
 def best(candidates: Sequence[Choice], count: int) -> list[Choice]:
-    """So many of them, the largest reward first, and the earlier of equals."""
+    """`count` of them, the largest reward first, and of equal ones the earlier first."""
     return sorted(candidates, key=lambda choice: -choice.reward)[:count]

@@ -1,4 +1,4 @@
-"""What a request may say beyond OpenAI's API: the object `eft`, taken word for word like every other."""
+"""What a request may say beyond OpenAI's API: the object `eft`, validated strictly like every other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Finite = Field(allow_inf_nan=False)
 
 
 class Strict(BaseModel):
-    """A JSON object that is taken word for word."""
+    """A JSON object that is validated strictly."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -36,7 +36,7 @@ class SpeculativeKnobs(Strict):
 
     @property
     def changes(self) -> dict[str, Any]:
-        """Those that were given."""
+        """The settings that were given."""
         return self.model_dump(exclude_unset=True, exclude_none=True)
 
 
@@ -57,13 +57,13 @@ class RecipeKnobs(Strict):
 
 
 class EftKnobs(RecipeKnobs):
-    """Those, and what a generation tells of itself."""
+    """The knobs, and what a generation reports of itself."""
 
     speculative: SpeculativeKnobs = SpeculativeKnobs()
     report: bool = False
-    """`usage` also tells what became of the draft tokens."""
+    """`usage` also says how many draft tokens were accepted and rejected."""
     components: int | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
-    """Every choice also tells what each model says of its tokens; with a number, of so many alternatives too."""
+    """Every choice also has what each model says of its tokens; with a number, also of that many alternatives."""
 
     @field_validator("components", mode="before", json_schema_input_type=bool | int | None)
     @classmethod

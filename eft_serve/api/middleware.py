@@ -1,4 +1,4 @@
-"""Around every request: its id, its count, and the last resort for what nobody expected."""
+"""Around every request: its id, its count, and the handler of unexpected errors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class RequestMiddleware:
-    """Gives each request an id (the client's own where it is sane), answers 500 for unexpected errors, and counts.
+    """Gives each request an id (the client's own if it is well-formed), answers 500 for unexpected errors, and counts.
 
     Args:
-        app: what it surrounds.
-        metrics: where it counts.
+        app: the application that it wraps.
+        metrics: where it counts requests.
         show_id: whether responses carry the id; false behind a proxy that adds the same header itself.
     """
 
@@ -57,7 +57,7 @@ class RequestMiddleware:
         except Exception:
             logger.exception("request %s failed unexpectedly", request_id)
             if status is not None:
-                raise  # too late for an answer: the server cuts the connection, so that nobody takes it for whole
+                raise  # too late for an error answer: the server cuts the connection, which the client notices
             await json_response(internal_body(), 500)(scope, receive, send_with_id)
         finally:
             self._metrics.running.dec()

@@ -1,7 +1,7 @@
 """From messages or text to token ids, by each term's own tokenizer, chat template and instructions.
 
 The terms of a combination may be prompted differently (a base model knows no chat template, a recipe may instruct one
-and not another) but share one vocabulary. What is equal for several terms is rendered and encoded once.
+and not another) but share one vocabulary. What several terms have in common is rendered and encoded once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INLINE_CHARACTERS = 2048  # a millisecond or two of work; more goes to a thread, or every stream would stall
+INLINE_CHARACTERS = 2048  # one or two milliseconds of work; more runs in a thread, or it would stall every stream
 
 Prompts = dict[str, list[int]]
 Message = Mapping[str, str]
@@ -70,22 +70,22 @@ class ModelTokenizer:
         return ids
 
     def check_range(self, ids: Sequence[int], param: str) -> None:
-        """Raises `InvalidRequestError` that names the first id which is none of its tokens."""
+        """Raises `InvalidRequestError` that names the first id that is not one of its tokens."""
         wrong = next((i for i in ids if not 0 <= i < self.num_ids), None)
         if wrong is not None:
             raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{self.num_ids - 1}", param=param)
 
     @property
     def template(self) -> str | None:
-        """The model's own chat template, for telling whether two models render alike."""
+        """The model's own chat template, to see whether two models render alike."""
         template = self.tokenizer.chat_template
         return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
     def render(self, messages: Sequence[Message], template: str | None = None) -> str:
-        """The chat as text, by this template or else the model's own.
+        """The chat as text, by this template or, without one, by the model's own.
 
         Raises:
-            InvalidRequestError: the template refuses the messages, in its own words, or breaks over them.
+            InvalidRequestError: the template refuses the messages (with its own message) or fails.
         """
         if template is None and self.template is None:
             return plain_chat(messages)
@@ -93,7 +93,7 @@ class ModelTokenizer:
             text = self.tokenizer.apply_chat_template(
                 [dict(m) for m in messages], chat_template=template, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template may raise whatever Python does
+        except Exception as error:  # a template may raise any exception
             message = f"messages: the chat template refuses them: {error}"
             raise InvalidRequestError(message, param="messages") from error
         return str(text)
@@ -127,7 +127,7 @@ class Reader:
 
 
 def _instructed(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
-    """The chat with this system prompt; a system message that it begins with follows in the same message."""
+    """The chat with this system prompt; a leading system message is appended to it."""
     if system_prompt is None:
         return messages
     own = [m["content"] for m in messages[:1] if m["role"] == "system"]

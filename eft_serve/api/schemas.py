@@ -1,6 +1,6 @@
-"""The requests of the OpenAI API, as far as they are served; unknown or unserved parameters are refused, never ignored.
+"""The requests of the OpenAI API that are served; unknown or unsupported parameters are refused, never ignored.
 
-Types are strict: `"1"` is no number. Sampling defaults are OpenAI's.
+Types are strict: `"1"` is not a number. Sampling defaults are OpenAI's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from eft_serve.api.knobs import EftKnobs, Strict
 from eft_serve.types import SamplingParams
 
 MAX_CHOICES = 16
-MAX_STOP_STRINGS = 16  # OpenAI takes 4; each is looked for in every token's text
+MAX_STOP_STRINGS = 16  # OpenAI accepts 4; each is searched for in every token's text
 MAX_STOP_CHARACTERS = 256
 SEED_RANGE = 2**63
 
@@ -70,11 +70,11 @@ class GenerationBody(Strict):
     top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
     """Keep the k likeliest tokens; 0 and -1 keep all."""
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    """Drop tokens less likely than this part of the likeliest."""
+    """Drop tokens less likely than this fraction of the likeliest token's probability."""
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    """Generate so many, and answer with the n whose own tokens have the largest reward."""
+    """Generate this many, and answer with the n whose tokens have the largest reward."""
     seed: int | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
     """Same seed, same request, same tokens; taken modulo 2^63."""
     stop: (
@@ -150,7 +150,7 @@ class Message(Strict):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is OpenAI's newer name of `system` and is rendered as that."""
+    """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
     content: Annotated[str, BeforeValidator(_text)]
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -164,7 +164,7 @@ class Message(Strict):
 
     @property
     def rendered(self) -> dict[str, str]:
-        """As chat templates want it."""
+        """In the form that chat templates take."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
 
 
@@ -173,7 +173,7 @@ class ChatBody(GenerationBody):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    """OpenAI's newer name of `max_tokens`."""
+    """OpenAI's newer name for `max_tokens`."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
         "audio": (),

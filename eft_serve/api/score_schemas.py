@@ -36,7 +36,7 @@ class ScoreOptions(Strict):
     """A recipe's name, or a plain model's."""
     eft: RecipeKnobs = RecipeKnobs()
     components: int = Field(default=0, ge=0, le=MAX_ALTERNATIVES)
-    """So many of the likeliest alternatives to each token."""
+    """How many of the likeliest alternatives to each token to report."""
     user: str | None = None
     """Accepted and not used."""
 
@@ -48,7 +48,7 @@ class ScoreBody(ScoreOptions):
 
     @property
     def placed(self) -> list[tuple[str, ScoreItem]]:
-        """Every item, and what stands before the names of its fields."""
+        """Every item, and the prefix of its fields' names."""
         return [(f"items.{i}.", item) for i, item in enumerate(self.items)]
 
 

@@ -109,7 +109,7 @@ class ScoreResponse(ModelResponse):
 
 @contextmanager
 def within(place: str) -> Iterator[None]:
-    """Mistakes in fields are named by where those stand: `items.3.` comes before them."""
+    """Errors name fields by their place: `items.3.` is put before the field's name."""
     try:
         yield
     except InvalidRequestError as error:

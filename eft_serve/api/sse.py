@@ -11,7 +11,7 @@ DONE = b"data: [DONE]\n\n"
 HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would otherwise hold tokens back
+    (b"x-accel-buffering", b"no"),  # otherwise nginx would buffer tokens
 )
 
 _encoder = msgspec.json.Encoder()

@@ -1,4 +1,4 @@
-"""Streams of deltas: checked, merged, and abandoned as soon as nobody listens."""
+"""Streams of deltas: checked, merged, and cancelled as soon as the client is gone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def checked(index: int, stream: AsyncGenerator[Delta, None]) -> AsyncGener
     """The stream up to its finish reason, each delta with its choice's index.
 
     Raises:
-        EftServeError: the stream's failure; also when it was aborted or ended without saying why.
+        EftServeError: the stream's failure; also when it was aborted or ended without a reason.
     """
     async with aclosing(stream):
         async for delta in stream:
@@ -35,7 +35,7 @@ async def checked(index: int, stream: AsyncGenerator[Delta, None]) -> AsyncGener
 
 
 async def merged(streams: Sequence[AsyncGenerator[Indexed, None]]) -> AsyncGenerator[Indexed, None]:
-    """Whatever any of the streams yields, as it comes; the first error ends them all."""
+    """What any of the streams yields, as it comes; the first error ends them all."""
     ready: asyncio.Queue[Indexed | Exception | None] = asyncio.Queue(maxsize=len(streams))
 
     async def pump(stream: AsyncGenerator[Indexed, None]) -> None:

@@ -1,7 +1,7 @@
 """Low-rank adapters of one model (LoRA, arXiv 2106.09685) and whose tokens they change; knows no sequences.
 
-Rows of the plain model and of any of its adapters stand in one forward: every matrix is multiplied once for all of
-them, and each adapter adds its update to its own tokens. The matrices stay as the checkpoint has them.
+Rows of the plain model and of any of its adapters share one forward: every matrix is multiplied once for all of them,
+and each adapter adds its update to its own tokens. The matrices are kept as the checkpoint has them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Update:
 
     @classmethod
     def join(cls, updates: Sequence[Update | None], num_outputs: Sequence[int]) -> Update:
-        """Of matrices with one input, stacked; None leaves its matrix as it is."""
+        """The update of stacked matrices that have the same input; None leaves its matrix as it is."""
         given = [update for update in updates if update is not None]
         ups = [
             given[0].up.new_zeros(outputs, 0) if update is None else update.up
@@ -48,11 +48,11 @@ class Update:
         return cls(torch.cat([update.down for update in given]), torch.block_diag(*ups)).stored()
 
     def stored(self, device: torch.device | None = None) -> Update:
-        """As it is multiplied quickest, on this device."""
+        """A copy on this device, in the layout that is fastest to multiply."""
         return Update(input_major(self.down.to(device)), input_major(self.up.to(device)))
 
     def add(self, states: Tensor, out: Tensor, tokens: Tokens) -> None:
-        """Change `out` [num_tokens, num_outputs] where these tokens stand, given `states` [num_tokens, num_inputs]."""
+        """Change `out` [num_tokens, num_outputs] at these tokens, given `states` [num_tokens, num_inputs]."""
         reduced = linear(states[tokens], self.down)
         if isinstance(tokens, slice):
             out[tokens].addmm_(reduced, self.up.t())
@@ -88,7 +88,7 @@ class Adapters:
 
     @contextmanager
     def merged(self, model: nn.Module, adapter: str | None) -> Iterator[None]:
-        """The model computes with this adapter's updates in its matrices, as a checkpoint of its own would.
+        """Meanwhile the model computes with this adapter's updates in its matrices, as a merged checkpoint would.
 
         One matrix at a time: a second copy of a large model may not fit.
         """
@@ -131,7 +131,7 @@ class Adapters:
         return {name: Update.join([each.get(name) for each in own], sizes) for name in changed}
 
     def select(self, groups: Sequence[Group]) -> None:
-        """Say whose tokens stand in the next forward, which begins with the first of these groups."""
+        """Say whose tokens are in the next forward, which begins with the first of these groups."""
         tokens: dict[str, list[int]] = defaultdict(list)
         for group in groups:
             start = group.start - groups[0].start
@@ -153,7 +153,7 @@ class Adapters:
 
 
 def _as_tokens(indices: list[int], device: torch.device) -> Tokens:
-    if indices[-1] - indices[0] + 1 == len(indices):  # they rise
+    if indices[-1] - indices[0] + 1 == len(indices):  # they are in ascending order
         return slice(indices[0], indices[-1] + 1)
     return torch.tensor(indices, device=device)
 
@@ -180,7 +180,7 @@ def _read(name: str, directory: Path, model: PreTrainedModel) -> dict[str, Updat
 
 
 def _matrices(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(num_inputs, num_outputs) by module, of all that may be adapted: the head does not see every token."""
+    """(num_inputs, num_outputs) by module, of all that may be adapted; not the head, which does not see every token."""
     head = model.get_output_embeddings()
     found: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():

@@ -13,7 +13,7 @@ from eft_serve.engine.paged_tensors import PagedTensors
 
 
 class Attention(Protocol):
-    """A way of attending, for a model's whole life."""
+    """An attention backend; one is used for a model's whole life."""
 
     name: str
 
@@ -65,7 +65,7 @@ class GroupedAttention:
         layer: int,
         group: Group,
         cache: PagedTensors,
-        query: Tensor,  # of all groups, as the others
+        query: Tensor,  # of all groups, like key and value
         key: Tensor,
         value: Tensor,
         *,
@@ -73,7 +73,7 @@ class GroupedAttention:
         window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """One group's, [its tokens, heads, head_dim]; its keys and values are written."""
+        """One group's output, [its tokens, heads, head_dim]; its keys and values are written already."""
         q = _by_row(query[group.tokens], group)
         heads = Heads(key.shape[1], query.shape[1] // key.shape[1], key.shape[2])
         if group.q_length > 1 and group.nothing_cached and window is None and softcap is None:

@@ -12,7 +12,7 @@ class BatchRow:
     """One sequence's part of one forward."""
 
     token_ids: list[int]  # the new tokens
-    position: int  # where the first of them stands in its sequence; as many are in the cache
+    position: int  # of the first of them in its sequence; so many tokens are in the cache
     block_ids: list[int]  # blocks of the sequence, enough for position + len(token_ids) tokens
     num_logits: int  # logits wanted, of the last so many new tokens
     adapter: str | None = None  # None: the model as it is

@@ -57,7 +57,7 @@ class BlockPool:
         return block_id
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Give up one reference to each, the last first: a beginning is worth more than what follows it."""
+        """Give up one reference to each, the last first: a prefix is worth more than what follows it."""
         for block_id in reversed(block_ids):
             self._references[block_id] -= 1
             if self._references[block_id] == 0:
@@ -67,13 +67,13 @@ class BlockPool:
                     self._free.append(block_id)
 
     def register(self, block_id: int, digest: bytes) -> None:
-        """Let a referenced block be found by its content; the first block of equal content stays the one found."""
+        """Let a referenced block be found by its content; of blocks with equal content, the first is the one found."""
         if digest not in self._blocks:
             self._blocks[digest] = block_id
             self._digests[block_id] = digest
 
     def unregister(self, block_id: int) -> None:
-        """Nobody finds this block from now on; nothing happens when it was not registered."""
+        """This block is no longer found; nothing happens when it was not registered."""
         digest = self._digests.pop(block_id, None)
         if digest is not None:
             del self._blocks[digest]

@@ -32,7 +32,7 @@ from eft_serve.engine.ragged_path import UnsupportedModelError
 from eft_serve.engine.weights import PackedHead, input_major
 
 _SAME_LAYER: dict[type[PreTrainedModel], Callable[[Any], int | None]] = {
-    # Where each keeps a layer's sliding window: no probe is long enough to show one that was missed.
+    # Where each keeps a layer's sliding window. The probe is too short to reveal a window that was missed.
     LlamaForCausalLM: lambda attention: None,
     MistralForCausalLM: lambda attention: attention.config.sliding_window,
     Qwen2ForCausalLM: lambda attention: attention.sliding_window,
@@ -67,7 +67,7 @@ class _Norm:
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """Matrices with one input as one product."""
+    """Matrices with the same input as one product."""
 
     transposed: Tensor  # [num_inputs, num_outputs of all]
     bias: Tensor | None

@@ -1,4 +1,4 @@
-"""An engine's drafts at what follows a step, drawn from its own logits as a coordinator draws from the combined ones.
+"""An engine's draft tokens after a step, drawn from its own logits as a coordinator draws from the combined ones.
 
 With the same seed and position both draws use the same noise, so that they agree wherever the distributions do.
 """
@@ -21,11 +21,11 @@ from eft_serve.types import Draft
 
 @dataclass(slots=True, eq=False)
 class DraftState:
-    """One sequence's drafts so far."""
+    """One sequence's draft tokens so far."""
 
     sequence: Sequence
     draft: Draft
-    rows: list[Tensor] = field(default_factory=list)  # each [vocab_size], of the drafts that were computed
+    rows: list[Tensor] = field(default_factory=list)  # each [vocab_size], of the draft tokens that were computed
     token_ids: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)  # of each draft token
 
@@ -35,7 +35,7 @@ class DraftState:
         return len(self.token_ids) < self.draft.num_tokens and confidence >= self.draft.min_confidence
 
     def next_row(self) -> BatchRow:
-        """The forward of the newest draft token; its block is reserved."""
+        """The row that computes the newest draft token; its block is reserved."""
         return BatchRow(
             token_ids=self.token_ids[-1:],
             position=self.sequence.num_computed_tokens,
@@ -46,11 +46,11 @@ class DraftState:
 
 
 def draw_drafts(drafts: SequenceOf[DraftState], logits: Tensor) -> None:
-    """Draw everyone's next token.
+    """Draw the next token of each.
 
     Args:
-        drafts: who draws.
-        logits: [len(drafts), vocab_size], everyone's newest row; finite.
+        drafts: the sequences that draft.
+        logits: [len(drafts), vocab_size], the newest row of each; finite.
     """
     num_ids = [each.draft.num_ids for each in drafts]
     for width in set(num_ids):
@@ -65,9 +65,9 @@ def draw_drafts(drafts: SequenceOf[DraftState], logits: Tensor) -> None:
 
 
 def _probabilities(logits: Tensor, token_ids: Tensor) -> NDArray[np.float32]:
-    """[num_rows], of each row's token at temperature 1, whatever it was drawn at: how sure the model is of it."""
+    """[num_rows], each token's probability at temperature 1, whatever it was drawn at: how sure the model is of it."""
     rows = logits.float().numpy()  # a third of the time of torch's logsumexp
-    with np.errstate(over="ignore"):  # a token far behind the others is as good as impossible
+    with np.errstate(over="ignore"):  # a token far behind the others is practically impossible
         behind = np.exp(rows - rows[np.arange(len(rows)), token_ids.numpy()][:, None])
     sums: NDArray[np.float32] = behind.sum(axis=-1)
     return np.float32(1) / sums

@@ -95,7 +95,7 @@ class Engine:
         return self._metrics.registry
 
     def forward(self, steps: Sequence[SequenceStep]) -> list[StepOutput]:
-        """Compute steps; the answers stand in their order.
+        """Compute steps; the answers are in their order.
 
         Two steps for one sequence are computed one after the other. Bad steps are answered with `error`. Logits are the
         caller's own, to be changed under `torch.inference_mode` only.
@@ -160,7 +160,7 @@ class Engine:
         }
 
     def _draft(self, drafts: Mapping[int, DraftState], pieces: Mapping[int, list[Tensor]]) -> set[int]:
-        """Everyone's drafts, one forward for all that want another; returns whose logits are no numbers."""
+        """Draft for each, one forward for all that want one more; returns those whose logits are not finite."""
         non_finite: set[int] = set()
         if drafts:
             draw_drafts(list(drafts.values()), torch.stack([pieces[index][-1][-1] for index in drafts]))
@@ -183,7 +183,7 @@ class Engine:
         return non_finite
 
     def _extend(self, drafts: DraftState) -> bool:
-        """Make room for one more token where there is some; nobody is evicted for a draft token."""
+        """Make room for one more token if blocks are free; no sequence is evicted for a draft token."""
         num_tokens = drafts.sequence.num_computed_tokens + 1
         if num_tokens > self.info.max_model_len or self._cache.num_missing_blocks(drafts.sequence, num_tokens) > 0:
             return False

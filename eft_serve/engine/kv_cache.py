@@ -1,9 +1,9 @@
 """Which sequence holds which blocks, and what is in them: accounting only; knows no tensors, no model and no clock.
 
-A sequence holds whole blocks in token order. A full block is named by a digest of its tokens, of all that stand before
-them and of the sequence's salt and adapter, so equal names mean equal keys and values, and a beginning that was
-computed once is found again. Shared blocks are full and only read: a sequence writes behind what it shares, or into a
-copy of its own.
+A sequence holds whole blocks in token order. A full block is named by a digest of its tokens, of all tokens before
+them and of the sequence's salt and adapter, so equal names mean equal keys and values, and a prefix that was computed
+once is found again. Shared blocks are full and only read: a sequence writes after what it shares, or into a copy of
+its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Sequence:
     sequence_id: str
     token_ids: array[int] = field(default_factory=token_array)  # int64; those whose keys and values are in the cache
     block_ids: list[int] = field(default_factory=list)  # may reach beyond the computed tokens while a step runs
-    digests: list[bytes] = field(default_factory=list)  # of the root, then of each full block; empty: nobody shares
+    digests: list[bytes] = field(default_factory=list)  # of the root, then of each full block; empty: not shared
     adapter: str | None = None  # that computes it; None: the model as it is
     last_step_time: float = 0.0  # seconds on the engine's clock
 
@@ -41,13 +41,13 @@ class Sequence:
 
 
 class Digests:
-    """Names of blocks by content, which nobody can compute who does not know this process's key."""
+    """Names of blocks by content, which cannot be computed without this process's key."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
 
     def of_root(self, salt: str, adapter: str | None) -> bytes:
-        """What every beginning of this salt and adapter descends from."""
+        """The parent of the first block of every sequence with this salt and adapter."""
         root = repr((salt, adapter)).encode()
         return blake2b(root, digest_size=16, key=self._key, person=b"root").digest()
 
@@ -64,7 +64,7 @@ class KVCache:
 
     def __init__(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks)
-        self.copies: list[Copy] = []  # that the next forward has to make first; until then nobody writes a source
+        self.copies: list[Copy] = []  # that the next forward has to make first; until then no source is written
         self._sequences: OrderedDict[str, Sequence] = OrderedDict()
         self._digests = Digests()
 
@@ -96,14 +96,14 @@ class KVCache:
         return sequence
 
     def truncate(self, sequence: Sequence, num_tokens: int) -> None:
-        """Forget every token from `num_tokens` on and let go of the blocks that no longer hold any.
+        """Forget every token from `num_tokens` on and release the blocks that no longer hold any.
 
-        Rows will be written from there on, so a block in the middle of which that is must be the sequence's own: it is
+        Rows will be written from there on. If that is inside a block, the block must be the sequence's own: it is
         copied when others hold it too, and forgotten as well when there is no room for a copy.
         """
         num_computed = sequence.num_computed_tokens
         if num_tokens >= num_computed and blocks_for(num_computed) == len(sequence.block_ids):
-            return  # nothing to forget, and the block that goes on is the sequence's own since it was begun
+            return  # nothing to forget, and the block that is written next has always been the sequence's own
         num_tokens = min(num_tokens, num_computed)
         num_full, num_left = divmod(num_tokens, BLOCK_SIZE)
         if num_left and not self._own(sequence, num_full):
@@ -113,7 +113,7 @@ class KVCache:
         del sequence.block_ids[keep:], sequence.token_ids[num_tokens:], sequence.digests[1 + num_full :]
 
     def _own(self, sequence: Sequence, index: int) -> bool:
-        """Make this block the sequence's alone, to be found by nobody; false when there is no room for a copy."""
+        """Make this block the sequence's alone, and not findable; false when there is no room for a copy."""
         source = sequence.block_ids[index]
         if self.pool.num_references(source) == 1:
             self.pool.unregister(source)
@@ -127,7 +127,7 @@ class KVCache:
         return True
 
     def forget_copies(self) -> None:
-        """Nobody knows whether they were made: those who rely on one forget what they have from there on."""
+        """Copies may not have been made: sequences that rely on one forget what they hold from there on."""
         targets = {target for _, target in self.copies}
         self.copies = []
         for sequence in self:
@@ -138,10 +138,7 @@ class KVCache:
     def match_prefix(
         self, sequence: Sequence, salt: str | None, token_ids: list[int], adapter: str | None = None
     ) -> None:
-        """Give an empty sequence its salt and adapter, and the blocks that hold a known beginning of `token_ids`.
-
-        It is the longest that there is.
-        """
+        """Give an empty sequence its salt and adapter, and the blocks of the longest known prefix of `token_ids`."""
         sequence.adapter = adapter
         sequence.digests = [] if salt is None else [self._digests.of_root(salt, adapter)]
         if salt is None:
@@ -169,13 +166,13 @@ class KVCache:
             sequence.digests.append(digest)
 
     def forget_prefix(self, sequence: Sequence) -> None:
-        """Let nobody find the sequence's blocks, now or later: what was computed into them is not to be trusted."""
+        """The sequence's blocks are never found by others, now or later: what was computed is not reliable."""
         for block_id in sequence.block_ids:
             self.pool.unregister(block_id)
         sequence.digests.clear()
 
     def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks to find before the sequence can hold `num_tokens`, beyond its own and the free ones."""
+        """Blocks that are missing for the sequence to hold `num_tokens`, beyond its own and the free ones."""
         return blocks_for(num_tokens) - len(sequence.block_ids) - self.pool.num_free
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> None:
@@ -183,7 +180,7 @@ class KVCache:
         sequence.block_ids += self.pool.allocate(max(0, blocks_for(num_tokens) - len(sequence.block_ids)))
 
     def free(self, sequence_id: str) -> None:
-        """Drop a sequence and let go of its blocks; nothing happens when it is not here."""
+        """Drop a sequence and release its blocks; nothing happens when it is not here."""
         sequence = self._sequences.pop(sequence_id, None)
         if sequence is not None:
             self.pool.release(sequence.block_ids)

@@ -2,8 +2,8 @@
 
 Rows with equally many new tokens form a *group* and are attended to together: all decoding rows are one group, a
 prefill is usually alone in its own. A group is attended to in *parts*, as many rows at a time as keep the keys and
-values that they gather small. Row b's cached tokens stand in their natural order, one block after the other; what
-follows the last one is hidden by a mask, and is zero or the row's own, because 0 · NaN is NaN.
+values that they gather small. Row b's cached tokens are in their natural order, one block after the other. What
+follows the last one is hidden by a mask. It is zero or the row's own, because 0 · NaN is NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE, NULL_BLOCK
 from eft_serve.engine.paged_tensors import block_rows, head_rows
 
-_PART_ELEMENTS = 1 << 19  # gathered keys of one part on a CPU: what follows reads them from its caches
+_PART_ELEMENTS = 1 << 19  # gathered keys of one part on a CPU, few enough to stay in its caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Group:
 
     @property
     def tokens(self) -> slice:
-        """Where the group stands in the flat order."""
+        """The group's tokens in the flat order."""
         return slice(self.start, self.stop)
 
     @property
@@ -133,7 +133,7 @@ class Group:
 
 @dataclass(slots=True)
 class Layout:
-    """All index tensors of one forward; tokens stand in the order of the groups."""
+    """All index tensors of one forward; tokens are in the order of the groups."""
 
     input_ids: Tensor  # [num_tokens] int64
     positions: Tensor  # [num_tokens] int64, each within its own sequence

@@ -110,7 +110,7 @@ class ModelRunner:
         return {adapter: self._stock_logits(adapter) for adapter in (None, *self._adapters.names)}
 
     def probe_ids(self) -> list[int]:
-        """A short prompt that any vocabulary has."""
+        """A short prompt whose token ids exist in any vocabulary."""
         return [(7 * i + 3) % self.num_embeddings for i in range(PROBE_TOKENS)]
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def _read_cache_shapes(self) -> None:
-        """What each layer caches, by looking at what the model itself would: (kv_heads, key and value head_dim)."""
+        """What each layer caches, read from the model's own cache: (kv_heads, key and value head_dim)."""
         ids = torch.tensor([self.probe_ids()], device=self.device)
         layers = getattr(getattr(self.model(ids, use_cache=True), "past_key_values", None), "layers", None)
         if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
@@ -205,7 +205,7 @@ class ModelRunner:
         )
 
     def backends(self) -> list[str]:
-        """How the model could be run here, the quickest first: a path, and the attention that it is given."""
+        """How the model could be run here, the fastest first: a path, and the attention that it is given."""
         suited = {
             VarlenAttention.name: varlen_attention.suits(self.device, self.dtype),
             PagedAttention.name: paged_attention.suits(self.device, self.dtype),
@@ -223,7 +223,7 @@ class ModelRunner:
                 self.model.set_attn_implementation(self._stock_attention)
             self._path = PATHS[path](self.model, attend, self._adapters)
             return {adapter: self._probe(adapter) for adapter in (None, *self._adapters.names)}
-        except Exception as error:  # models of any kind fail here in any way; the caller decides what that means
+        except Exception as error:  # any model may fail here in any way; the caller decides what that means
             return f"{type(error).__name__}: {error}"
 
     def _probe(self, adapter: str | None) -> Tensor:
@@ -235,7 +235,7 @@ class ModelRunner:
         self.forward(ForwardBatch(first))
         return self.forward(ForwardBatch(second))
 
-    @torch.inference_mode()  # a seventh quicker than no_grad on a small model
+    @torch.inference_mode()  # a seventh faster than no_grad on a small model
     def forward(self, batch: ForwardBatch) -> Tensor:
         """Logits [batch.num_logits, vocab_size] on the CPU, rows in the order of the batch."""
         if self._path is None:

@@ -26,7 +26,7 @@ class _Aligned:
     """A group with every row's newest token in the last column."""
 
     slots: Tensor  # [batch, kv_length] int64
-    mask: Tensor  # [batch, kv_length] bool, True where a token stands
+    mask: Tensor  # [batch, kv_length] bool, True where there is a token
 
     @classmethod
     def of(cls, group: Group) -> _Aligned:

@@ -1,4 +1,4 @@
-"""Attention by our own kernel over the blocks where they stand, for CPUs in float32; long prefills go another way."""
+"""Attention by our own kernel on the blocks in place, for CPUs in float32; long prefills use torch's kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eft_serve.engine.paged_tensors import PagedTensors
 
 MAX_NEW_TOKENS = 16  # of a row; more are arithmetic rather than reading, which torch does better on gathered blocks
 
-_SHARE = 1 << 18  # elements of keys that are worth another thread
+_SHARE = 1 << 18  # elements of keys from which another thread pays off
 
 
 def suits(device: torch.device, dtype: torch.dtype) -> bool:
@@ -29,7 +29,7 @@ class PagedAttention(GroupedAttention):
     name = "paged"
 
     def __init__(self) -> None:
-        from eft_serve.engine.paged_kernel import attend  # takes half a second, which nobody else need wait for
+        from eft_serve.engine.paged_kernel import attend  # takes half a second, so only where it is used
 
         self._kernel = attend
         self._threads = ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="attention")
@@ -68,7 +68,7 @@ class PagedAttention(GroupedAttention):
         if len(shares) == 1:
             attend(shares[0])
         else:
-            list(self._threads.map(attend, shares))  # raises what they raise
+            list(self._threads.map(attend, shares))  # raises what the threads raised
         return out
 
 

@@ -1,9 +1,9 @@
 """Attention straight from the blocks of the cache, compiled for the CPU that it runs on; knows arrays only.
 
-With one new token a row the whole work is to read the keys and values once, so every block is read where it stands:
+With one new token a row the whole work is to read the keys and values once, so every block is read in place:
 nothing is gathered, copied or padded. A row's bits depend neither on its neighbours nor on how many of its tokens are
 new. On an AMD core, 16 rows of 40 to 600 tokens over 4 layers of 6 heads of 32 (35 MB) take 3.3 ms, torch's kernel on
-sequences that stand in one piece 4.9 ms, and only reading the memory 2.5 ms.
+contiguous sequences 4.9 ms, and only reading the memory 2.5 ms.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def _compiled(function: Function, fastmath: Set[str] = frozenset({"reassoc", "contract", "arcp", "nsz"})) -> Function:
-    """At the first call, and kept beside this file or in the user's cache; where neither can be written, every time.
+    """Compiled at the first call, and kept beside this file or in the user's cache; if neither is writable, every time.
 
-    Not with `nnan` and `ninf`: a non_finite model must be seen to be non_finite.
+    Not with `nnan` and `ninf`: logits that are not finite must be noticed.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:
@@ -53,7 +53,7 @@ def attend(
     Args:
         query: [num_rows * q_length, heads, key_dim], one row after the other; this and all others contiguous.
         keys: [num_blocks, kv_heads, block_size, key_dim], the new tokens' own included; block_size a multiple of 4.
-            What stands behind a sequence's end in its last block must be finite.
+            What follows a sequence's end in its last block must be finite.
         values: [num_blocks, kv_heads, block_size, value_dim].
         tables: [num_rows, most blocks], each row's blocks in order.
         lengths: [num_rows], tokens of each row, cached and new.
@@ -130,7 +130,7 @@ def _softmax(scores: Floats, scaling: np.float32, rounded: Floats) -> None:
     """Of scores · scaling, in place; `rounded` is room to work in."""
     highest = scores[0]
     for score in scores:
-        highest = score if score > highest else highest  # `max` minds NaN and takes ten times as long
+        highest = score if score > highest else highest  # `max` handles NaN and takes ten times as long
     _exponentials(scores, highest, scaling, rounded)
     _times_powers(scores.view(np.int32), rounded.view(np.int32))
     total = np.float32(0)

@@ -2,8 +2,8 @@
 
 Steps are admitted in the order of the list, and that order is their priority: when blocks run out, sequences outside
 the list go first (least recently stepped), then later steps of the list, last first. So the first step always makes
-progress, and an evicted sequence finds out by `held = 0`. Blocks that a sequence shares with one that stays are not
-freed by its eviction.
+progress, and an evicted sequence is answered with `num_computed_tokens = 0`. Blocks that a sequence shares with one
+that stays are not freed by its eviction.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Admitted:
     step: SequenceStep
     sequence: Sequence
     start: int  # into the step's token_ids; those before it were found in the cache
-    stop: int  # those from it on are left for another step
+    stop: int  # those from there on are left for another step
 
     @property
     def num_logits(self) -> int:
@@ -178,7 +178,7 @@ class StepScheduler:
         return True
 
     def _victims(self, kept: set[str], kept_blocks: set[int], later: list[str]) -> list[str]:
-        """Whom to evict, in this order; not those whose every block would stay taken."""
+        """Sequences to evict, in this order; not those none of whose blocks would become free."""
         last = set(later)
         outsiders = [s for s in self._cache if s.sequence_id not in kept | last]
         insiders = [s for s in map(self._cache.get, reversed(later)) if s is not None]

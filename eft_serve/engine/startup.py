@@ -87,13 +87,13 @@ def _choose_path(config: ModelConfig, group: WorkerGroup, references: Probes) ->
 
 
 def _mistake(found: Probes, references: Probes, dtype: torch.dtype) -> str | None:
-    """What deviates by more than rounding does; None when nothing does.
+    """What deviates by more than rounding errors; None when nothing does.
 
-    An adapter may change little. So it is also held to be nearer to what it should be than to the plain model.
+    An adapter may change little. So its logits must also be nearer to their reference than to the plain model.
     """
     plain, tolerance = _wanted(references, None, found), _TOLERANCE[dtype]
     noise = _distance(found[None], plain)
-    if not noise <= tolerance:  # nor is NaN
+    if not noise <= tolerance:  # also true of NaN
         return f"logits deviate by {noise:.2g}"
     for adapter in (name for name in references if name is not None):
         wanted = _wanted(references, adapter, found)
@@ -110,16 +110,16 @@ def _wanted(references: Probes, adapter: str | None, found: Probes) -> Tensor:
 
 
 def _distance(logits: Tensor, wanted: Tensor) -> float:
-    """Relative, logits being free up to a constant."""
+    """Relative distance; logits that differ by a constant are equal."""
     logits, wanted = (each.float() - each.float().mean(-1, keepdim=True) for each in (logits, wanted))
     return float((logits - wanted).norm() / wanted.norm())
 
 
 def within(seconds: float, work: Callable[[], T], name: str) -> T:
-    """Run `work` in a thread of its own and wait no longer than `seconds`.
+    """Run `work` in a thread of its own and wait at most `seconds`.
 
     Raises:
-        EngineError: it took longer, or failed otherwise than with an error of ours.
+        EngineError: it took longer, or failed with something else than an `EftServeError`.
     """
     future: Future[T] = Future()
 

@@ -1,6 +1,6 @@
 """Attention by torch's variable-length flash kernel, for GPUs in 16 bits: rows of any length in one call, none padded.
 
-The kernel's own block tables want pages of 256 tokens; ours are 16, so that prefixes are shared finely, and the tokens
+The kernel's own block tables need pages of 256 tokens; ours are 16, so that prefixes are shared finely, and the tokens
 are gathered in one indexed read first.
 """
 

@@ -1,7 +1,7 @@
 """How matrices lie in memory; knows no model in particular.
 
-A CPU's matrix product with few rows reads a matrix fastest when the weights of one input stand together: a head of
-256 × 32,000 took 3.2 / 9.4 / 14.4 ms for 1 / 8 / 32 rows as `nn.Linear` stores it, and 1.5 / 6.4 / 11.4 ms so.
+A CPU's matrix product with few rows reads a matrix fastest when the weights of one input are adjacent: a head of
+256 × 32,000 took 3.2 / 9.4 / 14.4 ms for 1 / 8 / 32 rows as `nn.Linear` stores it, and 1.5 / 6.4 / 11.4 ms this way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def input_major(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def store_input_major(model: nn.Module) -> None:
-    """Store every matrix that a module multiplies by so. An embedding that shares its matrix keeps its own copy."""
+    """Store every module's weight matrix in this way. An embedding that shares its matrix keeps its own copy."""
     embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -40,7 +40,7 @@ def store_input_major(model: nn.Module) -> None:
 class PackedHead:
     """A large matrix, packed as oneDNN's kernels read it, for products with several rows on a CPU.
 
-    The head above then takes 2.9 / 4.5 / 10.0 ms. One row alone is quicker unpacked, so both are kept.
+    The head above then takes 2.9 / 4.5 / 10.0 ms. One row alone is faster unpacked, so both are kept.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -49,7 +49,7 @@ class PackedHead:
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
-        """Whether this module is such a matrix, and this build of torch can pack it."""
+        """Whether this module is a plain float32 matrix on a CPU, and this build of torch can pack it."""
         return (
             type(module) is nn.Linear
             and module.bias is None

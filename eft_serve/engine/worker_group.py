@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 1.0  # a worker holds nothing that wants saving
+STOP_TIMEOUT_S = 1.0  # a worker holds nothing that has to be saved
 REPORT_TIMEOUT_S = 2.0  # for a failed worker to say why
 WORKER_MODULE = "eft_serve.engine.worker"
 UNANSWERED = "forward"  # logits are the leader's own; nothing to send back
@@ -85,7 +85,7 @@ class Worker:
         return answer
 
     def report(self) -> str | None:
-        """Why it failed, if it did and says so soon."""
+        """Why it failed, if it did and reports that soon."""
         try:
             if self._connection.poll(REPORT_TIMEOUT_S):
                 self.receive(0)
@@ -108,7 +108,7 @@ def _worker_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         **os.environ,
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # whatever made us importable
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # so that workers can import what this process can
         **loopback_only(),
     }
 

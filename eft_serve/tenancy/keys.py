@@ -1,7 +1,7 @@
 """API keys: how they are made, stored and compared; knows nothing of tenants.
 
 A key is 32 random bytes, so a plain SHA-256 of it is safe to store: the slow, salted hashes of passwords exist because
-people choose guessable ones, and nobody draft tokens 256 bits.
+people choose guessable ones, and nobody guesses 256 bits.
 """
 
 from __future__ import annotations

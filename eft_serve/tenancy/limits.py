@@ -1,6 +1,6 @@
-"""How much a tenant may ask: requests per minute and choices at once, counted in this process's memory.
+"""How much a tenant may ask for: requests per minute and choices at once, counted in this process's memory.
 
-With several server processes each admits so much: a limit is per process, and a restart forgets the minute.
+With several server processes, each admits that much: a limit is per process, and a restart forgets the minute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from limits.strategies import MovingWindowRateLimiter
 from eft_serve.errors import InvalidRequestError, RateLimitError
 from eft_serve.tenancy.tenants import Tenant
 
-CONCURRENCY_RETRY_S = 1.0  # nobody knows when a running request ends
+CONCURRENCY_RETRY_S = 1.0  # it is unknown when a running request ends
 
 
 class AdmissionLimits:
@@ -28,7 +28,7 @@ class AdmissionLimits:
         self._running: Counter[str] = Counter()
 
     def num_running(self, tenant: str) -> int:
-        """Choices that this tenant is having generated now."""
+        """Choices that are being generated for this tenant."""
         return self._running[tenant]
 
     @asynccontextmanager
@@ -38,7 +38,7 @@ class AdmissionLimits:
         Args:
             tenant: who asks.
             num_choices: how many run at once.
-            param: the field that says so.
+            param: the field that sets `num_choices`.
 
         Raises:
             RateLimitError: a limit is reached; the message names which, `retry_after_s` says when to try again.

@@ -26,7 +26,7 @@ def create_tenant(
     max_concurrent_requests: int | None = None,
     metrics: bool = False,
 ) -> str:
-    """Add a tenant to the file, which is made when it is not there, and return its only key.
+    """Add a tenant to the file, which is created if needed, and return its only key.
 
     The key is not stored and cannot be shown again. A running server reads the file when it starts.
 
@@ -50,13 +50,13 @@ def create_tenant(
 
 
 def _extended(text: str, name: str, entry: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The file with one more tenant: appended, so that comments stay, or written anew where its layout forbids that."""
+    """The file with one more tenant: appended, so that comments are kept, or rewritten where its layout forbids it."""
     appended = text.rstrip() + "\n" + textwrap.indent(yaml.safe_dump({name: entry}, sort_keys=False), "  ")
     try:
         if yaml.safe_load(appended) == wanted:
             return appended
     except yaml.YAMLError:
-        pass  # not the indentation that was assumed: written anew below
+        pass  # not the indentation that was assumed: rewritten below
     return yaml.safe_dump(wanted, sort_keys=False)
 
 

@@ -1,7 +1,6 @@
 """Who may ask, and for what: the tenants file and the keys in an `Authorization` header.
 
-Knows the file and its rules, not HTTP. A wrong key and no key are one and the same error, and no message ever repeats a
-key.
+Knows the file and its rules, not HTTP. A wrong key and a missing key are the same error, and no message repeats a key.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Tenant(_Frozen):
 
     name: Name
     keys: tuple[KeyHash, ...] = ()
-    """Hashes of the keys that are this tenant's; several while one replaces another, none to lock the tenant out."""
+    """Hashes of the keys that are this tenant's; several while one replaces another; empty to lock the tenant out."""
     recipes: tuple[Name | Annotated[str, Field(pattern=r"^\*$")], ...] = ()
     """Recipes and plain models that may be used; `*` for all."""
     requests_per_minute: int | None = Field(default=None, ge=1)
@@ -103,7 +102,7 @@ class Tenants(_Frozen):
         """
         scheme, _, key = (authorization or "").partition(" ")
         presented = hash_key(key.strip()) if scheme.lower() == "bearer" else ""
-        # Every key is compared, also after a match, so that the time tells nothing of who or how many the tenants are.
+        # Every key is compared, also after a match, so that the time does not reveal who or how many the tenants are.
         matches = [t for t in self.tenants.values() for stored in t.keys if same_hash(stored, presented)]
         if not matches:
             raise AuthenticationError("missing or invalid API key; send it as 'Authorization: Bearer eft-...'")

@@ -41,7 +41,7 @@ class FanOut:
     ) -> Mapping[str, StepResult]:
         """Send every replica its batch, wait for all of them or the deadline; keys are replica ids. Never raises.
 
-        What is to be done `meanwhile` is done once, when all is sent. Logits are views of the received bytes, read them
+        `meanwhile` is called once, when everything has been sent. Logits are views of the received bytes, read them
         before the next call.
         """
         started = time.monotonic()

@@ -1,7 +1,7 @@
-"""A client's socket to one listener, and what its monitor says of it; knows no messages.
+"""A client's socket to one listener, and the events of its monitor; knows no messages.
 
-ZeroMQ reconnects by itself, save after a refusal; this only watches. IMMEDIATE keeps messages out of connections that
-do not exist yet, so that nothing old is delivered after a reconnect.
+ZeroMQ reconnects by itself, except after a refusal; this module only watches. IMMEDIATE keeps messages out of
+connections that do not exist yet, so that nothing old is delivered after a reconnect.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ class Connection:
         self.socket.set(zmq.CURVE_SECRETKEY, secret_key)
         self.monitor = self.socket.get_monitor_socket(_WATCHED)
         self.socket.connect(listener.address)
-        self.ready = False  # there is a connection, as far as was read
-        self.broken: str | None = None  # why there is none, if one was tried and failed
+        self.ready = False  # there is a connection, as far as the monitor's events were read
+        self.broken: str | None = None  # why there is none, if an attempt failed
 
     def breaks(self) -> Iterator[str]:
-        """Read the news: why, for each connection or attempt at one that has ended since the last call."""
+        """Read the monitor: the reason of each connection or attempt that has ended since the last call."""
         while self.monitor.poll(0):
             event = recv_monitor_message(self.monitor)["event"]
             self.ready = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             if self.ready:
                 self.broken = None
                 continue
-            self.broken = self.broken or _BROKEN[event]  # the first reason is the one that says most
+            self.broken = self.broken or _BROKEN[event]  # the first reason is the most telling
             yield self.broken
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""An ingress's connections to the coordinators: who gets the next request, and whether it is still looked after.
+"""An ingress's connections to the coordinators: which one gets the next request, and whether it still works on it.
 
-It belongs to an event loop and needs no thread: a request leaves without a hop. Nothing gets lost without a word: a
+It belongs to an event loop and needs no thread: a request leaves without a hop. Nothing is lost silently: a
 request that is not taken in time, whose coordinator goes away, or whose last delta does not come, fails.
 """
 
@@ -39,7 +39,7 @@ class _CoordinatorConnection:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The least gets the next request: fewest open ones, then whoever waited longest for one."""
+        """The least gets the next request: fewest open ones, then the longest time since the last one."""
         return len(self.timers), self.last_turn
 
 
@@ -47,7 +47,7 @@ class CoordinatorClient:
     """Made and used on one event loop.
 
     Args:
-        fail: told of each request that fails, and why; for one that has ended meanwhile it is not called.
+        fail: called with each request that fails, and the reason; not for one that has ended meanwhile.
     """
 
     def __init__(self, fail: Fail) -> None:
@@ -76,7 +76,7 @@ class CoordinatorClient:
             self._connect(listeners[replica_id])
 
     def submit(self, request: GenerationRequest, reply_address: str) -> None:
-        """Send it to a coordinator; call `end` whatever becomes of it.
+        """Send it to a coordinator; call `end` however it ends.
 
         Raises:
             UnavailableError: none is connected, or the one that is takes nothing.
@@ -133,7 +133,7 @@ class CoordinatorClient:
         link.connection.close()
 
     def _read(self, link: _CoordinatorConnection) -> None:
-        """Read all that is there: ZeroMQ's descriptors say once that there is something, and any call may hear it."""
+        """Read all that is there: ZeroMQ's descriptors signal new data once, and any call may take that signal."""
         while link.connection.socket.poll(0):
             try:
                 notice = decode_notice(link.connection.socket.recv())
@@ -158,7 +158,7 @@ class CoordinatorClient:
     def _expect(
         self, link: _CoordinatorConnection, request_id: str, seconds: float | None = None, otherwise: str = ""
     ) -> None:
-        """Fail the request unless something is heard of it in time; None: no longer."""
+        """Fail the request unless a notice of it comes in time; None: no longer wait for one."""
         if timer := link.timers.get(request_id):
             timer.cancel()
 

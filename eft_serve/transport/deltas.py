@@ -1,8 +1,7 @@
 """What a coordinator emits, on its way to the ingresses: one message for each ingress and decode step, one way only.
 
-It knows deltas and not requests. An ingress listens; whoever holds the key that it hands out through Ray may send, and
-nobody else gets through the handshake. Every delta says how many tokens went before it, so that nothing is ever lost
-without notice.
+It knows deltas and not requests. An ingress listens; only a process with the key that it hands out through Ray gets
+through the handshake and may send. Every delta says how many tokens went before it, so that a loss is always noticed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from eft_serve.types import Delta
 
 logger = logging.getLogger(__name__)
 
-POLL_INTERVAL_MS = 200  # an idle receiver looks at its stop flag so often
+POLL_INTERVAL_MS = 200  # how often an idle receiver looks at its stop flag
 MAX_MESSAGE_BYTES = 64 << 20
 
 Part = tuple[str, int, Delta]  # request id, how many of its tokens went before, and what comes now
@@ -30,7 +29,7 @@ class ReplyTo(msgspec.Struct, frozen=True, kw_only=True):
 
     address: str
     server_key: bytes  # CURVE, Z85
-    public_key: bytes  # of whoever sends
+    public_key: bytes  # of the sender
     secret_key: bytes
 
     def __repr__(self) -> str:
@@ -46,7 +45,7 @@ class DeltaReceiver:
 
     Args:
         deliver: called in that thread with what one message brought.
-        host: the interface; the port is free choice of the system.
+        host: the interface; the system chooses the port.
     """
 
     def __init__(self, deliver: Callable[[Sequence[Part]], None], host: str = "127.0.0.1") -> None:
@@ -104,7 +103,7 @@ class DeltaSender:
         return True
 
     def close(self) -> None:
-        """Give what is queued a moment to leave; idempotent."""
+        """Wait a moment until what is queued is sent; idempotent."""
         self._context.destroy(linger=1000)
 
     def _connect(self, reply_to: ReplyTo) -> zmq.Socket[bytes]:

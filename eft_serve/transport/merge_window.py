@@ -1,6 +1,6 @@
-"""For whom the next forward waits a little, so that coordinators share it instead of taking turns.
+"""Which coordinators the next forward waits for a little, so that they share it instead of taking turns.
 
-It knows clients by their bytes and how long things took, and neither sockets nor messages.
+It knows clients as bytes and how long forwards took, and neither sockets nor messages.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ SKIPPED_FORWARDS = 16
 
 
 class MergeWindow:
-    """Expects whoever took part in the last forward, save for those that lately let others wait in vain."""
+    """Expects the clients of the last forward, except those that others have recently waited for without success."""
 
     def __init__(self) -> None:
         self._last: frozenset[bytes] = frozenset()
-        self._skipped: dict[bytes, int] = {}  # forwards that are still not to wait for this client
+        self._skipped: dict[bytes, int] = {}  # number of forwards that will not wait for this client
         self.wait_s = 0.0  # how long a message may wait for the others
 
     def awaited(self, present: Set[bytes]) -> frozenset[bytes]:
-        """Those worth waiting for, once somebody is there."""
+        """Clients worth waiting for, once some are present."""
         return self._last - present - self._skipped.keys()
 
     def timed_out(self, clients: Iterable[bytes]) -> None:
-        """They did not come in time."""
+        """These clients did not come in time."""
         self._skipped |= dict.fromkeys(clients, SKIPPED_FORWARDS)
 
     def forwarded(self, clients: Iterable[bytes], seconds: float) -> None:

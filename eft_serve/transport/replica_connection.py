@@ -49,7 +49,7 @@ class ReplicaConnection:
 
     @property
     def waiting(self) -> bool:
-        """A message is under way and nothing is known of its end."""
+        """A message is under way and has not ended."""
         return self._result is None
 
     @property
@@ -64,7 +64,7 @@ class ReplicaConnection:
         return self._connection.broken is not None
 
     def begin(self, message_id: int, batch: StepBatch, started: float) -> None:
-        """Send a batch, or have it wait for the connection that is being made."""
+        """Send a batch, or keep it until the connection is made."""
         self._message_id, self._steps, self._started, self._result = message_id, batch.steps, started, None
         self._grow(sum(map(_most_rows, batch.steps)) * self.endpoint.info.vocab_size * _WIDEST_ITEM_BYTES)
         name = None
@@ -76,7 +76,7 @@ class ReplicaConnection:
             self._poller.register(self._socket, zmq.POLLIN | zmq.POLLOUT)
 
     def advance(self, ready: Set[object]) -> None:
-        """Read whatever is there, answers before the news that the connection ended."""
+        """Read what is there: answers first, then whether the connection ended."""
         if self._socket in ready:
             self._send()
             self._receive()
@@ -99,7 +99,7 @@ class ReplicaConnection:
         self._drop_segment()
 
     def _grow(self, num_bytes: int) -> None:
-        """Have a segment for a reply of so many bytes, where there can be one and it is worth while."""
+        """Make sure of a segment for a reply of this size, where one is possible and pays off."""
         room = 0 if self._segment is None else len(self._segment.data)
         if not segment.SUPPORTED or not max(room + 1, LEAST_SHARED_BYTES) <= num_bytes <= segment.MAX_BYTES:
             return

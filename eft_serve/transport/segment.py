@@ -1,7 +1,7 @@
-"""Memory that a client shares with the servers of its host, so that logits need no socket: an anonymous file, sealed.
+"""Memory that a client shares with the servers of its host, so that logits need no socket: a sealed anonymous file.
 
 Nothing has a name in any file system: the file lives as long as a process holds it. A server finds it through /proc,
-where only the same user may look, and believes it only when it carries the nonce that the client sent with the
+where only the same user may look, and trusts it only if it carries the nonce that the client sent with the
 encrypted message: in another pid namespace, or on another host, the same numbers name something else.
 
 **Who may write when.** Before a client sends a message it writes that message's id into the segment; from then on what
@@ -37,7 +37,7 @@ _LEAST_BYTES = 1 << 20
 
 
 class SegmentName(msgspec.Struct, frozen=True, array_like=True):
-    """Where a segment is, as far as a process on the same host can tell."""
+    """Where a process on the same host finds a segment."""
 
     pid: int
     fd: int
@@ -70,9 +70,9 @@ class Segment:
 
     @classmethod
     def open(cls, name: SegmentName) -> Self:
-        """Another process's segment; raises OSError where it is not that, or not within reach."""
+        """Another process's segment; raises OSError if it is another file or cannot be reached."""
         path = f"/proc/{name.pid}/fd/{name.fd}"
-        _check_owner(os.stat(path))  # before opening: what else might be there need not like to be opened
+        _check_owner(os.stat(path))  # before opening: opening another kind of file could have side effects
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
             status = os.fstat(fd)
@@ -98,7 +98,7 @@ class Segment:
         self._memory[_MESSAGE_ID] = message_id.to_bytes(8, "little")
 
     def close(self) -> None:
-        """For its maker: nobody can open it any more. The memory goes when the last view of it does."""
+        """Called by its maker: it can no longer be opened. The memory is released with the last view of it."""
         os.close(self.name.fd)
 
 
@@ -118,7 +118,7 @@ class _Known:
 
 
 class OpenSegments:
-    """What a server has mapped, one segment for each client; what cannot be opened is tried once and then left."""
+    """What a server has mapped, one segment for each client; what cannot be opened is tried only once."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, _Known] = {}
@@ -127,7 +127,7 @@ class OpenSegments:
         return sum(known.segment is not None for known in self._known.values())
 
     def find(self, client: bytes, name: SegmentName | None) -> Segment | None:
-        """The segment that this client names, opened if need be; None when there is none within reach."""
+        """The segment that this client names, opened if need be; None when there is none that can be reached."""
         if name is None:
             return None
         known = self._known.get(client)
@@ -137,7 +137,7 @@ class OpenSegments:
         return known.segment
 
     def forget_idle(self) -> None:
-        """Let go of the segments that were not named for `IDLE_S`: their clients may be gone."""
+        """Release the segments that were not named for `IDLE_S`: their clients may be gone."""
         oldest = time.monotonic() - IDLE_S
         self._known = {client: known for client, known in self._known.items() if known.last_named >= oldest}
 

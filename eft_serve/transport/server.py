@@ -34,10 +34,10 @@ from eft_serve.types import SequenceStep, StepOutput
 
 logger = logging.getLogger(__name__)
 
-POLL_INTERVAL_S = 0.2  # an idle server looks at its stop flag so often
+POLL_INTERVAL_S = 0.2  # how often an idle server looks at its stop flag
 EXPIRE_INTERVAL_S = 1.0
 MAX_MERGED_MESSAGES = 256
-MAX_FORWARD_S = 300.0  # a call that computes for longer hangs, and the replica has to be replaced
+MAX_FORWARD_S = 300.0  # a call that takes longer counts as hanging, and the replica has to be replaced
 
 
 class StepHandler(Protocol):
@@ -73,7 +73,7 @@ class StepServer:
 
     Args:
         handler: what computes the steps; used by the server's thread alone.
-        host: the interface to listen on; the port is free choice of the system.
+        host: the interface to listen on; the system chooses the port.
         bind_address: a whole ZeroMQ address instead, e.g. `ipc:///path`.
     """
 
@@ -141,7 +141,7 @@ class StepServer:
             self._failure = f"{type(error).__name__}: {error}"
 
     def _receive(self) -> list[_Incoming]:
-        """Everything that is ready, waiting for the first, and then a moment for those who step along with it."""
+        """All that is ready: waits for the first message, then a moment for the clients that usually step with it."""
         incoming = self._drain(POLL_INTERVAL_S)
         if any(one.request.steps for one in incoming):
             incoming += self._await_others({one.client for one in incoming})
@@ -160,7 +160,7 @@ class StepServer:
         return joined
 
     def _drain(self, wait_s: float) -> list[_Incoming]:
-        """What is ready, waiting so long for the first."""
+        """What is ready; waits at most `wait_s` for the first message."""
         incoming: list[_Incoming] = []
         wait_ms = math.ceil(wait_s * 1000)
         while len(incoming) < MAX_MERGED_MESSAGES and self._socket.poll(wait_ms):
@@ -173,7 +173,7 @@ class StepServer:
         return incoming
 
     def _serve(self, merged: list[_Incoming]) -> None:
-        """One forward for all of these clients; what it raises is every client's failure and nobody's end."""
+        """One forward for all of these clients; what it raises fails these messages and does not end the thread."""
         self._busy_since = time.monotonic()
         try:
             replies = self._compute(merged)

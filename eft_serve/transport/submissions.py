@@ -1,6 +1,6 @@
-"""How requests reach a coordinator: it listens, ingresses submit and abort, and what becomes of each is said in return.
+"""How requests reach a coordinator: it listens, ingresses submit and abort, and it reports the outcome.
 
-Tokens go another way, see `deltas`. Who holds an allowed key gets through the handshake and nobody else. A client whose
+Tokens go another way, see `deltas`. Only clients with an allowed key get through the handshake. A client whose
 connection has ended is noticed within `LOOK_INTERVAL_S`: the next connection of the same process is another client.
 """
 
@@ -22,11 +22,11 @@ from eft_serve.types import Failure, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
-POLL_INTERVAL_MS = 200  # notices of other threads leave so late at most
+POLL_INTERVAL_MS = 200  # notices from other threads are delayed by at most this
 LOOK_INTERVAL_S = 1.0
 MAX_SUBMISSION_BYTES = 64 << 20
 MAX_NOTICE_BYTES = 1 << 20
-STILL_THERE = b""  # says nothing; that it cannot be sent says that the client is gone
+STILL_THERE = b""  # carries nothing; if it cannot be sent, the client is gone
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -43,7 +43,7 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Notice(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a request: it was taken, it failed, or its last delta was sent."""
+    """The state of a request: it was taken, it failed, or its last delta was sent."""
 
     request_id: str
     failure: Failure | None = None
@@ -60,12 +60,12 @@ def encode(message: Submit | Abort) -> bytes:
 
 
 def decode_notice(message: bytes) -> Notice | None:
-    """None when it only asks whether somebody is there; raises `msgspec.MsgspecError` or `ValueError` for nonsense."""
+    """None when it only checks the connection; raises `msgspec.MsgspecError` or `ValueError` if malformed."""
     return None if message == STILL_THERE else _notice_decoder.decode(message)
 
 
 class RequestHandler(Protocol):
-    """Who takes requests; called by the server's thread, to which a client is a few bytes."""
+    """Takes requests; called by the server's thread, which knows a client as a few bytes."""
 
     def submit(self, client: bytes, submission: Submit) -> None:
         """Take it; what this raises is the request's failure."""
@@ -76,11 +76,11 @@ class RequestHandler(Protocol):
         ...
 
     def clients(self) -> set[bytes]:
-        """Those with open requests."""
+        """Clients with open requests."""
         ...
 
     def lose(self, client: bytes) -> None:
-        """It is gone, and reads nothing any more."""
+        """This client is gone, and reads nothing any more."""
         ...
 
 
@@ -89,7 +89,7 @@ class SubmissionServer:
 
     Args:
         handler: takes the requests.
-        host: the interface; the port is free choice of the system.
+        host: the interface; the system chooses the port.
     """
 
     def __init__(self, handler: RequestHandler, host: str = "127.0.0.1") -> None:
@@ -113,7 +113,7 @@ class SubmissionServer:
         self._listener.allowed.add(client_public_key)
 
     def notify(self, notices: Iterable[tuple[bytes, Notice]]) -> None:
-        """Tell clients what became of their requests."""
+        """Tell clients the state of their requests."""
         for item in notices:
             self._notices.put(item)
 
@@ -158,7 +158,7 @@ class SubmissionServer:
             self._handler.submit(client, submission)
         except EftServeError as error:
             return to_failure(error)
-        except Exception:  # one request's fault must not end the thread that all need
+        except Exception:  # one request's fault must not end the thread that serves all
             logger.exception("request %s could not be taken", submission.request.request_id)
             return to_failure(EngineError("the request could not be taken; the coordinator's log says why"))
         return None

@@ -1,8 +1,7 @@
-"""The step contract as ZeroMQ frames: a msgpack header, and logits as raw bytes that nobody copies on arrival.
+"""The step contract as ZeroMQ frames: a msgpack header, and logits as raw bytes that are not copied on arrival.
 
-They are the second frame, or stand in the segment that the request names. This module knows bytes and not sockets.
-Nothing here can run code that the other side sent: no pickle, every field typed, every size checked before it is
-believed.
+They are the second frame, or are in the segment that the request names. This module knows bytes and not sockets.
+Nothing here can run code that the other side sent: no pickle, every field typed, every size checked before use.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from eft_serve.types import SequenceStep, StepOutput
 
 MAX_REQUEST_BYTES = 64 << 20  # token ids and names only
 MAX_REPLY_BYTES = 4 << 30
-LEAST_SHARED_BYTES = 8 << 10  # fewer are as quick in a frame
+LEAST_SHARED_BYTES = 8 << 10  # fewer are as fast in a frame
 
 Frame = bytes | bytearray | memoryview
 
@@ -56,7 +55,7 @@ class StepReply(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ReplyHeader(msgspec.Struct, frozen=True, array_like=True):
-    """What stands before the logits; with a `failure` there are no answers."""
+    """What precedes the logits; with a `failure` there are no answers."""
 
     message_id: int
     answers: list[StepReply]
@@ -64,7 +63,7 @@ class ReplyHeader(msgspec.Struct, frozen=True, array_like=True):
     vocab_size: int
     forward_seconds: float
     failure: str | None
-    in_segment: bool = False  # the logits stand at the start of the request's segment; the frame is empty
+    in_segment: bool = False  # the logits are at the start of the request's segment; the frame is empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ def encode_reply(
         segment: takes the payload if it has room for it and the client still waits for this message.
 
     Raises:
-        WireError: the outputs' logits differ in width or dtype, or have a dtype that does not travel.
+        WireError: the outputs' logits differ in width or dtype, or have a dtype that cannot be sent.
     """
     rows = [output.logits.detach() for output in outputs if output.logits is not None and output.logits.numel()]
     answers = [_answer(output) for output in outputs]

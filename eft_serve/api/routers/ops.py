@@ -1,4 +1,4 @@
-"""`/health`, `/ready` and `/metrics`, for whoever operates the server."""
+"""`/health`, `/ready` and `/metrics`, for those who operate the server."""
 
 from __future__ import annotations
 
