@@ -67,11 +67,18 @@ def _apply(
         sequence.num_computed_tokens = end + max(0, len(output.drafted) - 1)
         if not step.num_logits:
             request.last_progress = now
-        if output.logits is not None and step.num_logits:
-            known = sequence.rows
+        known = sequence.rows
+        if output.logits is not None and step.num_logits and known is not None and not _alike(known, output.logits):
+            message = f"its logits were {list(known.shape)} and are {list(output.logits.shape)} now"
+            gathered.errors[request] = EngineError(f"model {sequence.model}: {message}")
+        elif output.logits is not None and step.num_logits:
             sequence.rows = output.logits if known is None else torch.cat([known, output.logits])
             logits[request].append(sequence)
         if output.drafted:
             request.draft_token_ids += output.drafted
             request.speculation.confidences += output.confidences
             request.speculation.count_drafted(len(output.drafted))
+
+
+def _alike(known: torch.Tensor, logits: torch.Tensor) -> bool:
+    return known.shape[1:] == logits.shape[1:] and known.dtype == logits.dtype

@@ -5,6 +5,7 @@ It knows requests and backends for the arithmetic, and not how logits come or wh
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,12 @@ from eft_serve.coordinator.components import describe
 from eft_serve.coordinator.request import Request
 from eft_serve.errors import EftServeError, EngineError
 from eft_serve.numerics.backends import SamplingBackend
+from eft_serve.numerics.logprobs import require_possible
 from eft_serve.numerics.rows import RequestRows, RowBatch, tiles
 from eft_serve.numerics.verify import verify
 from eft_serve.types import TokenComponents
+
+logger = logging.getLogger(__name__)
 
 PHASES = ("combine", "process", "sample", "describe")
 Seconds = dict[str, float]  # by phase
@@ -59,13 +63,28 @@ class Sampler:
         parts = list(tiles(rows, min(self._backend.tile_elements, -(-num_elements // self._num_threads))))
 
         def run(part: range) -> tuple[list[SamplerOutput | EftServeError], Seconds]:
-            return self._run(RowBatch(rows[part.start : part.stop]), requests[part.start : part.stop])
+            return self._guarded(rows[part.start : part.stop], requests[part.start : part.stop])
 
         done = list(map(run, parts) if self._threads is None or len(parts) == 1 else self._threads.map(run, parts))
         for phase in PHASES:  # of all threads together, as far as they were busy side by side
             spent = sum(seconds[phase] for _, seconds in done)
             self._observe(phase, spent / min(self._num_threads, max(1, len(parts))))
         return [output for outputs, _ in done for output in outputs]
+
+    def _guarded(
+        self, rows: Sequence[RequestRows], requests: Sequence[Request]
+    ) -> tuple[list[SamplerOutput | EftServeError], Seconds]:
+        """A tile; where it fails as a whole, each of its requests by itself, so that only the one at fault ends."""
+        try:
+            return self._run(RowBatch(rows), requests)
+        except Exception as error:  # whatever logits, a device or a processor can do
+            if len(requests) == 1:
+                logger.exception("request %s cannot be sampled", requests[0].request_id)
+                failure = EngineError(f"request {requests[0].request_id}: cannot be sampled: {error}")
+                return [failure], dict.fromkeys(PHASES, 0.0)
+        alone = [self._guarded([row], [request]) for row, request in zip(rows, requests, strict=True)]
+        seconds = {phase: sum(spent[phase] for _, spent in alone) for phase in PHASES}
+        return [output for outputs, _ in alone for output in outputs], seconds
 
     def _run(self, batch: RowBatch, requests: Sequence[Request]) -> tuple[list[SamplerOutput | EftServeError], Seconds]:
         seconds = dict.fromkeys(PHASES, 0.0)
@@ -87,7 +106,11 @@ class Sampler:
 
 
 def process(batch: RowBatch, combined: Tensor) -> Tensor:
-    """The logits that are drawn from: the combined ones, changed by the requests' processors; themselves untouched."""
+    """The logits that are drawn from: the combined ones, changed by the requests' processors; themselves untouched.
+
+    Raises:
+        ValueError: a processor has left NaN, +inf or no possible token.
+    """
     if not any(request.processors for request in batch.requests):
         return combined
     processed = combined.clone()
@@ -96,6 +119,8 @@ def process(batch: RowBatch, combined: Tensor) -> Tensor:
             before = [*request.output_token_ids, *request.draft_token_ids[:i]]
             for processor in request.processors:
                 processor(before, processed[row, : request.vocab_size])
+        if request.processors:
+            require_possible(processed[rows, : request.vocab_size])
     return processed
 
 

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.kernels import combining as kernels
-from eft_serve.numerics.rows import RowBatch
+from eft_serve.numerics.logprobs import require_possible
+from eft_serve.numerics.rows import RequestRows, RowBatch
 from eft_serve.numerics.sampling import sample_rows
 from eft_serve.numerics.sampling_rows import SamplingRows
 from eft_serve.numerics.truncate import truncate_weights
+from eft_serve.types import SamplingParams
 
 Errors = dict[int, str]  # by index of the request in its batch: why it has no distribution
 
@@ -68,6 +70,16 @@ class CpuBackend:
     """Every logit is read once, in the dtype that it came in."""
 
     tile_elements = CPU_TILE_ELEMENTS
+
+    def __init__(self) -> None:
+        self._compile()
+
+    def _compile(self) -> None:
+        """Before the first request: it takes seconds where no compiled code is kept yet."""
+        sampling = SamplingParams(top_p=0.9)
+        rows = RequestRows(logits=[torch.zeros(1, 2)], coefficients=[1.0], num_rows=1, vocab_size=2, sampling=sampling)
+        batch = RowBatch([rows])
+        self.sample(batch, self.combine(batch)[0])
 
     def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
         addresses: list[int] = []
@@ -132,10 +144,10 @@ class TorchBackend:
     def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
         out = torch.full((batch.num_rows, batch.vocab_size), -torch.inf, device=self._device)
         errors = _flaws(batch)
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)  # rows that one operation can take
+        groups: dict[tuple[object, ...], list[int]] = defaultdict(list)  # rows that one operation can take
         for index, request in enumerate(batch.requests):
             if request.truncation is None and index not in errors:
-                groups[len(request.logits), request.vocab_size].append(index)
+                groups[request.vocab_size, *(term.dtype for term in request.logits)].append(index)
         for indices in groups.values():
             self._combine_group(batch, indices, out, errors)
         errors |= _truncate(batch, out, errors)
@@ -148,7 +160,7 @@ class TorchBackend:
         return token_ids
 
     def _combine_group(self, batch: RowBatch, indices: Sequence[int], out: Tensor, errors: Errors) -> None:
-        """Requests with equally many terms and one vocabulary; where one is at fault, each by itself."""
+        """Requests whose terms have the same dtypes and one vocabulary; where one is at fault, each by itself."""
         requests = [batch.requests[index] for index in indices]
         rows = [row for index in indices for row in range(batch.starts[index], batch.starts[index + 1])]
         coefficients = torch.tensor([r.coefficients for r in requests for _ in range(r.num_rows)]).T
@@ -201,12 +213,14 @@ def _truncate(batch: RowBatch, out: Tensor, flawed: Errors) -> Errors:
         if request.truncation is not None and index not in flawed:
             truncation, n = request.truncation, request.num_rows
             try:
-                out[rows, : request.vocab_size] = truncate_weights(
+                combined = truncate_weights(
                     [term[:n, : request.vocab_size].to(out.device) for term in request.logits],
                     torch.tensor([truncation.unscaled] * n).T,
                     torch.tensor([truncation.ratio] * n).T,
                     torch.full((n,), truncation.top_p, device=out.device),
                 )
+                require_possible(combined)  # each part may be possible, and both together not
+                out[rows, : request.vocab_size] = combined
             except ValueError as error:
                 errors[index] = str(error)
     return errors

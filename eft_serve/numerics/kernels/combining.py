@@ -61,6 +61,8 @@ def combine_rows(
                 if coefficients[term] != 0:
                     _add(addresses[term], kinds[term], coefficients[term], start, is_first, out[row, start:stop])
                     is_first = False
+            if is_first:  # no term runs
+                out[row, start:stop] = 0
             size = _largest_magnitude(out[row, start:stop])
             worst = size if size > worst else worst
         status[row, 0], status[row, 1] = FINE, -1

@@ -142,7 +142,7 @@ def _most_likely(numbers: Floats) -> int:
         if top > highest:
             highest, at = top, start
     value = from_order_key(highest)
-    while numbers[at] != value:
+    while numbers[at] != value and at < len(numbers) - 1:  # NaN equals nothing
         at += 1
     return at
 
@@ -207,9 +207,13 @@ def _draw_filtered(
     count, threshold = 0, log_min_p
     if top_k > 0:
         cutoff = _FIRST_CUTOFF
-        while count < top_k:
+        while True:
             count = _gather(numbers, peak, temperature, cutoff, values, ids)
+            if count >= top_k or cutoff == -np.inf:
+                break
             cutoff = _next_cutoff(cutoff)
+        if count == 0:  # not a number anywhere
+            return top
         kth = _least_kept(values[:count].copy(), np.ones(count, np.int64), np.float64(top_k))
         count = _keep(values, ids, count, kth)
         threshold = kth if kth > threshold else threshold
@@ -220,10 +224,14 @@ def _draw_filtered(
         else:
             target = np.float64(top_p) * np.float64(_total_mass(numbers, peak, temperature))
             masses, cutoff = np.zeros(0, np.int64), _FIRST_CUTOFF
-            while np.float64(masses.sum()) < target or count == 0:
+            while True:
                 count = _gather(numbers, peak, temperature, cutoff, values, ids)
                 masses = _masses(values[:count])
+                if (count > 0 and np.float64(masses.sum()) >= target) or cutoff == -np.inf:
+                    break
                 cutoff = _next_cutoff(cutoff)
+            if count == 0:
+                return top
         nucleus = _least_kept(values[:count].copy(), masses, target)
         threshold = nucleus if nucleus > threshold else threshold
     elif top_k == 0:
@@ -317,12 +325,17 @@ def _masses(values: Floats) -> Integers:
 def _least_kept(values: Floats, masses: Integers, target: float) -> np.float32:
     """The least value such that all larger ones together have less mass than the target; the largest if none.
 
-    A weighted quickselect: linear, and whatever order the values come in. Both arrays are shuffled.
+    A weighted quickselect, linear in whatever order the values come: pivots are taken at hashed places, since a fixed
+    choice has orders that make it quadratic. Both arrays are shuffled.
     """
-    start, stop, above = 0, len(values), np.int64(0)
+    start, stop, above, round_ = 0, len(values), np.int64(0), 0
     least = values.max()
     while start < stop:
-        a, b, c = values[start], values[(start + stop) // 2], values[stop - 1]
+        width = np.uint64(stop - start)
+        a = values[start + np.int64(_hash(_GOLDEN, round_) % width)]
+        b = values[start + np.int64(_hash(_GOLDEN, round_ + 1) % width)]
+        c = values[start + np.int64(_hash(_GOLDEN, round_ + 2) % width)]
+        round_ += 3
         pivot = max(min(a, b), min(max(a, b), c))
         i, larger, end = start, start, stop  # [start, larger): larger, [larger, i): equal, [end, stop): smaller
         mass_larger, mass_equal = np.int64(0), np.int64(0)

@@ -79,3 +79,14 @@ def test_the_drafter_is_told_how_likely_the_draft_tokens_before_its_own_are(
     draft = request_.speculation.draft(request_.generation, count=2, position=3, num_ids=100)
     assert draft.confidence == confidence
     assert draft.min_confidence == Speculative().min_confidence
+
+
+def test_logits_of_another_width_than_those_before_end_their_own_request(request_: Request) -> None:
+    sequence = request_.sequences[0]
+    sequence.rows = torch.zeros(1, 100)
+    step = SequenceStep(sequence.sequence_id, 0, PROMPT, num_logits=1)
+    output = StepOutput(sequence.sequence_id, logits=torch.zeros(1, 101))
+    scheduled = SchedulerOutput(entries={"base-0": [ScheduledStep(request_, sequence, step)]}, to_sample=[request_])
+    gathered = gather(scheduled, {"base-0": StepResult(outputs=[output])}, now=7.0)
+    assert "[1, 101] now" in str(gathered.errors[request_])
+    assert gathered.ready == []

@@ -14,7 +14,7 @@ from eft_serve.coordinator.sampler import PHASES, Sampler, SamplerOutput, proces
 from eft_serve.ensemble import Term
 from eft_serve.errors import EngineError
 from eft_serve.numerics.backends import CpuBackend, SamplingBackend, TorchBackend
-from eft_serve.numerics.rows import RowBatch
+from eft_serve.numerics.rows import LogitsProcessor, RowBatch
 from eft_serve.types import GenerationRequest, SamplingParams
 
 VOCAB = 50
@@ -114,3 +114,31 @@ def test_no_processors_cost_no_copy() -> None:
     batch = RowBatch([ready(1).rows()])
     combined, _ = CpuBackend().combine(batch)
     assert process(batch, combined) is combined
+
+
+def forbid_everything(token_ids: Sequence[int], logits: Tensor) -> None:
+    logits.fill_(-torch.inf)
+
+
+def leave_nan(token_ids: Sequence[int], logits: Tensor) -> None:
+    logits[3] = torch.nan
+
+
+def fail(token_ids: Sequence[int], logits: Tensor) -> None:
+    raise RuntimeError("a grammar broke")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("processor", [forbid_everything, leave_nan, fail])
+def test_a_processor_that_leaves_nothing_to_draw_ends_its_own_request(
+    processor: LogitsProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [ready(seed) for seed in range(3)]
+    rows = replace(requests[1].rows(), processors=[processor])
+    own = Request.rows
+    monkeypatch.setattr(Request, "rows", lambda request: rows if request is requests[1] else own(request))
+    outputs = Sampler(CpuBackend(), 1, lambda *_: None).sample(requests)
+    assert isinstance(outputs[1], EngineError)
+    assert tokens([outputs[0], outputs[2]]) == tokens(
+        Sampler(CpuBackend(), 1, lambda *_: None).sample([ready(0), ready(2)])
+    )

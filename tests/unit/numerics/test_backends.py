@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,65 @@ def test_a_truncated_request_without_a_distribution_is_an_error_of_its_own(backe
     truncated.logits[2][0, 1] = torch.nan
     _, errors = backend.combine(RowBatch([request([1.0]), truncated]))
     assert list(errors) == [1]
+
+
+@backends
+@pytest.mark.parametrize(
+    ("base", "reference", "tuned"),
+    [
+        ([-torch.inf, 0.0], [0.0, 0.0], [0.0, -torch.inf]),  # each part has a possible token, both together none
+        ([3e38, 0.0], [-3e38, 0.0], [3e38, 0.0]),
+    ],
+    ids=["nothing possible", "overflow"],
+)
+def test_a_truncated_combination_without_a_distribution_is_an_error(
+    backend: SamplingBackend, base: list[float], reference: list[float], tuned: list[float]
+) -> None:
+    each = RequestRows(
+        logits=[torch.tensor([term]) for term in (base, reference, tuned)],
+        coefficients=[1.0, -1.0, 1.0],
+        num_rows=1,
+        vocab_size=2,
+        sampling=SamplingParams(top_p=0.9),
+        truncation=Truncation(top_p=0.9, unscaled=[0, 0, 1], ratio=[1, -1, 0]),
+    )
+    batch = RowBatch([each])
+    logits, errors = backend.combine(batch)
+    assert list(errors) == [0]
+    assert len(backend.sample(batch, logits)) == 1
+
+
+def test_terms_that_count_for_nothing_combine_to_zero() -> None:
+    for backend in BACKENDS:
+        (logits,) = combined(backend, [request([0.0, 0.0])])
+        assert logits.tolist() == [[0.0] * VOCAB]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("poison", [torch.nan, -torch.inf], ids=["nan", "impossible"])
+@pytest.mark.parametrize("filtered", [{}, {"top_p": 0.9}, {"top_k": 3}, {"top_k": 3, "top_p": 0.5}, {"min_p": 0.5}])
+def test_rows_without_a_number_end_the_kernel_all_the_same(poison: float, filtered: dict[str, float]) -> None:
+    batch = RowBatch([request([1.0], **filtered)])  # type: ignore[arg-type]
+    assert len(CpuBackend().sample(batch, torch.full((1, VOCAB), poison))) == 1
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("filtered", [{"top_k": 1000}, {"top_p": 0.5}, {"top_p": 0.9}])
+def test_logits_that_rise_and_fall_over_the_ids_are_filtered_in_linear_time(filtered: dict[str, float]) -> None:
+    vocab = 128_256
+    ids = torch.arange(vocab)
+    each = RequestRows(
+        logits=[(torch.minimum(ids, vocab - ids) / vocab * 6)[None]],
+        coefficients=[1.0],
+        num_rows=1,
+        vocab_size=vocab,
+        sampling=SamplingParams(**filtered),  # type: ignore[arg-type]
+    )
+    batch = RowBatch([each] * 4)
+    backend = CpuBackend()
+    started = time.perf_counter()
+    backend.sample(batch, backend.combine(batch)[0])
+    assert time.perf_counter() - started < 4, "seconds a row: some order of the values is quadratic"
 
 
 @backends
