@@ -94,14 +94,13 @@ class Sampler:
             processed = process(batch, combined)
         with _timed(seconds, "sample"):
             drawn = self._backend.sample(batch, processed)
-        outputs: list[SamplerOutput | EftServeError] = []
-        for index, (request, (rows, where)) in enumerate(zip(requests, batch, strict=True)):
-            if index in errors:
-                outputs.append(EngineError(f"request {request.request_id}: {errors[index]}"))
-                continue
-            token_ids = verify(rows, drawn[where])
-            with _timed(seconds, "describe"):
-                outputs.append(_described(request, rows, token_ids, combined[where]))
+        with _timed(seconds, "describe"):
+            outputs = [
+                EngineError(f"request {request.request_id}: {errors[index]}")
+                if index in errors
+                else _described(request, rows, verify(rows, drawn[where]), combined[where])
+                for index, (request, (rows, where)) in enumerate(zip(requests, batch, strict=True))
+            ]
         return outputs, seconds
 
 

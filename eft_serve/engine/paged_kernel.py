@@ -8,33 +8,20 @@ contiguous sequences 4.9 ms, and only reading the memory 2.5 ms.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
 from functools import partial
 from math import factorial, log
-from typing import Any, TypeVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from eft_serve.numerics.kernels.bits import compiled
 
 Floats = NDArray[np.float32]
 Bits = NDArray[np.int32]
 Indices = NDArray[np.int64]
 
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def _compiled(function: Function, fastmath: Set[str] = frozenset({"reassoc", "contract", "arcp", "nsz"})) -> Function:
-    """Compiled at the first call, and kept beside this file or in the user's cache; if neither is writable, every time.
-
-    Not with `nnan` and `ninf`: logits that are not finite must be noticed.
-    """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
-    try:
-        compiled: Function = njit(cache=True, **options)(function)
-    except RuntimeError:
-        compiled = njit(**options)(function)
-    return compiled
+# Not with `nnan` and `ninf`: a broken model must be seen to be broken.
+_compiled = partial(compiled, fastmath={"reassoc", "contract", "arcp", "nsz"})
 
 
 @_compiled
@@ -152,7 +139,7 @@ _LEAST = np.float32(-87)  # exp of less is no normal float32, and next to nothin
 _MANTISSA_BITS = np.int32(23)
 
 
-@partial(_compiled, fastmath={"contract"})  # in this order: `_NO_FRACTIONS` would cancel out
+@partial(compiled, fastmath={"contract"})  # in this order: `_NO_FRACTIONS` would cancel out
 def _exponentials(scores: Floats, highest: np.float32, scaling: np.float32, rounded: Floats) -> None:
     """exp(r) of x = (score - highest) · scaling, in place, and n in the lowest bits of `rounded`. NaN stays NaN."""
     for t in range(len(scores)):

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from eft_serve.numerics import device_sampling
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.kernels import combining as kernels
 from eft_serve.numerics.logprobs import require_possible
@@ -108,9 +109,7 @@ class CpuBackend:
         errors |= _truncate(batch, out, errors)
         if status[:, 0].any():
             errors = self._faults(batch, status, starts) | errors
-        for index in errors:
-            out[batch.starts[index] : batch.starts[index + 1]] = 0
-        return out, errors
+        return _without(batch, out, errors), errors
 
     def sample(self, batch: RowBatch, logits: Tensor) -> list[int]:
         token_ids: list[int] = sample_rows(logits, _widths(batch), _sampling_rows(batch)).tolist()
@@ -151,12 +150,10 @@ class TorchBackend:
         for indices in groups.values():
             self._combine_group(batch, indices, out, errors)
         errors |= _truncate(batch, out, errors)
-        for index in errors:
-            out[batch.starts[index] : batch.starts[index + 1]] = 0
-        return out, errors
+        return _without(batch, out, errors), errors
 
     def sample(self, batch: RowBatch, logits: Tensor) -> list[int]:
-        token_ids: list[int] = sample_rows(logits, _widths(batch), _sampling_rows(batch)).tolist()
+        token_ids: list[int] = device_sampling.sample_rows(logits, _widths(batch), _sampling_rows(batch)).tolist()
         return token_ids
 
     def _combine_group(self, batch: RowBatch, indices: Sequence[int], out: Tensor, errors: Errors) -> None:
@@ -224,6 +221,13 @@ def _truncate(batch: RowBatch, out: Tensor, flawed: Errors) -> Errors:
             except ValueError as error:
                 errors[index] = str(error)
     return errors
+
+
+def _without(batch: RowBatch, out: Tensor, errors: Errors) -> Tensor:
+    """The rows, those of requests with an error at 0."""
+    for index in errors:
+        out[batch.starts[index] : batch.starts[index + 1]] = 0
+    return out
 
 
 def _widths(batch: RowBatch) -> NDArray[np.int64]:

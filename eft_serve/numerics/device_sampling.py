@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eft_serve.numerics import filters
+from eft_serve.numerics.keyed_noise import gumbel
 from eft_serve.numerics.sampling_rows import SamplingRows
 
 _MAX_ELEMENTS = 1 << 24  # of one block of rows: the noise takes eight bytes of each
-_GOLDEN, _MIX_1, _MIX_2 = (
-    n - (1 << 64) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)  # as signed integers, which torch multiplies modulo 2⁶⁴
 
 
 def sample_rows(logits: Tensor, widths: NDArray[np.int64], rows: SamplingRows) -> Tensor:
@@ -57,20 +55,6 @@ def filtered_logits(logits: Tensor, rows: SamplingRows) -> Tensor:
     )
     least = torch.maximum(filters.threshold(tempered, top_p, top_k), log_min_p)
     return tempered.masked_fill_(tempered < least[:, None], -torch.inf)
-
-
-def gumbel(keys: NDArray[np.uint64], token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, [num_keys, num_tokens] float64, as `keyed_noise.gumbel`."""
-    state = torch.from_numpy(keys.view(np.int64)).to(token_ids.device)[:, None] + (token_ids + 1) * _GOLDEN
-    state = (state ^ _shifted(state, 30)) * _MIX_1
-    state = (state ^ _shifted(state, 27)) * _MIX_2
-    bits = _shifted(state ^ _shifted(state, 31), 12)
-    return -(-((bits.double() + 0.5) * 2.0**-52).log()).log()
-
-
-def _shifted(bits: Tensor, count: int) -> Tensor:
-    """To the right, zeros from the left."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
 def _first_largest(rows: Tensor) -> Tensor:

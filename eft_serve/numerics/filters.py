@@ -7,19 +7,13 @@ sorts are a last resort: a window of the largest logits decides whenever it hold
 
 from __future__ import annotations
 
-from math import factorial, log
-
 import numpy as np
 import torch
 from torch import Tensor
 
-WINDOWS = (256, 4096)  # how many of the largest logits are looked at before all are
+from eft_serve.numerics.exponential import LEAST, LOG_2_HIGH, LOG_2_LOW, MASS_BITS, NO_FRACTIONS, PER_LOG_2, TAYLOR
 
-MASS_BITS = 40
-_TERMS = [1 / factorial(k) for k in range(7, 1, -1)]  # Taylor's, of exp
-_LOG_2_HIGH, _LOG_2_LOW = 355 / 512, log(2) - 355 / 512
-_NO_FRACTIONS = float(3 << 22)  # in whose neighbourhood float32 has no fractions
-_LEAST = -87.0
+WINDOWS = (256, 4096)  # how many of the largest logits are looked at before all are
 
 
 def mass(x: Tensor) -> Tensor:
@@ -27,12 +21,12 @@ def mass(x: Tensor) -> Tensor:
 
     The very roundings of `kernels`: products and sums one by one, in float32.
     """
-    x = x.clamp(min=_LEAST)
-    y = x * _f32(1 / log(2), x) + _NO_FRACTIONS
-    n = y - _NO_FRACTIONS
-    r = x - n * _f32(_LOG_2_HIGH, x) - n * _f32(_LOG_2_LOW, x)
-    p = torch.full_like(r, _TERMS[0])
-    for term in _TERMS[1:]:
+    x = x.clamp(min=LEAST)
+    y = x * _f32(PER_LOG_2, x) + NO_FRACTIONS
+    n = y - NO_FRACTIONS
+    r = x - n * _f32(LOG_2_HIGH, x) - n * _f32(LOG_2_LOW, x)
+    p = torch.full_like(r, TAYLOR[0])
+    for term in TAYLOR[1:]:
         p = p * r + _f32(term, x)
     e = p * r * r + r + 1.0
     return (torch.ldexp(e, n.int()) * 2.0**MASS_BITS).long()

@@ -5,7 +5,7 @@ numba keeps compiled code beside the file of each kernel and looks at that file 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,12 +19,14 @@ Integers = NDArray[np.int64]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Function, fastmath: Set[str] = frozenset()) -> Function:
     """At the first call, and kept beside its file or in the user's cache; where neither can be written, every time.
 
-    Without `fastmath`: every operation is rounded by itself, in the order that is written.
+    Args:
+        function: of arrays and numbers.
+        fastmath: LLVM's liberties; with none every operation is rounded by itself, in the order that is written.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
     try:
         found: Function = njit(cache=True, **options)(function)
     except RuntimeError:

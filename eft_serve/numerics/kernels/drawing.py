@@ -7,11 +7,12 @@ operation is rounded by itself, and mass is counted in integers, whose sums come
 
 from __future__ import annotations
 
-from math import factorial, log
+from math import log
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eft_serve.numerics import exponential
 from eft_serve.numerics.kernels.bits import (
     Floats,
     Integers,
@@ -21,15 +22,13 @@ from eft_serve.numerics.kernels.bits import (
     order_key,
     times_power,
 )
+from eft_serve.numerics.keyed_noise import GOLDEN, MIX_1, MIX_2
 
 BLOCK = 2048  # columns at a time: they fit the first-level cache
 LANE = 64  # columns that one test passes over
 
 # Keyed noise; see `keyed_noise`.
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 _S12, _S27, _S30, _S31, _S40 = (np.uint64(n) for n in (12, 27, 30, 31, 40))
 _HALF, _UNIT = 0.5, 2.0**-52
 _TAIL_UNIT = np.float32(2.0**-24)
@@ -37,9 +36,9 @@ _TAIL_UNIT = np.float32(2.0**-24)
 
 @compiled
 def _hash(key: np.uint64, token_id: int) -> np.uint64:
-    state = key + np.uint64(token_id + 1) * _GOLDEN
-    state = (state ^ (state >> _S30)) * _MIX_1
-    state = (state ^ (state >> _S27)) * _MIX_2
+    state = key + np.uint64(token_id + 1) * GOLDEN
+    state = (state ^ (state >> _S30)) * MIX_1
+    state = (state ^ (state >> _S27)) * MIX_2
     return state ^ (state >> _S31)
 
 
@@ -54,7 +53,7 @@ def _tail(bits: np.uint64) -> np.float32:
     return np.float32(np.int32(~bits >> _S40)) * _TAIL_UNIT
 
 
-_PER_LOG_2 = np.float32(1 / log(2))
+_PER_LOG_2 = np.float32(exponential.PER_LOG_2)
 _LEAST_POWER, _LARGEST_POWER = np.float32(-126), np.float32(1)
 _BIAS, _MANTISSA = np.float32(127), np.float32(1 << 23)
 _SLACK = np.float32(4096)  # of 2^23: more than float32 gets wrong of an exponent that matters
@@ -69,13 +68,11 @@ def _reach(behind: np.float32) -> np.float32:
     return as_float(np.int32((power + _BIAS) * _MANTISSA + _SLACK))
 
 
-# exp(x) = 2^n · exp(r), |r| ≤ log(2) / 2: Taylor's coefficients; log(2) in two parts, of which the first times n is
-# exact; and a number in whose neighbourhood float32 has no fractions.
-_C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / factorial(k)) for k in range(2, 8))
-_ONE, _LEAST = np.float32(1), np.float32(-87)
-_LOG_2_HIGH, _LOG_2_LOW = np.float32(355 / 512), np.float32(log(2) - 355 / 512)
-_NO_FRACTIONS = np.float32(3 << 22)
-_MASS_UNITS = np.float32(1 << 40)
+_C7, _C6, _C5, _C4, _C3, _C2 = (np.float32(term) for term in exponential.TAYLOR)
+_ONE, _LEAST = np.float32(1), np.float32(exponential.LEAST)
+_LOG_2_HIGH, _LOG_2_LOW = np.float32(exponential.LOG_2_HIGH), np.float32(exponential.LOG_2_LOW)
+_NO_FRACTIONS = np.float32(exponential.NO_FRACTIONS)
+_MASS_UNITS = np.float32(1 << exponential.MASS_BITS)
 
 
 @compiled
@@ -332,9 +329,9 @@ def _least_kept(values: Floats, masses: Integers, target: float) -> np.float32:
     least = values.max()
     while start < stop:
         width = np.uint64(stop - start)
-        a = values[start + np.int64(_hash(_GOLDEN, round_) % width)]
-        b = values[start + np.int64(_hash(_GOLDEN, round_ + 1) % width)]
-        c = values[start + np.int64(_hash(_GOLDEN, round_ + 2) % width)]
+        a = values[start + np.int64(_hash(GOLDEN, round_) % width)]
+        b = values[start + np.int64(_hash(GOLDEN, round_ + 1) % width)]
+        c = values[start + np.int64(_hash(GOLDEN, round_ + 2) % width)]
         round_ += 3
         pivot = max(min(a, b), min(max(a, b), c))
         i, larger, end = start, start, stop  # [start, larger): larger, [larger, i): equal, [end, stop): smaller

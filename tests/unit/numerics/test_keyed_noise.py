@@ -15,8 +15,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from eft_serve.numerics import device_sampling
 from eft_serve.numerics.device_sampling import filtered_logits
+from eft_serve.numerics.kernels import drawing
 from eft_serve.numerics.keyed_noise import MAX_NOISE, MIN_NOISE, gumbel, row_keys, to_int64
 from eft_serve.numerics.sampling import sample
 from eft_serve.numerics.sampling_rows import SamplingRows
@@ -82,17 +82,17 @@ def test_neighbouring_keys_draw_independently() -> None:
 @given(int64s, int64s, st.lists(st.integers(0, 300_000), min_size=1, max_size=20, unique=True))
 def test_noise_is_bounded_and_belongs_to_its_token(seed: int, position: int, tokens: list[int]) -> None:
     key = row_keys(np.array([seed]), np.array([position]))
-    together = gumbel(key, np.array(tokens))
+    together = gumbel(key, torch.tensor(tokens))[0].numpy()
     assert ((together >= MIN_NOISE) & (together <= MAX_NOISE)).all()
     for token, noise in zip(tokens, together, strict=True):
-        assert gumbel(key, np.array([token])).item() == noise.item()
+        assert gumbel(key, torch.tensor([token])).item() == noise.item()
 
 
 @given(int64s, st.lists(st.integers(0, 300_000), min_size=1, max_size=20))
-def test_noise_in_torch_is_that_of_numpy(seed: int, tokens: list[int]) -> None:
+def test_noise_of_the_kernel_is_that_of_torch(seed: int, tokens: list[int]) -> None:
     key = row_keys(np.array([seed]), np.array([0]))
-    got = device_sampling.gumbel(key, torch.tensor(tokens))[0].numpy()
-    np.testing.assert_allclose(got, gumbel(key, np.array(tokens)), rtol=1e-14)
+    got = [drawing._gumbel(np.uint64(drawing._hash(key[0], token))) for token in tokens]
+    np.testing.assert_allclose(got, gumbel(key, torch.tensor(tokens))[0].numpy(), rtol=1e-14)
 
 
 def test_noise_is_pinned() -> None:
@@ -109,7 +109,7 @@ def test_noise_is_pinned() -> None:
         bits = mix((mix((mix((seed + golden) & mask) + position * golden) & mask) + (token + 1) * golden) & mask) >> 12
         wanted = -torch.tensor((bits + 0.5) / 2**52, dtype=torch.float64).log().neg().log()
         key = row_keys(np.array([to_int64(seed)]), np.array([position]))
-        assert gumbel(key, np.array([token])).item() == pytest.approx(wanted.item(), rel=1e-14)
+        assert gumbel(key, torch.tensor([token])).item() == pytest.approx(wanted.item(), rel=1e-14)
 
 
 def test_the_bounds_are_the_extremes_of_the_uniform() -> None:

@@ -139,7 +139,7 @@ def test_what_is_drawn_survived_the_filters(logits: list[float], row: Row) -> No
 def test_a_draw_is_the_best_of_all_tokens_with_noise(seed: int, spread: float, vocab: int, level: float) -> None:
     logits = torch.randn(4, vocab, generator=torch.Generator().manual_seed(seed)) * spread + level
     rows = [(SamplingParams(seed=seed), position) for position in range(4)]
-    noise = gumbel(arrays(rows).keys[:, None], np.arange(vocab))
+    noise = gumbel(arrays(rows).keys, torch.arange(vocab)).numpy()
     behind = (logits - logits.amax(dim=-1, keepdim=True)).numpy()
     assert draw(logits, rows) == (noise + behind).argmax(axis=-1).tolist()
 
