@@ -118,6 +118,7 @@ class StepOutput:
     )
     drafted: Sequence[int] = ()  # draft tokens; all but the last are held like the step's own tokens
     confidences: Sequence[float] = ()  # of each draft token, the probability that the model itself gives it
+    num_cached_tokens: int = 0  # of the step's tokens, those found in a cache and so not computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,59 @@ class SpecDecodeStats(msgspec.Struct, frozen=True, array_like=True):
         )
 
 
+class ModelUsage(msgspec.Struct, frozen=True, array_like=True):
+    """What one model did for a request, in tokens; of several prompts that it read, all together."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of those, found in a cache when the request began
+    completion_tokens: int = 0  # of the output, up to its end
+    computed_tokens: int = 0  # went through the model: also draft tokens, and what was lost and computed again
+
+    def __add__(self, other: ModelUsage) -> ModelUsage:
+        return ModelUsage(
+            *(a + b for a, b in zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True))
+        )
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request took, however it ended."""
+
+    models: dict[str, ModelUsage]  # by model, or by adapter where one was added
+    seconds: float  # from its arrival at the coordinator to its end
+    spec_decode: SpecDecodeStats = SpecDecodeStats()
+
+
+class EventKind(StrEnum):
+    """What happens to a request; the values are vLLM's where vLLM has one."""
+
+    QUEUED = "queued"
+    SCHEDULED = "scheduled"  # again after each preemption
+    FIRST_TOKEN = "first_token"  # noqa: S105 (no secret)
+    PREEMPTED = "preempted"  # for KV room; it waits again
+    LOST = "lost"  # a replica failed, and the caches of the request in it with it
+    ENDED = "ended"
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True):
+    """One line of a request's timeline."""
+
+    kind: EventKind
+    seconds: float  # since the first event
+
+
+class RequestEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """The account of a request that ended; there is exactly one for each, whatever the reason."""
+
+    request_id: str
+    tenant: str
+    recipe: str
+    reason: FinishReason
+    failure: Failure | None = None  # set exactly when the reason is ERROR
+    usage: Usage
+    queued_at: float  # Unix seconds
+    timeline: tuple[Event, ...]  # from QUEUED to ENDED
+
+
 class TokenComponents(msgspec.Struct, frozen=True, array_like=True):
     """What each part of the combination says of one token, in natural logarithms."""
 
@@ -219,5 +273,5 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     failure: Failure | None = None  # set exactly when finish_reason is ERROR
-    report: SpecDecodeStats | None = None  # with the last one
+    usage: Usage | None = None  # with the last one; an error has none
     components: list[TokenComponents] | None = None  # one for each token; None: not wanted

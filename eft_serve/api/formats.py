@@ -19,7 +19,7 @@ class Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    report: SpecDecodeStats = field(default_factory=SpecDecodeStats)
+    spec_decode: SpecDecodeStats = field(default_factory=SpecDecodeStats)
     components: list[TokenComponents] = field(default_factory=list)  # of each token, where they are wanted
 
     @property
@@ -36,7 +36,7 @@ class Choice:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.finish_reason = delta.finish_reason
-        self.report = delta.report or self.report
+        self.spec_decode = delta.usage.spec_decode if delta.usage else self.spec_decode
         self.components += delta.components or ()
 
 
@@ -49,7 +49,7 @@ def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool) 
         "total_tokens": num_prompt_tokens + num_generated,
     }
     if with_report:
-        report = sum((choice.report for choice in choices), SpecDecodeStats())
+        report = sum((choice.spec_decode for choice in choices), SpecDecodeStats())
         used["completion_tokens_details"] = {
             "accepted_prediction_tokens": report.num_accepted,
             "rejected_prediction_tokens": report.num_drafted - report.num_accepted,

@@ -27,3 +27,11 @@ class LogitsBackend(Protocol):
         What is to be done `meanwhile` is done once, when all is sent.
         """
         ...
+
+    def begin(self, batches: Mapping[str, StepBatch], timeout_s: float) -> None:
+        """Send replicas their batches and wait for none of them; those of `fan_out` are others. Never raises."""
+        ...
+
+    def finished(self) -> Mapping[str, StepResult]:
+        """What became of the batches that were begun: each once, when it is answered or its deadline has passed."""
+        ...

@@ -1,7 +1,8 @@
-"""The decode loop: schedule, fan out, gather, combine, sample, emit; requests join and leave at every step.
+"""The decode loop: schedule, fan out, gather, sample, emit; requests join and leave at every step.
 
 It runs in a thread of its own and owns all its state; other threads reach it through its inbox. It knows neither Ray
-nor sockets: the models are a `LogitsBackend`, the readers a callback.
+nor sockets: the models are a `LogitsBackend`, the readers callbacks. Beside it stand the table of requests, the health
+of the replicas and the metrics.
 """
 
 from __future__ import annotations
@@ -10,10 +11,7 @@ import logging
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
 from operator import eq
 
 import torch
@@ -21,48 +19,58 @@ import torch
 from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.backend import LogitsBackend
-from eft_serve.coordinator.gather import Gathered, gather
+from eft_serve.coordinator.gather import gather
 from eft_serve.coordinator.metrics import CoordinatorMetrics
-from eft_serve.coordinator.output import OutputStream, failed
+from eft_serve.coordinator.replica_health import ReplicaHealth
 from eft_serve.coordinator.replicas import ReplicaTable
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.request_table import RequestTable
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
 from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
-from eft_serve.errors import DeadlineError, EftServeError, EngineError, UnavailableError
+from eft_serve.errors import EftServeError, UnavailableError
 from eft_serve.numerics.backends import choose_backend
-from eft_serve.types import Delta, Endpoint, FinishReason, SequenceStep, StepBatch, StepResult
+from eft_serve.types import Delta, Endpoint, RequestEnd, StepResult
 
 logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 0.5  # an empty loop looks at its stop flag so often
-STALL_WAIT_S = 0.02  # a loop that cannot step anybody tries again after so long
-PROBE_TIMEOUT_S = 1.0  # for the one-token step that probes a replica; everybody waits for it
+STALL_WAIT_S = 0.02  # a loop that waits for a model looks again after so long
 
 Emit = Callable[[Sequence[tuple[str, Delta]]], None]
 
 
 class DecodeLoop:
-    """Decodes every request of one coordinator."""
+    """Decodes every request of one coordinator.
+
+    Args:
+        backend: all replicas of all models.
+        vocabularies: by model.
+        emit: takes the deltas of a step, by request id; called in the loop's thread, at most once a step.
+        metrics: told of every step and every end.
+        on_end: takes the account of each request that ended; called in the loop's thread.
+    """
 
     def __init__(
         self,
         config: CoordinatorConfig,
         backend: LogitsBackend,
-        vocabularies: Mapping[str, Vocabulary],  # by model
-        emit: Emit,  # called in the loop's thread, at most once a step
+        vocabularies: Mapping[str, Vocabulary],
+        emit: Emit,
         metrics: CoordinatorMetrics,
+        on_end: Callable[[RequestEnd], None] = lambda end: None,
     ) -> None:
         self.config = config
         self.backend = backend
         self.vocabularies = vocabularies
         self.emit = emit
         self.metrics = metrics
+        self.on_end = on_end
         self.replicas = ReplicaTable(share=config.num_replicas)
+        self.health = ReplicaHealth(self.replicas, backend, config.step_timeout_s)
         self.scheduler = Scheduler(config, self.replicas)
-        self.sampler = Sampler(choose_backend(config.device), torch.get_num_threads(), self._observe_phase)
+        self.requests = RequestTable(self._leave)
+        self.sampler = Sampler(choose_backend(config.device), torch.get_num_threads(), metrics.observe_phase)
         self.error: BaseException | None = None  # what ended the thread, if anything did
-        self._requests: dict[str, tuple[Request, OutputStream]] = {}
-        self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even detokenized
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._last_schedule = time.monotonic()
@@ -85,7 +93,7 @@ class DecodeLoop:
 
     def abort(self, request_id: str) -> None:
         """Free what it holds in every model; nothing more is emitted for it. Unknown ids are ignored."""
-        self._inbox.put(lambda: self._abort(request_id))
+        self._inbox.put(lambda: self.requests.abort(request_id))
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         """All replicas that there are now; each is used once it has answered a step."""
@@ -99,7 +107,7 @@ class DecodeLoop:
 
     @property
     def num_requests(self) -> int:
-        return len(self._requests)
+        return len(self.requests)
 
     # The loop's own thread.
 
@@ -109,77 +117,74 @@ class DecodeLoop:
             while not self._stopping:
                 self.receive(wait_s)
                 stepped = self.step()
-                wait_s = 0.0 if stepped else STALL_WAIT_S if len(self.scheduler) else IDLE_WAIT_S
+                is_waiting = len(self.scheduler) or self.health.is_probing
+                wait_s = 0.0 if stepped else STALL_WAIT_S if is_waiting else IDLE_WAIT_S
         except BaseException as error:
             logger.exception("the decode loop died")
             self.error = error
         finally:
             self.receive()
-            self._fail_all(UnavailableError("the coordinator is stopping; send the request again"))
+            self.requests.end_all(UnavailableError("the coordinator is stopping; send the request again"))
+            self._emit()
             self.backend.close()
 
     def step(self) -> bool:
         """One decode step; false when there was nothing to compute."""
-        now = time.monotonic()
-        with self._timed("schedule"):
-            self._probe(self.replicas.due(now))
-            self._fail_overdue(now)
-            self._fail_stalled(self._last_schedule)  # who only waited for a turn was told apart then
-            scheduled, self._last_schedule = self.scheduler.schedule(now), now
+        with self.metrics.timed("schedule"):
+            scheduled = self._schedule(time.monotonic())
             batches = scheduled.batches()
         if batches:
             sent = time.monotonic()
-            with self._timed("fan_out"):
-                results = self.backend.fan_out(batches, self.config.step_timeout_s, meanwhile=self._flush)
+            with self.metrics.timed("fan_out"):
+                results = self.backend.fan_out(batches, self.config.step_timeout_s, meanwhile=self._emit)
             if scheduled.entries:
                 self.scheduler.observe(scheduled, time.monotonic() - sent)
             ready = self._absorb(scheduled, results)
             drawn = self.sampler.sample(ready)
             is_urgent = not all(request.output_token_ids for request in ready)  # nobody waits for a first token
-            with self._timed("advance"):
+            with self.metrics.timed("advance"):
                 self._advance(ready, drawn)
         if not batches or is_urgent:  # else while the models compute the next step
-            self._flush()
+            self._emit()
         return bool(batches)
 
+    def _schedule(self, now: float) -> SchedulerOutput:
+        self.health.check(now)
+        self.requests.end_overdue(now)
+        # As of the last schedule: it told apart who only waited for a turn, and knew nothing of the step's own time.
+        for request in self.scheduler.find_stalled(self._last_schedule, self.config.recovery_timeout_s):
+            self.requests.fail(request, self._stalled(request))
+        self._last_schedule = now
+        return self.scheduler.schedule(now)
+
     def _absorb(self, scheduled: SchedulerOutput, results: Mapping[str, StepResult]) -> list[Request]:
+        """Take the answers; returns the requests whose models have all given logits."""
         now = time.monotonic()
         gathered = gather(scheduled, results, now)
-        self._observe(scheduled, results, gathered)
+        self.metrics.observe_step(scheduled, results, gathered)
         for replica_id, failure in gathered.failed_replicas.items():
             logger.warning("replica %s failed: %s", replica_id, failure)
             self.scheduler.lose_replica(replica_id, now)
             self.replicas.give_back_freed(replica_id, scheduled.freed.get(replica_id, ()))
         for request, error in gathered.errors.items():
-            self._end(request.request_id, FinishReason.ERROR, error)
-        return [request for request in gathered.ready if request.request_id in self._requests]
+            if request in self.requests:
+                self.requests.fail(request, error)
+        return [request for request in gathered.ready if request in self.requests]
 
     def _advance(self, requests: Sequence[Request], drawn: Sequence[SamplerOutput | EftServeError]) -> None:
         """Give every request its tokens; end those that they end."""
         now, num_taken = time.monotonic(), 0
         for request, taken in zip(requests, drawn, strict=True):
-            request_id = request.request_id
             if isinstance(taken, EftServeError):
-                self._end(request_id, FinishReason.ERROR, taken)
+                self.requests.fail(request, taken)
                 continue
             if not request.output_token_ids:
                 self.metrics.queue_seconds.observe(now - request.arrival)
-            self._count(request, taken.token_ids)
-            request.take(taken.token_ids)
-            request.last_progress = now
-            output = self._requests[request_id][1]
-            token_ids, reason = output.take(taken.token_ids)
-            num_taken += len(token_ids)
-            components = None if taken.components is None else taken.components[: len(token_ids)]
-            report = None if reason is None else request.speculation.stats
-            self._deltas.append((request_id, partial(output.delta, token_ids, reason, components, report)))
-            if reason is not None:
-                self._end(request_id, reason)
+            if not request.is_forced:
+                drafted = request.draft_token_ids[: request.num_rows]
+                request.speculation.count(sum(map(eq, drafted, taken.token_ids)))
+            num_taken += self.requests.take(request, taken, now)
         self.metrics.generated_tokens.inc(num_taken)
-
-    def _count(self, request: Request, tokens: list[int]) -> None:
-        if not request.is_forced:
-            request.speculation.count(sum(map(eq, request.draft_token_ids[: request.num_rows], tokens)))
 
     def receive(self, wait_s: float = 0.0) -> None:
         """Do what other threads have asked for until now, waiting so long for the first."""
@@ -200,98 +205,30 @@ class DecodeLoop:
             request.check_forced()
             request.limit(self.replicas.context_left(request))
         except EftServeError as error:
-            self._deltas.append((request.request_id, partial(failed, error)))
+            self.requests.refuse(request, error)
             return
-        self._requests[request.request_id] = (request, OutputStream.of(request, vocabularies))
+        self.requests.add(request, vocabularies)
         self.scheduler.add(request)
 
-    def _end(self, request_id: str, reason: FinishReason, error: EftServeError | None = None) -> None:
-        request, _ = self._requests.pop(request_id, (None, None))
-        if request is None:
-            return
+    def _leave(self, request: Request, end: RequestEnd) -> None:
+        """It has ended: free all that it has."""
         self.scheduler.finish(request)
-        self.metrics.finished.labels(reason).inc()
-        self.metrics.count_draft_tokens(request.speculation.stats)
-        if error is not None:
-            self._deltas.append((request_id, partial(failed, error)))
+        self.metrics.observe_end(end)
+        self.on_end(end)
 
-    def _abort(self, request_id: str) -> None:
-        self._end(request_id, FinishReason.ABORT)
-        self._deltas = [delta for delta in self._deltas if delta[0] != request_id]
+    def _stalled(self, request: Request) -> UnavailableError:
+        missing = [model for model in sorted(request.models) if model not in self.replicas.healthy_models]
+        waited_for = ", ".join(missing) or "room in its models"
+        return UnavailableError(f"waited {self.config.recovery_timeout_s:g} s for {waited_for}; send the request again")
 
-    def _fail_overdue(self, now: float) -> None:
-        for request in self.scheduler.requests:
-            if now > request.deadline:
-                error = DeadlineError(f"the request took longer than {request.generation.timeout_s:g} s")
-                self._end(request.request_id, FinishReason.ERROR, error)
-
-    def _fail_stalled(self, now: float) -> None:
-        for request in self.scheduler.find_stalled(now, self.config.recovery_timeout_s):
-            missing = [m for m in sorted(request.models) if m not in self.replicas.healthy_models]
-            waited_for = ", ".join(missing) or "room in its models"
-            error = UnavailableError(f"waited {self.config.recovery_timeout_s:g} s in vain for {waited_for}")
-            self._end(request.request_id, FinishReason.ERROR, error)
-
-    def _fail_all(self, error: EftServeError) -> None:
-        for request_id in list(self._requests):
-            self._end(request_id, FinishReason.ERROR, error)
-        self._flush()
-
-    def _flush(self) -> None:
-        self.metrics.running.set(len(self.scheduler.running))
-        self.metrics.waiting.set(len(self.scheduler.waiting))
-        if self._deltas:
-            with self._timed("emit"):
-                deltas, self._deltas = self._deltas, []
-                self.emit([(request_id, self._detokenized(request_id, delta)) for request_id, delta in deltas])
-
-    def _detokenized(self, request_id: str, detokenize: Callable[[], Delta]) -> Delta:
-        try:
-            return detokenize()
-        except Exception as error:  # a tokenizer's: this request's end, and nobody else's
-            logger.exception("the text of request %s cannot be decoded", request_id)
-            self._end(request_id, FinishReason.ERROR)
-            return failed(EngineError(f"request {request_id}: its text cannot be decoded: {error}"))
+    def _emit(self) -> None:
+        self.metrics.observe_queues(self.scheduler)
+        if self.requests.has_deltas:
+            with self.metrics.timed("emit"):
+                self.emit(self.requests.take_deltas())
 
     def _set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         self.backend.set_replicas(endpoints)
         for replica_id in self.replicas.update(endpoints):
             logger.warning("replica %s is gone", replica_id)
             self.scheduler.lose_replica(replica_id, time.monotonic())
-
-    def _probe(self, replica_ids: Sequence[str]) -> None:
-        """One token through each that is new or has failed: it is used, and its model ready, once it has answered."""
-        if not replica_ids:
-            return
-        probe = SequenceStep(f"probe/{uuid.uuid4().hex}", 0, [0], num_logits=1)
-        results = self.backend.fan_out(
-            dict.fromkeys(replica_ids, StepBatch(steps=[probe])), PROBE_TIMEOUT_S, self._flush
-        )
-        for replica_id, result in results.items():
-            reason = result.failure or result.outputs[0].error
-            if reason is None:  # "no room now" is an answer too
-                self.replicas.replicas[replica_id].succeed()
-                self.replicas.freed[replica_id].append(probe.sequence_id)
-            else:
-                logger.warning("replica %s did not answer one token: %s", replica_id, reason)
-                self.replicas.replicas[replica_id].fail(time.monotonic())
-
-    def _observe(self, scheduled: SchedulerOutput, results: Mapping[str, StepResult], gathered: Gathered) -> None:
-        self.metrics.cache_misses.inc(gathered.num_cache_misses)
-        self.metrics.preemptions.inc(self.scheduler.take_num_preemptions())
-        for replica_id, entries in scheduled.entries.items():
-            model = entries[0].sequence.model
-            result = results[replica_id]
-            if replica_id in gathered.failed_replicas:
-                self.metrics.replica_failures.labels(model).inc()
-            else:
-                self.metrics.model_step_seconds.labels(model).observe(result.seconds)
-                self.metrics.model_forward_seconds.labels(model).observe(result.forward_seconds)
-                num_tokens = sum(entry.step.max_computed or len(entry.step.token_ids) for entry in entries)
-                self.metrics.computed_tokens.labels(model).inc(num_tokens)
-
-    def _observe_phase(self, phase: str, seconds: float) -> None:
-        self.metrics.step_seconds.labels(phase).observe(seconds)
-
-    def _timed(self, phase: str) -> AbstractContextManager[object]:
-        return self.metrics.step_seconds.labels(phase).time()

@@ -51,6 +51,8 @@ def _apply(
     entry: ScheduledStep, output: StepOutput, now: float, gathered: Gathered, logits: dict[Request, list[SequenceState]]
 ) -> None:
     request, sequence, step = entry.request, entry.sequence, entry.step
+    if output.error is None:
+        sequence.count(step, output)
     end = step.position + len(step.token_ids)
     if output.error is not None:
         gathered.errors[request] = EngineError(f"model {sequence.model}: {output.error}")

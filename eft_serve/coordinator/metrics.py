@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from eft_serve.types import SpecDecodeStats
+from eft_serve.coordinator.gather import Gathered
+from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
+from eft_serve.types import RequestEnd, StepResult
 
 _DECADE = (1, 1.5, 2, 3, 4, 5, 6.5, 8)
 STEP_BUCKETS = [step * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for step in _DECADE] + [10.0, 30.0, 60.0]
@@ -71,8 +76,37 @@ class CoordinatorMetrics:
             "eft_replica_failures", "Replica calls that failed", ["model"], registry=self.registry
         )
 
-    def count_draft_tokens(self, report: SpecDecodeStats) -> None:
-        """Of a request that ended."""
-        self.decode_passes.inc(report.num_passes)
-        self.drafted_tokens.inc(report.num_drafted)
-        self.accepted_tokens.inc(report.num_accepted)
+    def timed(self, phase: str) -> AbstractContextManager[object]:
+        """Times a phase of a step."""
+        return self.step_seconds.labels(phase).time()
+
+    def observe_phase(self, phase: str, seconds: float) -> None:
+        """A phase of a step took so long."""
+        self.step_seconds.labels(phase).observe(seconds)
+
+    def observe_queues(self, scheduler: Scheduler) -> None:
+        """How many run and wait now, and who was preempted since the last time."""
+        self.running.set(len(scheduler.running))
+        self.waiting.set(len(scheduler.waiting))
+        self.preemptions.inc(scheduler.take_num_preemptions())
+
+    def observe_step(self, scheduled: SchedulerOutput, results: Mapping[str, StepResult], gathered: Gathered) -> None:
+        """What the replicas have answered."""
+        self.cache_misses.inc(gathered.num_cache_misses)
+        for replica_id, entries in scheduled.entries.items():
+            model, result = entries[0].sequence.model, results[replica_id]
+            if replica_id in gathered.failed_replicas:
+                self.replica_failures.labels(model).inc()
+                continue
+            self.model_step_seconds.labels(model).observe(result.seconds)
+            self.model_forward_seconds.labels(model).observe(result.forward_seconds)
+            num_tokens = sum(entry.step.max_computed or len(entry.step.token_ids) for entry in entries)
+            self.computed_tokens.labels(model).inc(num_tokens)
+
+    def observe_end(self, end: RequestEnd) -> None:
+        """A request ended."""
+        self.finished.labels(end.reason).inc()
+        spec_decode = end.usage.spec_decode
+        self.decode_passes.inc(spec_decode.num_passes)
+        self.drafted_tokens.inc(spec_decode.num_drafted)
+        self.accepted_tokens.inc(spec_decode.num_accepted)

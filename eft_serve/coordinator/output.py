@@ -8,7 +8,7 @@ from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
 from eft_serve.coordinator.request import Request
 from eft_serve.errors import EftServeError, to_failure
-from eft_serve.types import Delta, FinishReason, SpecDecodeStats, TokenComponents
+from eft_serve.types import Delta, FinishReason, TokenComponents, Usage
 
 
 @dataclass(slots=True)
@@ -61,12 +61,12 @@ class OutputStream:
         token_ids: list[int],
         reason: FinishReason | None,
         components: list[TokenComponents] | None,
-        report: SpecDecodeStats | None,
+        usage: Usage | None,
     ) -> Delta:
         """What was taken, with the text that is certain by now and was not given out yet."""
         self._detokenize(is_last=reason is not None)
         text, self._text = self._text, ""
-        return Delta(text=text, token_ids=token_ids, finish_reason=reason, components=components, report=report)
+        return Delta(text=text, token_ids=token_ids, finish_reason=reason, components=components, usage=usage)
 
     def _detokenize(self, is_last: bool) -> None:
         token_ids, self._pending_token_ids = self._pending_token_ids, []

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from eft_serve.coordinator.speculation import Speculation
+from eft_serve.coordinator.timeline import Timeline
 from eft_serve.ensemble import Reward, Term
 from eft_serve.errors import ContextLengthError, InvalidRequestError
 from eft_serve.numerics.rows import RequestRows, Truncation
-from eft_serve.types import GenerationRequest
+from eft_serve.types import GenerationRequest, ModelUsage, SequenceStep, StepOutput, Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -29,6 +30,7 @@ class SequenceState:
     replica_id: str | None = None  # None: not placed
     num_computed_tokens: int = 0  # tokens that the replica holds, as far as we know
     rows: Tensor | None = None  # [positions, vocab_size], logits after the output and each draft token
+    usage: ModelUsage | None = None  # so far, the output aside; None: it has not begun
 
     @property
     def model(self) -> str:
@@ -37,6 +39,17 @@ class SequenceState:
     @property
     def num_rows(self) -> int:
         return 0 if self.rows is None else self.rows.shape[0]
+
+    def count(self, step: SequenceStep, output: StepOutput) -> None:
+        """Account for an answer: tokens that a cache had were not computed, and the draft tokens but the last were."""
+        num_drafted = max(0, len(output.drafted) - 1)
+        end = step.position + len(step.token_ids) if output.num_computed_tokens is None else output.num_computed_tokens
+        num_computed = max(0, end - step.position - output.num_cached_tokens) + num_drafted
+        if self.usage is None:
+            self.usage = ModelUsage(
+                len(self.prompt_token_ids), min(output.num_cached_tokens, len(self.prompt_token_ids))
+            )
+        self.usage += ModelUsage(computed_tokens=num_computed)
 
     def forget(self) -> None:
         """The cache is gone."""
@@ -49,7 +62,7 @@ class Request:
 
     generation: GenerationRequest
     terms: tuple[Term, ...]  # those that count sum to 1 when the recipe's formula does
-    arrival: float  # monotonic seconds
+    timeline: Timeline
     last_progress: float  # monotonic seconds; since then it waits for a model and not only for its turn
     speculation: Speculation
     max_tokens: int  # asked for, or what the shortest context leaves
@@ -57,9 +70,13 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     draft_token_ids: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
-    num_preemptions: int = 0
     truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to
     rewards: tuple[Reward, ...] = ()  # of its components, where they are wanted
+
+    @property
+    def arrival(self) -> float:
+        """Monotonic seconds."""
+        return self.timeline.arrival
 
     @property
     def deadline(self) -> float:
@@ -116,7 +133,7 @@ class Request:
         return cls(
             generation,
             tuple(terms),
-            arrival=now,
+            timeline=Timeline(now),
             last_progress=now,
             speculation=Speculation.of(generation, terms),
             max_tokens=generation.sampling.max_tokens if forced is None else len(forced),
@@ -203,6 +220,15 @@ class Request:
             return follows[start - num_prompt_tokens : end - num_prompt_tokens]
         head = sequence.prompt_token_ids[start:end]
         return head + follows[: max(0, end - num_prompt_tokens)]
+
+    def usage(self, completion_tokens: int, now: float) -> Usage:
+        """What it has taken until now, with so many tokens of output."""
+        models: dict[str, ModelUsage] = {}
+        for sequence in self.sequences:
+            name = sequence.term.adapter or sequence.model
+            used = (sequence.usage or ModelUsage()) + ModelUsage(completion_tokens=completion_tokens)
+            models[name] = models.get(name, ModelUsage()) + used
+        return Usage(models=models, seconds=now - self.arrival, spec_decode=self.speculation.stats)
 
     def take(self, token_ids: list[int]) -> None:
         """More output; draft tokens and rows beyond it are kept when the output is what was drafted."""

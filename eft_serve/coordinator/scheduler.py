@@ -17,7 +17,7 @@ from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.replicas import ReplicaTable, could_hold
 from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.coordinator.request_queue import FirstComeFirstServed, RequestQueue
-from eft_serve.types import Draft, SequenceStep, StepBatch
+from eft_serve.types import Draft, EventKind, SequenceStep, StepBatch
 
 FORCED_ROWS = 32  # forced tokens that a step scores of one request
 
@@ -79,10 +79,10 @@ class Scheduler:
         self.waiting.add(request)
 
     def finish(self, request: Request) -> None:
-        """It leaves, for whatever reason."""
+        """It leaves, for whatever reason; one that was never added is no error."""
         if request in self.running:
             self.running.remove(request)
-        else:
+        elif request in self.waiting:
             self.waiting.remove(request)
         self.replicas.release(request)
 
@@ -90,8 +90,8 @@ class Scheduler:
         """The next step. Empty when nobody can be stepped."""
         self._place_lost()
         self._request_drafts()
-        self._make_room()
-        self._admit()
+        self._make_room(now)
+        self._admit(now)
         scheduled = SchedulerOutput(freed=self.replicas.take_freed())
         budgets = dict.fromkeys(self.replicas.replicas, self.config.max_num_batched_tokens)
         prefills: list[Request] = []
@@ -118,10 +118,12 @@ class Scheduler:
         if replica := self.replicas.replicas.get(replica_id):
             replica.fail(now)
         for request in self.running:
+            if _is_on(request, replica_id):
+                request.timeline.add(EventKind.LOST, now)
+                request.last_progress = now  # the time to recover begins with the loss
             for sequence in request.sequences:
                 if sequence.replica_id == replica_id:
                     self.replicas.drop(sequence)
-                    request.last_progress = now  # the time to recover begins with the loss
         for request in self.waiting:
             if replica and replica.info.model in request.models:
                 request.last_progress = now
@@ -153,7 +155,7 @@ class Scheduler:
             else:
                 request.speculation.request(len(request.draft_token_ids), request.num_left, num_drawn)
 
-    def _make_room(self) -> None:
+    def _make_room(self, now: float) -> None:
         """Draft tokens give way first, then the youngest requests."""
         self.replicas.count_blocks(self.running)
         for replica_id, replica in self.replicas.replicas.items():
@@ -163,18 +165,18 @@ class Scheduler:
                         _request_no_draft(request)
                 self.replicas.count_blocks(self.running)
             while replica.blocks > replica.capacity_blocks:
-                self._preempt(next(r for r in reversed(self.running) if _is_on(r, replica_id)))
+                self._preempt(next(r for r in reversed(self.running) if _is_on(r, replica_id)), now)
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, now: float) -> None:
         self.running.remove(request)
         request.drop_draft_tokens()
         self.replicas.release(request)
         self.replicas.count_blocks(self.running)
         self.waiting.add(request)
-        request.num_preemptions += 1
+        request.timeline.add(EventKind.PREEMPTED, now)
         self.num_preemptions += 1
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         """First come, first served, for each model by itself: who waits for one holds up only those who want it too."""
         short: set[str] = set()
         for request in self.waiting:
@@ -185,6 +187,7 @@ class Scheduler:
                 if not missing:
                     self.waiting.remove(request)
                     self.running.append(request)
+                    request.timeline.add(EventKind.SCHEDULED, now)
                 elif could_hold(self.replicas.healthy(), request):  # else nobody waits for it
                     short |= missing
             else:

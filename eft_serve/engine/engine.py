@@ -193,16 +193,21 @@ class Engine:
     def _output(self, item: Admitted, pieces: list[Tensor], non_finite: bool, drafts: DraftState | None) -> StepOutput:
         step = item.step
         if item.stop < len(step.token_ids):
-            return StepOutput(step.sequence_id, num_computed_tokens=item.sequence.num_computed_tokens)
+            num_computed = item.sequence.num_computed_tokens
+            return StepOutput(step.sequence_id, num_computed_tokens=num_computed, num_cached_tokens=item.start)
         if non_finite:
             self._cache.forget_prefix(item.sequence)
             return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
         if drafts is not None and drafts.rows:
             pieces = [*pieces, torch.stack(drafts.rows)]
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        if drafts is None:
-            return StepOutput(step.sequence_id, logits=logits)
-        return StepOutput(step.sequence_id, logits=logits, drafted=drafts.token_ids, confidences=drafts.confidences)
+        return StepOutput(
+            step.sequence_id,
+            logits=logits,
+            drafted=drafts.token_ids if drafts is not None else (),
+            confidences=drafts.confidences if drafts is not None else (),
+            num_cached_tokens=item.start,
+        )
 
     def _run(self, rows: list[BatchRow]) -> Tensor:
         """One forward; logits [num_logits, vocab_size] of all rows in their order."""

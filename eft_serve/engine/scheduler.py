@@ -153,15 +153,15 @@ class StepScheduler:
         if step.position == 0:
             self._cache.match_prefix(sequence, step.salt, step.token_ids, step.adapter)
             self._cache.truncate(sequence, len(step.token_ids) - max(1, step.num_logits))  # logits are in no cache
-        held = sequence.num_computed_tokens
-        start = held - step.position
+        num_computed = sequence.num_computed_tokens
+        start = num_computed - step.position
         stop = min(len(step.token_ids), start + (step.max_computed or len(step.token_ids)))
         if start >= 0 and self._make_room(sequence, step.position + stop, later, earlier):
             self._cache.reserve(sequence, step.position + stop)
             return Admitted(index, step, sequence, start, stop)
-        if not held:
+        if not num_computed:
             self._cache.free(step.sequence_id)
-        return StepOutput(step.sequence_id, num_computed_tokens=held)
+        return StepOutput(step.sequence_id, num_computed_tokens=num_computed, num_cached_tokens=max(0, start))
 
     def _make_room(self, sequence: Sequence, num_tokens: int, later: list[str], earlier: list[str]) -> bool:
         """Evict until the sequence can hold `num_tokens`; evicts nobody when that would not be enough."""

@@ -50,6 +50,7 @@ class InProcess:
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
+        self._finished: dict[str, StepResult] = {}
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         """There is nothing to connect."""
@@ -64,6 +65,13 @@ class InProcess:
         if meanwhile is not None:
             meanwhile()
         return {model: self._step(self._engines[model], batch) for model, batch in batches.items()}
+
+    def begin(self, batches: Mapping[str, StepBatch], timeout_s: float) -> None:
+        self._finished |= self.fan_out(batches, timeout_s)
+
+    def finished(self) -> Mapping[str, StepResult]:
+        finished, self._finished = self._finished, {}
+        return finished
 
     def _step(self, engine: Engine, batch: StepBatch) -> StepResult:
         started = time.monotonic()

@@ -27,7 +27,7 @@ class IngressReplica:
 
     def check_health(self) -> None:
         """Raises when tokens no longer arrive or nobody looks for coordinators: Serve replaces the replica."""
-        self.service.receiver.check()
+        self.service.client.check()
         if self.watch.done() and (error := self.watch.exception()):
             raise RuntimeError("the watch over the coordinators died") from error
 

@@ -21,7 +21,7 @@ from eft_serve.ensemble import Ensemble
 from eft_serve.errors import ModelNotFoundError, UnavailableError, to_failure
 from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
 from eft_serve.transport.submissions import Notice, SubmissionServer, Submit
-from eft_serve.types import Delta
+from eft_serve.types import Delta, RequestEnd
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class CoordinatorServer:
     ) -> None:
         self.config = config
         self.subscribers: dict[str, Subscriber] = {}  # by request id
-        self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics)
+        self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics, on_end=_log_end)
         self.submissions = SubmissionServer(self, host)
         self._sender = DeltaSender()  # the decode loop's thread's
         self._ingresses: dict[str, ReplyTo] = {}  # by address
@@ -142,3 +142,10 @@ class CoordinatorServer:
         )
         for subscriber in subscribers:
             self.abort(subscriber.request_id)
+
+
+def _log_end(end: RequestEnd) -> None:
+    events = ", ".join(f"{event.kind} {event.seconds:.3f}" for event in end.timeline)
+    logger.debug(
+        "request %s of tenant %s ended (%s): %s; %s", end.request_id, end.tenant, end.reason, events, end.usage
+    )

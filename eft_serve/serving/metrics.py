@@ -31,3 +31,15 @@ def merge(expositions: Mapping[str, str]) -> str:
     registry = CollectorRegistry()
     registry.register(_Families(families.values()))
     return generate_latest(registry).decode()
+
+
+def exposition(processes: Mapping[str, str], num_silent: int) -> bytes:
+    """One Prometheus text of the processes' texts, by process, and of how many were there and how many not."""
+    up = "".join(f'eft_process_up{{process="{process}"}} 1\n' for process in processes)
+    return (
+        merge(processes)
+        + "# HELP eft_process_up Processes whose metrics are in this scrape\n# TYPE eft_process_up gauge\n"
+        + up
+        + "# HELP eft_process_silent Replicas and deployments that did not answer this scrape\n"
+        + f"# TYPE eft_process_silent gauge\neft_process_silent {num_silent}\n"
+    ).encode()

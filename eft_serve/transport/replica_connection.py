@@ -166,7 +166,7 @@ def _most_rows(step: SequenceStep) -> int:
 
 
 def _answers(output: StepOutput, step: SequenceStep) -> bool:
-    if output.sequence_id != step.sequence_id:
+    if output.sequence_id != step.sequence_id or not 0 <= output.num_cached_tokens <= len(step.token_ids):
         return False
     if output.logits is None:
         return not output.drafted and not output.confidences

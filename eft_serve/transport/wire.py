@@ -52,6 +52,7 @@ class StepReply(msgspec.Struct, frozen=True, array_like=True):
     num_rows: int
     drafted: list[int] = []
     confidences: list[float] = []
+    num_cached_tokens: int = 0
 
 
 class ReplyHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -154,14 +155,18 @@ def decode_reply(frames: Sequence[Frame], segment: Segment | None = None) -> Rep
     logits = _payload(header, frames[1], segment)
     outputs = []
     for answer, rows in zip(header.answers, logits.split([answer.num_rows for answer in header.answers]), strict=True):
-        if answer.num_computed_tokens is not None or answer.error is not None:
-            outputs.append(
-                StepOutput(answer.sequence_id, num_computed_tokens=answer.num_computed_tokens, error=answer.error)
+        has_logits = answer.num_computed_tokens is None and answer.error is None
+        outputs.append(
+            StepOutput(
+                answer.sequence_id,
+                num_computed_tokens=answer.num_computed_tokens,
+                error=answer.error,
+                logits=rows if has_logits else None,
+                drafted=answer.drafted if has_logits else (),
+                confidences=answer.confidences if has_logits else (),
+                num_cached_tokens=answer.num_cached_tokens,
             )
-        else:
-            outputs.append(
-                StepOutput(answer.sequence_id, logits=rows, drafted=answer.drafted, confidences=answer.confidences)
-            )
+        )
     return Reply(header.message_id, outputs, header.forward_seconds, header.failure)
 
 
@@ -169,9 +174,15 @@ def _answer(output: StepOutput) -> StepReply:
     if (output.num_computed_tokens is not None) + (output.error is not None) + (output.logits is not None) != 1:
         set_fields = [name for name in _OUTCOMES if getattr(output, name) is not None]
         raise WireError(f"output of {output.sequence_id!r} sets {set_fields}; exactly one of {', '.join(_OUTCOMES)}")
-    num_rows = 0 if output.logits is None else output.logits.shape[0]
-    drafted, confidences = list(output.drafted), list(output.confidences)
-    return StepReply(output.sequence_id, output.num_computed_tokens, output.error, num_rows, drafted, confidences)
+    return StepReply(
+        output.sequence_id,
+        output.num_computed_tokens,
+        output.error,
+        num_rows=0 if output.logits is None else output.logits.shape[0],
+        drafted=list(output.drafted),
+        confidences=list(output.confidences),
+        num_cached_tokens=output.num_cached_tokens,
+    )
 
 
 def _gather(rows: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.engine.engine import Engine
 from eft_serve.evaluation.product import InProcess, endpoint_of
-from eft_serve.types import Delta, GenerationRequest, SamplingParams, Speculative
+from eft_serve.types import Delta, EventKind, GenerationRequest, SamplingParams, Speculative
 from eft_serve.zoo.questions import held_out_questions, long_prompts
 
 KV_TOKENS = 640  # for at most 32 requests of 30 to 110 tokens
@@ -78,7 +78,8 @@ class Stage:
 class Outcome:
     def __init__(self, tokens: list[list[int]], requests: list[Request]) -> None:
         self.tokens = tokens
-        self.num_preemptions = sum(request.num_preemptions for request in requests)
+        events = [event.kind for request in requests for event in request.timeline.events]
+        self.num_preemptions = events.count(EventKind.PREEMPTED)
         self.num_accepted = sum(request.speculation.stats.num_accepted for request in requests)
         self.num_passes = sum(request.speculation.stats.num_passes for request in requests)
         self.num_tokens = sum(map(len, tokens))

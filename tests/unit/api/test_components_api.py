@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from api_fakes import Stack, chat, events, make_config
 
-from eft_serve.types import Delta, FinishReason, GenerationRequest, SpecDecodeStats, TokenComponents
+from eft_serve.types import Delta, FinishReason, GenerationRequest, SpecDecodeStats, TokenComponents, Usage
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def answer(request: GenerationRequest) -> Iterable[Delta]:
     for letter, last in (("ab"[0], False), ("cdef"[candidate % 4], True)):
         told = None if request.components is None else [described(letter, rewards, request.components)]
         reason = FinishReason.STOP if last else None
-        report = SpecDecodeStats(1, 1, 2) if last else None
-        yield Delta(text=letter, token_ids=[token_id(letter)], finish_reason=reason, components=told, report=report)
+        usage = Usage(models={}, seconds=1.0, spec_decode=SpecDecodeStats(1, 1, 2)) if last else None
+        yield Delta(text=letter, token_ids=[token_id(letter)], finish_reason=reason, components=told, usage=usage)
 
 
 async def post(stack: Stack, path: str, body: dict[str, Any]) -> Any:

@@ -62,6 +62,7 @@ class ToyBackend:
     full: set[str] = field(default_factory=set)  # engines that have no room for anything more
     disturb: Callable[[ToyBackend], None] = lambda backend: None  # called before each fan-out
     batches: list[Mapping[str, StepBatch]] = field(default_factory=list)
+    _finished: dict[str, StepResult] = field(default_factory=dict)
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         self.connected = endpoints
@@ -77,6 +78,13 @@ class ToyBackend:
         self.disturb(self)
         self.batches.append(batches)
         return {replica_id: self._answer(replica_id, batch) for replica_id, batch in batches.items()}
+
+    def begin(self, batches: Mapping[str, StepBatch], timeout_s: float) -> None:
+        self._finished |= self.fan_out(batches, timeout_s)
+
+    def finished(self) -> Mapping[str, StepResult]:
+        finished, self._finished = self._finished, {}
+        return finished
 
     def _answer(self, replica_id: str, batch: StepBatch) -> StepResult:
         if replica_id in self.dead or replica_id not in self.connected:
@@ -114,7 +122,7 @@ class ToyBackend:
             ends = range(info.kv_block_size, len(tokens) + 1, info.kv_block_size)
             self.cached.setdefault((replica_id, salt, adapter), set()).update(tuple(tokens[:end]) for end in ends)
         if found + len(computed) < len(new):
-            return StepOutput(step.sequence_id, num_computed_tokens=len(tokens))
+            return StepOutput(step.sequence_id, num_computed_tokens=len(tokens), num_cached_tokens=found)
         ends = range(len(tokens) - step.num_logits + 1, len(tokens) + 1)
         rows = [toy_logits(info.model, tokens[:end], adapter) for end in ends]
         guesses = self._guess(info, held, step, rows) if step.draft is not None else []
@@ -123,6 +131,7 @@ class ToyBackend:
             logits=torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE),
             drafted=[token_id for token_id, _ in guesses],
             confidences=[confidence for _, confidence in guesses],
+            num_cached_tokens=found,
         )
 
     def _guess(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fake_models import endpoint
-from test_decode_loop import request
+from loop_harness import request
 
 from eft_serve.coordinator.replicas import Replica, ReplicaTable, assign, longest_output
 from eft_serve.errors import ContextLengthError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_decode_loop import request
+from loop_harness import request
 
 from eft_serve.coordinator.request_queue import FirstComeFirstServed
 

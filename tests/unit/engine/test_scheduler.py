@@ -153,7 +153,8 @@ def test_found_blocks_are_kept_while_there_is_no_room_for_the_rest(scheduler: St
     admit(scheduler, shared("old", BLOCK_SIZE))
     cache.free("old")
     _, answered = admit(scheduler, step("first", 0, 3 * BLOCK_SIZE), shared("second", 2 * BLOCK_SIZE))
-    assert answered == [(1, StepOutput("second", num_computed_tokens=BLOCK_SIZE))]
+    found = StepOutput("second", num_computed_tokens=BLOCK_SIZE, num_cached_tokens=BLOCK_SIZE)
+    assert answered == [(1, found)]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ class CountingBackend:
     gate: threading.Event = field(default_factory=threading.Event)
     stepped: set[str] = field(default_factory=set)
     freed: set[str] = field(default_factory=set)
+    _finished: dict[str, StepResult] = field(default_factory=dict)
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
         self.gate.set()
@@ -88,6 +89,13 @@ class CountingBackend:
             )
             for replica_id, batch in batches.items()
         }
+
+    def begin(self, batches: Mapping[str, StepBatch], timeout_s: float) -> None:
+        self._finished |= self.fan_out(batches, timeout_s)
+
+    def finished(self) -> Mapping[str, StepResult]:
+        finished, self._finished = self._finished, {}
+        return finished
 
     @property
     def sequences(self) -> set[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from eft_serve.errors import UnavailableError
 from eft_serve.serving.output_collector import OutputCollector, merge
-from eft_serve.types import Delta, Failure, FinishReason, SpecDecodeStats, TokenComponents
+from eft_serve.types import Delta, Failure, FinishReason, TokenComponents, Usage
 
 
 def delta(text: str, finish: FinishReason | None = None) -> Delta:
@@ -56,12 +56,12 @@ async def test_the_end_of_the_coordinator_wakes_the_reader_and_comes_too_late_fo
     assert [d async for d in whole.read()] == [delta("a", FinishReason.STOP)]
 
 
-def test_components_and_the_last_report_survive_the_merge() -> None:
+def test_components_and_the_last_usage_survive_the_merge() -> None:
     def described(text: str, **last: Any) -> Delta:
         told = [TokenComponents(ord(c), -1.0, [], [], 0.0) for c in text]
         return Delta(text=text, token_ids=[ord(c) for c in text], components=told, **last)
 
-    ends: dict[str, Any] = {"finish_reason": FinishReason.STOP, "report": SpecDecodeStats(3, 2, 1)}
+    ends: dict[str, Any] = {"finish_reason": FinishReason.STOP, "usage": Usage(models={}, seconds=1.0)}
     assert merge([described("a"), described("bc"), described("d", **ends)]) == described("abcd", **ends)
     assert merge([delta("a"), delta("b")]).components is None
 

@@ -6,74 +6,25 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import msgspec
 import pytest
 import torch
 import zmq
 from fake_engine import FakeEngine, endpoint_of, serve_in_process
+from fan_out_stage import TIMEOUT_S, Stage, assert_answered, batch, eventually
 
 from eft_serve.errors import EngineError
 from eft_serve.transport import sockets, wire
-from eft_serve.transport.client import FanOut
-from eft_serve.transport.server import StepServer
-from eft_serve.types import SequenceStep, StepBatch, StepResult
-
-TIMEOUT_S = 20.0  # never reached unless a test fails
-
-
-@dataclass
-class Stage:
-    """Engines and clients that end with the test."""
-
-    stack: ExitStack
-    engines: dict[str, FakeEngine] = field(default_factory=dict)
-    servers: dict[str, StepServer] = field(default_factory=dict)
-
-    def serve(self, replica_id: str, engine: FakeEngine | None = None, start: bool = True) -> FakeEngine:
-        engine = self.engines[replica_id] = engine or FakeEngine()
-        server = self.servers[replica_id] = StepServer(engine)
-        self.stack.callback(server.close)
-        self.stack.callback(engine.gate.set)
-        if start:
-            server.start()
-        return engine
-
-    def client(self, allowed: bool = True) -> FanOut:
-        fan_out = FanOut()
-        self.stack.callback(fan_out.close)
-        for server in self.servers.values() if allowed else ():
-            server.allow(fan_out.public_key)
-        fan_out.set_replicas({name: endpoint_of(server, name) for name, server in self.servers.items()})
-        return fan_out
+from eft_serve.types import SequenceStep, StepBatch
 
 
 @pytest.fixture
 def stage() -> Iterator[Stage]:
     with ExitStack() as stack:
         yield Stage(stack)
-
-
-def batch(*sequence_ids: str, freed: tuple[str, ...] = ()) -> StepBatch:
-    return StepBatch([SequenceStep(sequence_id, 0, [1, 2, 3], 2) for sequence_id in sequence_ids], freed)
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.005)
-
-
-def assert_answered(result: StepResult, num_steps: int = 1) -> None:
-    assert result.failure is None
-    assert len(result.outputs) == num_steps
-    for output in result.outputs:
-        assert output.logits is not None
-        assert output.logits.tolist() == [[3.0] * 8, [6.0] * 8]
 
 
 def test_every_replica_answers_in_the_order_of_its_steps(stage: Stage) -> None:

@@ -1,0 +1,58 @@
+"""Whether replicas answer: one that is new, or has failed, is probed beside the steps of the others.
+
+A probe is an ordinary step of one token. Nobody waits for it: it is sent and its answer is looked for in every later
+step, so a replica that hangs costs the others nothing. It knows replicas, and no requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+from eft_serve.coordinator.backend import LogitsBackend
+from eft_serve.coordinator.replicas import ReplicaTable
+from eft_serve.types import SequenceStep, StepBatch
+
+logger = logging.getLogger(__name__)
+
+
+class ReplicaHealth:
+    """Probes the replicas of one table.
+
+    Args:
+        timeout_s: for the answer to a probe.
+    """
+
+    def __init__(self, replicas: ReplicaTable, backend: LogitsBackend, timeout_s: float) -> None:
+        self._replicas = replicas
+        self._backend = backend
+        self._timeout_s = timeout_s
+        self._probes: dict[str, SequenceStep] = {}  # under way, by replica
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether an answer is outstanding."""
+        return bool(self._probes)
+
+    def check(self, now: float) -> None:
+        """Send a probe to every replica that is due for one, and read the answers that have come."""
+        due = [replica_id for replica_id in self._replicas.due(now) if replica_id not in self._probes]
+        if due:
+            probes = {r: SequenceStep(f"probe/{uuid.uuid4().hex}", 0, [0], num_logits=1) for r in due}
+            self._probes |= probes
+            self._backend.begin({r: StepBatch(steps=[probe]) for r, probe in probes.items()}, self._timeout_s)
+        if self._probes:
+            self._read(now)
+
+    def _read(self, now: float) -> None:
+        for replica_id, result in self._backend.finished().items():
+            probe = self._probes.pop(replica_id)
+            if (replica := self._replicas.replicas.get(replica_id)) is None:
+                continue  # it has gone meanwhile
+            reason = result.failure or result.outputs[0].error
+            if reason is None:  # "no room now" is an answer too
+                replica.succeed()
+                self._replicas.freed[replica_id].append(probe.sequence_id)
+            else:
+                logger.warning("replica %s did not answer one token: %s", replica_id, reason)
+                replica.fail(now)

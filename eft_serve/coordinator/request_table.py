@@ -1,0 +1,136 @@
+"""The open requests of a coordinator: their outputs, their ends, and the deltas that wait to be emitted.
+
+A request ends once, here, for whatever reason, and its end gives one `RequestEnd`. This module knows neither replicas
+nor steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from eft_serve.checkpoints.vocabulary import Vocabulary
+from eft_serve.coordinator.output import OutputStream, failed
+from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.sampler import SamplerOutput
+from eft_serve.errors import DeadlineError, EftServeError, EngineError, to_failure
+from eft_serve.types import Delta, EventKind, FinishReason, RequestEnd
+
+logger = logging.getLogger(__name__)
+
+OnEnd = Callable[[Request, RequestEnd], None]
+
+
+class RequestTable:
+    """Every request from its arrival to its end.
+
+    Args:
+        on_end: called once for each request, after it has left the table.
+    """
+
+    def __init__(self, on_end: OnEnd) -> None:
+        self._on_end = on_end
+        self._open: dict[str, tuple[Request, OutputStream]] = {}
+        self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even detokenized
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, request: Request) -> bool:
+        return request.request_id in self._open
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether something was not emitted yet."""
+        return bool(self._deltas)
+
+    def add(self, request: Request, vocabularies: list[Vocabulary]) -> None:
+        """One more.
+
+        Args:
+            vocabularies: of its terms, in their order.
+        """
+        self._open[request.request_id] = (request, OutputStream.of(request, vocabularies))
+
+    def take(self, request: Request, drawn: SamplerOutput, now: float) -> int:
+        """Give it tokens, and end it where they do; returns how many became output."""
+        if not request.output_token_ids:
+            request.timeline.add(EventKind.FIRST_TOKEN, now)
+        request.take(drawn.token_ids)
+        request.last_progress = now
+        output = self._open[request.request_id][1]
+        token_ids, reason = output.take(drawn.token_ids)
+        components = None if drawn.components is None else drawn.components[: len(token_ids)]
+        usage = None if reason is None else self.end(request, reason).usage
+        self._deltas.append((request.request_id, partial(output.delta, token_ids, reason, components, usage)))
+        return len(token_ids)
+
+    def refuse(self, request: Request, error: EftServeError) -> None:
+        """End a request that cannot be served at all."""
+        self._account(request, 0, FinishReason.ERROR, error)
+        self._deltas.append((request.request_id, partial(failed, error)))
+
+    def fail(self, request: Request, error: EftServeError) -> None:
+        """End an open request with an error."""
+        self.end(request, FinishReason.ERROR, error)
+        self._deltas.append((request.request_id, partial(failed, error)))
+
+    def abort(self, request_id: str) -> None:
+        """End it without a word to its reader, who has gone; unknown ids are ignored."""
+        if request_id in self._open:
+            self.end(self._open[request_id][0], FinishReason.ABORT)
+        self._deltas = [delta for delta in self._deltas if delta[0] != request_id]
+
+    def end(self, request: Request, reason: FinishReason, error: EftServeError | None = None) -> RequestEnd:
+        """Take it out; what its reader is told is up to the caller."""
+        _, output = self._open.pop(request.request_id)
+        return self._account(request, output.num_tokens, reason, error)
+
+    def end_overdue(self, now: float) -> None:
+        """End those whose time is over."""
+        for request in self._requests():
+            if now > request.deadline:
+                self.fail(request, DeadlineError(f"the request took longer than {request.generation.timeout_s:g} s"))
+
+    def end_all(self, error: EftServeError) -> None:
+        """End everybody."""
+        for request in self._requests():
+            self.fail(request, error)
+
+    def take_deltas(self) -> list[tuple[str, Delta]]:
+        """What was not emitted yet, by request id and in order."""
+        deltas, self._deltas = self._deltas, []
+        return [(request_id, self._detokenized(request_id, delta)) for request_id, delta in deltas]
+
+    def _requests(self) -> Sequence[Request]:
+        return [request for request, _ in self._open.values()]
+
+    def _detokenized(self, request_id: str, detokenize: Callable[[], Delta]) -> Delta:
+        try:
+            return detokenize()
+        except Exception as cause:  # a tokenizer's: this request's end, and nobody else's
+            logger.exception("the text of request %s cannot be decoded", request_id)
+            error = EngineError(f"request {request_id}: its text cannot be decoded: {cause}")
+            if request_id in self._open:
+                self.end(self._open[request_id][0], FinishReason.ERROR, error)
+            return failed(error)
+
+    def _account(
+        self, request: Request, completion_tokens: int, reason: FinishReason, error: EftServeError | None
+    ) -> RequestEnd:
+        now, generation = time.monotonic(), request.generation
+        request.timeline.add(EventKind.ENDED, now)
+        end = RequestEnd(
+            request_id=request.request_id,
+            tenant=generation.tenant,
+            recipe=generation.recipe,
+            reason=reason,
+            failure=None if error is None else to_failure(error),
+            usage=request.usage(completion_tokens, now),
+            queued_at=request.timeline.queued_at,
+            timeline=tuple(request.timeline.events),
+        )
+        self._on_end(request, end)
+        return end

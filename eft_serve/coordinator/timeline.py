@@ -1,0 +1,25 @@
+"""When what happened to a request; knows clocks and nothing else."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from eft_serve.types import Event, EventKind
+
+
+@dataclass(slots=True)
+class Timeline:
+    """One request's events, from its arrival on."""
+
+    arrival: float  # monotonic seconds
+    queued_at: float = field(default_factory=time.time)  # Unix seconds, of the same moment
+    events: list[Event] = field(default_factory=lambda: [Event(EventKind.QUEUED, 0.0)])
+
+    def add(self, kind: EventKind, now: float) -> None:
+        """It happens at this moment of the monotonic clock."""
+        self.events.append(Event(kind, now - self.arrival))
+
+    def seconds_to(self, kind: EventKind) -> float | None:
+        """From the arrival to the first event of this kind; None: there is none."""
+        return next((event.seconds for event in self.events if event.kind == kind), None)

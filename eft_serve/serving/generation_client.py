@@ -1,0 +1,95 @@
+"""An ingress's way to the coordinators: a request goes to one of them, and its deltas come back to its reader.
+
+It knows where coordinators listen, and not who finds them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+
+from eft_serve.errors import EftServeError
+from eft_serve.serving.output_collector import OutputCollector
+from eft_serve.transport.coordinator_client import CoordinatorClient
+from eft_serve.transport.deltas import DeltaReceiver, Part, ReplyTo
+from eft_serve.types import Delta, GenerationRequest, Listener
+
+FIND_TIMEOUT_S = 5.0  # a coordinator may just be starting
+
+
+class GenerationClient:
+    """Made and used on one event loop.
+
+    Args:
+        host: the interface on which deltas arrive.
+    """
+
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._event_loop = asyncio.get_running_loop()
+        self._collectors: dict[str, OutputCollector] = {}  # by request id
+        self._coordinators = CoordinatorClient(self._fail)
+        self._receiver = DeltaReceiver(self._receive, host=host)
+
+    @property
+    def public_key(self) -> bytes:
+        """CURVE, Z85: what a coordinator must allow."""
+        return self._coordinators.public_key
+
+    @property
+    def reply_to(self) -> ReplyTo:
+        """Where a coordinator sends deltas."""
+        return self._receiver.reply_to
+
+    @property
+    def ready(self) -> bool:
+        """Whether a coordinator is connected."""
+        return self._coordinators.ready
+
+    def set_coordinators(self, coordinators: Mapping[str, Listener]) -> None:
+        """All coordinators that there are now, by replica id."""
+        self._coordinators.set_coordinators(coordinators)
+
+    def check(self) -> None:
+        """Raises RuntimeError when deltas no longer arrive."""
+        self._receiver.check()
+
+    def close(self) -> None:
+        """Neither send nor listen any longer."""
+        self._coordinators.close()
+        self._receiver.close()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
+        """Run a request; closing the generator, or cancelling the task that waits in it, aborts the request.
+
+        Raises:
+            UnavailableError: no coordinator takes it, or tokens were lost on the way.
+        """
+        await self._find_coordinator()
+        collector = self._collectors[request.request_id] = OutputCollector()
+        try:
+            self._coordinators.submit(request, self.reply_to.address)
+            async for delta in collector.read():
+                yield delta
+        finally:
+            del self._collectors[request.request_id]
+            self._coordinators.end(request.request_id, complete=collector.complete)
+
+    async def _find_coordinator(self) -> None:
+        """Return when one is connected, or after a while: then the request is refused."""
+        deadline = time.monotonic() + FIND_TIMEOUT_S
+        while not self.ready and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    def _fail(self, request_id: str, error: EftServeError) -> None:
+        if collector := self._collectors.get(request_id):  # none: its reader has gone away
+            collector.fail(error)
+
+    def _receive(self, parts: Sequence[Part]) -> None:
+        """From the receiver's thread: one hop to the event loop for all deltas of a step."""
+        self._event_loop.call_soon_threadsafe(self._deliver, parts)
+
+    def _deliver(self, parts: Sequence[Part]) -> None:
+        for request_id, num_before, delta in parts:
+            if collector := self._collectors.get(request_id):  # none: its reader has gone away
+                collector.put(num_before, delta)
