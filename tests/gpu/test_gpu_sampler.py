@@ -123,7 +123,7 @@ def test_as_many_draft_tokens_are_accepted_as_on_a_cpu(device: torch.device, nam
 
 def own_draws(request: Request) -> list[int]:
     """What the CPU draws in each row."""
-    num_rows, tokens = request.num_rows, []
+    num_rows, tokens = request.num_rows, list[int]()
     for _ in range(num_rows):  # a draft token that is right shows the next one
         request.draft_token_ids = [*tokens, 0][: num_rows - 1]
         tokens = sampled(cpu(), [request])[0].token_ids
