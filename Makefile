@@ -1,10 +1,11 @@
 # Two commands do everything: `make demo` runs the main job, `make test` passes the tests.
 PYTHON ?= python3
 BIN := .venv/bin
+GPU_PYTHON ?= $(BIN)/python
 STAMP := .venv/.installed
 export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 
-.PHONY: demo serve test coverage realweights check bench results install clean
+.PHONY: demo serve test gpu coverage realweights check bench results install clean
 
 demo: $(STAMP)  ## start everything, ask held-out questions, print the evidence, stop everything
 	$(BIN)/eft-serve demo
@@ -14,6 +15,9 @@ serve: $(STAMP)  ## serve the embedded family on loopback until Ctrl-C
 
 test: $(STAMP)  ## every test, or those of TESTS
 	$(BIN)/python -m pytest $(TESTS)
+
+gpu:  ## tests of what only a GPU can show, by GPU_PYTHON
+	PYTHONPATH=$(CURDIR):$$PYTHONPATH $(GPU_PYTHON) -m pytest tests/gpu
 
 coverage: $(STAMP)  ## the unit tests, with the lines they run and the floor in pyproject.toml
 	$(BIN)/coverage run -m pytest tests/unit

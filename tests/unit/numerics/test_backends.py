@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from pinned import PARAMETERS, PINNED, pinned_batch
 from torch import Tensor
 
 from eft_serve.numerics.backends import CpuBackend, SamplingBackend, TorchBackend, choose_backend
@@ -23,7 +21,6 @@ from eft_serve.types import SamplingParams
 
 BACKENDS: list[SamplingBackend] = [CpuBackend(), TorchBackend(torch.device("cpu"))]
 VOCAB, PADDING = 13, 3
-PINNED = json.loads((Path(__file__).parent / "pinned_tokens.json").read_text())
 backends = pytest.mark.parametrize("backend", BACKENDS, ids=["kernels", "torch"])
 
 
@@ -220,44 +217,12 @@ def test_rows_of_several_vocabularies_draw_below_their_own(backend: SamplingBack
     assert max(backend.sample(batch, logits)[::2]) < 4
 
 
-def pinned_logits(term: int, num_rows: int, vocab: int) -> Tensor:
-    """By integer arithmetic, so that no library's generator can change them."""
-    index = np.arange(num_rows * vocab, dtype=np.uint64).reshape(num_rows, vocab) + np.uint64(term * 1_000_003)
-    bits = index * np.uint64(0x9E3779B97F4A7C15)
-    bits ^= bits >> np.uint64(29)
-    bits *= np.uint64(0xBF58476D1CE4E5B9)
-    bits ^= bits >> np.uint64(32)
-    return torch.from_numpy((12 * ((bits >> np.uint64(44)).astype(np.float64) / 2**20) ** 6).astype(np.float32))
-
-
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "t1": {},
-    "t07_p09": {"temperature": 0.7, "top_p": 0.9},
-    "t13_k40": {"temperature": 1.3, "top_k": 40},
-    "t1_k50_p08_m01": {"top_k": 50, "top_p": 0.8, "min_p": 0.1},
-    "t1_m005": {"min_p": 0.05},
-}
-
-
 @backends
 @pytest.mark.parametrize("vocab", [3000, 128_256])
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_seeded_tokens_are_those_that_earlier_versions_drew(backend: SamplingBackend, name: str, vocab: int) -> None:
     """Recorded before the kernels existed: a seed must mean the same after an upgrade."""
-    terms = [pinned_logits(term, 8, vocab) for term in range(3)]
-    requests = [
-        RequestRows(
-            logits=[term[row : row + 1] for term in terms],
-            coefficients=[1.0, -1.0, 1.0],
-            num_rows=1,
-            vocab_size=vocab,
-            sampling=SamplingParams(seed=row * 7919 - 3, **PARAMETERS[name]),
-            output_token_ids=[0] * (row * 13),
-        )
-        for row in range(8)
-    ]
-    batch = RowBatch(requests)
+    batch = RowBatch(pinned_batch(name, vocab))
     assert backend.sample(batch, backend.combine(batch)[0]) == PINNED[f"{name}-{vocab}"]
 
 
