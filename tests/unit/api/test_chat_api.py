@@ -85,7 +85,8 @@ async def test_every_model_that_runs_gets_its_own_prompt(stack: Stack) -> None:
     assert plain.combination == Combination((Term("small", "small", 1.0),))
 
 
-STEERED = {"base": "small", "reference": "small", "tuned": {"model": "small", "system_prompt": "No jokes."}}
+TOLD = {"model": "small", "system_prompt": "No jokes.", "weight": 1.5}
+STEERED = {"base": "small", "reference": "small", "tuned": TOLD}
 TURN = {"role": "user", "content": "hi"}
 
 

@@ -147,9 +147,8 @@ def backend() -> CountingBackend:
 @pytest.fixture
 def desk(backend: CountingBackend, request: pytest.FixtureRequest) -> Iterator[CoordinatorServer]:
     config = AppConfig.parse({**CONFIG, "coordinator": getattr(request, "param", {})})
-    desk = CoordinatorServer(
-        config, backend, dict.fromkeys(config.deployments, DigitVocabulary()), CoordinatorMetrics()
-    )  # type: ignore[arg-type]
+    vocabularies: dict[str, Any] = dict.fromkeys(config.deployments, DigitVocabulary())
+    desk = CoordinatorServer(config, backend, vocabularies, CoordinatorMetrics())
     desk.start()
     desk.decode_loop.set_replicas({model: endpoint(model) for model in config.deployments})
     yield desk
