@@ -218,7 +218,8 @@ async def test_what_cannot_be_served_is_refused_with_its_error(
     desk: CoordinatorServer, ingress: Ingress, changes: dict[str, Any], kind: type[EftServeError], param: str
 ) -> None:
     with pytest.raises(kind) as refusal:
-        await anext(ingress.submit(**changes))
+        async with asyncio.timeout(10):  # a loop that died of it would never answer
+            await anext(ingress.submit(**changes))
     assert refusal.value.param == param
     assert not desk.subscribers
     assert [token async for delta in ingress.submit("next") for token in delta.token_ids] == [2, 3, 4, 5, 6]
