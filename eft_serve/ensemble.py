@@ -1,56 +1,36 @@
 """Which models a request runs, on which prompts, and with which coefficients in the combined distribution.
 
 EFT (arXiv 2310.12962) is `reference + scale * (base - reference) + sum_i weight_i * (tuned_i - reference_i)`. Collected
-by model and prompt, that is one coefficient for each term; a term that counts for nothing need not run. This module
-knows the formula and the knobs. It does not know logits, tokens or replicas.
+by model and prompt, that is one coefficient for each term; a term that counts for nothing need not run. The ingress
+resolves a request's knobs here, once, and the combination travels with the request. This module knows the formula and
+the knobs. It does not know logits, tokens or replicas.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec.structs import replace
 
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import AS_ITSELF, DRAFTERS, Interval, PromptConfig, RecipeConfig, RoleConfig, TunedConfig
 from eft_serve.errors import InvalidRequestError
-from eft_serve.types import OWN_KNOBS, Knobs, Speculative
-
-ZERO = 1e-9  # a smaller coefficient is rounding left over from knobs that cancel
+from eft_serve.types import Combination, Reward, Speculative, Term, rounded
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One next-token distribution of the combination: a model that reads a prompt."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """How a request wants its recipe combined; what is None is the recipe's own."""
 
-    name: str  # unique in its ensemble, and what its prompt is filed under
-    model: str  # the deployment that computes it
-    coefficient: float  # of its log-probabilities in the combination
-    adapter: str | None = None  # of that deployment; None: the model as it is
-    weight: float = 0.0  # alpha of the fine-tuning that it brings; 0 for the others
-    ratio: float = 0.0  # the part of the coefficient that truncation confines to the nucleus
-    prompting: PromptConfig = AS_ITSELF  # what its prompt has that others have not
-
-    @property
-    def counts(self) -> bool:
-        """Whether it changes the combination; one that does not runs only to be looked at."""
-        return bool(self.coefficient or self.ratio)
-
-    @property
-    def unscaled(self) -> float:
-        """The other part: its coefficient outside the nucleus."""
-        return _rounded(self.coefficient - self.ratio)
+    scale: float | None = None  # beta
+    weights: Mapping[str, float] | None = None  # alpha by fine-tuning; those not named are the recipe's own
+    truncate_top_p: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reward:
-    """What a fine-tuning has made likelier: log π_tuned − log π_reference, the reward that it implies."""
-
-    name: str  # what its weight is called
-    tuned: str  # names of terms
-    reference: str
-    weight: float
+OWN_KNOBS = Knobs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,39 +52,33 @@ class Ensemble:
         adapted = {model: config.deployment_of(model) for model in models if model not in config.deployments}
         return cls(name, models, recipe, adapted)
 
-    def terms(self, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> tuple[Term, ...]:
-        """What runs for these knobs, see `recipe_terms`; a plain model is itself alone and takes no knobs."""
+    def resolve(self, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> Combination:
+        """What runs for these knobs, see `resolve_recipe`; a plain model is itself alone and takes no knobs."""
         if self.recipe is not None:
-            return tuple(map(self._placed, recipe_terms(self.recipe, knobs, every=every)))
-        if knobs != OWN_KNOBS:
+            combination = resolve_recipe(self.recipe, knobs, every=every)
+        elif knobs == OWN_KNOBS:
+            combination = Combination((Term(self.name, self.name, 1.0),))
+        else:
             raise InvalidRequestError(
                 f"model {self.name!r} is a plain model, which has no knobs; name a recipe, or leave out eft",
                 param="eft",
             )
-        return (self._placed(Term(self.name, self.name, 1.0)),)
+        return replace(combination, terms=tuple(map(self._placed, combination.terms)), recipe=self.name)
 
     def _placed(self, term: Term) -> Term:
         """The term where it is computed: an adapter's in the deployment of the model that it adapts."""
         deployment = self.adapted.get(term.model)
         return term if deployment is None else replace(term, model=deployment, adapter=term.model)
 
-    def rewards(self, knobs: Knobs = OWN_KNOBS) -> tuple[Reward, ...]:
-        """Those of the recipe's fine-tunings, in its order, over the names of `terms` with `every`; a plain model has
-        none. Raises as `recipe_terms`."""
+    @property
+    def prompting(self) -> dict[str, PromptConfig]:
+        """How each term that it may run is prompted, by the term's name."""
         if self.recipe is None:
-            return ()
-        names, shared = term_names(self.recipe), self.recipe.reference
-        return tuple(
-            Reward(each.knob, names[each.role], names[(each.reference or shared).role], alpha)
-            for each, alpha in _weights(self.recipe, knobs)
-        )
-
-    def truncate_top_p(self, knobs: Knobs = OWN_KNOBS) -> float:
-        """The nucleus that the terms' ratios are confined to; 1 does not confine them."""
-        return 1.0 if self.recipe is None else _truncate_top_p(self.recipe, knobs)
+            return {self.name: AS_ITSELF}
+        return {name: role.prompting for role, name in term_names(self.recipe).items()}
 
     def speculative(self, changes: Mapping[str, Any]) -> Speculative:
-        """How tokens are drafted: the recipe's settings with these changes. A plain model draft tokens when told to.
+        """How tokens are drafted: the recipe's settings with these changes; a plain model drafts if told to.
 
         Raises:
             InvalidRequestError: the drafter is nobody that this ensemble may run.
@@ -119,41 +93,49 @@ class Ensemble:
         return Speculative(**{**own, **changes})
 
 
-def recipe_terms(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> tuple[Term, ...]:
-    """Every term that counts for something, in the recipe's order. Their coefficients sum to 1, so there is always one.
+def resolve_recipe(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> Combination:
+    """The recipe with these knobs; this is where they are held to its bounds, and nowhere later.
+
+    Terms are in the recipe's order. Their coefficients sum to 1, so there is always one that counts.
 
     Args:
         recipe: names the models and the knobs' own values and bounds.
         knobs: None, or a weight not named: the recipe's own.
-        every: also the terms that count for nothing.
+        every: also the terms that count for nothing, and the rewards, which are over every term.
 
     Raises:
         InvalidRequestError: a knob is out of its bounds, or a weight names no fine-tuning of the recipe.
     """
     weights = _weights(recipe, knobs)
     beta = _within(knobs.scale, recipe.scale, recipe.bounds.scale, "eft.scale")
+    bounds = recipe.bounds.truncate_top_p
+    truncate_top_p = _within(knobs.truncate_top_p, recipe.truncate_top_p, bounds, "eft.truncate_top_p")
+    names = term_names(recipe)
     total: dict[RoleConfig, float] = defaultdict(float)
     total[recipe.base.role] += beta
     total[recipe.reference.role] -= beta
-    ratio = dict(total) if _truncate_top_p(recipe, knobs) < 1 else {}
+    ratio = dict(total) if truncate_top_p < 1 else {}
     total[recipe.reference.role] += 1.0
     brought: dict[RoleConfig, float] = defaultdict(float)
+    rewards = []
     for each, alpha in weights:
+        reference = (each.reference or recipe.reference).role
         total[each.role] += alpha
         brought[each.role] += alpha
-        total[(each.reference or recipe.reference).role] -= alpha
+        total[reference] -= alpha
+        rewards.append(Reward(each.knob, names[each.role], names[reference], alpha))
     terms = (
         Term(
             name,
             role.model,
-            _rounded(total[role]),
+            rounded(total[role]),
             weight=brought.get(role, 0.0),
-            ratio=_rounded(ratio.get(role, 0.0)),
-            prompting=role.prompting,
+            ratio=rounded(ratio.get(role, 0.0)),
         )
-        for role, name in term_names(recipe).items()
+        for role, name in names.items()
     )
-    return tuple(term for term in terms if every or term.counts)
+    running = tuple(term for term in terms if every or term.counts)
+    return Combination(running, truncate_top_p, tuple(rewards) if every else ())
 
 
 def term_names(recipe: RecipeConfig) -> dict[RoleConfig, str]:
@@ -181,11 +163,6 @@ def _weights(recipe: RecipeConfig, knobs: Knobs) -> list[tuple[TunedConfig, floa
     ]
 
 
-def _truncate_top_p(recipe: RecipeConfig, knobs: Knobs) -> float:
-    bounds = recipe.bounds.truncate_top_p
-    return _within(knobs.truncate_top_p, recipe.truncate_top_p, bounds, "eft.truncate_top_p")
-
-
 def _within(asked: float | None, own: float, bounds: Interval, param: str) -> float:
     """The value that holds; NaN is within no bounds."""
     if asked is None:
@@ -194,7 +171,3 @@ def _within(asked: float | None, own: float, bounds: Interval, param: str) -> fl
     if not low <= asked <= high:
         raise InvalidRequestError(f"{param}: {asked} is outside this recipe's bounds, {low:g} to {high:g}", param=param)
     return float(asked)
-
-
-def _rounded(coefficient: float) -> float:
-    return coefficient if abs(coefficient) >= ZERO else 0.0

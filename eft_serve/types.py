@@ -80,15 +80,51 @@ class Speculative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     disable_by_batch_size: int = 32  # nothing is drafted while more requests than this decode
 
 
-class Knobs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a request wants its recipe combined; what is None is the recipe's own."""
+class Term(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One next-token distribution of a combination: a model that reads a prompt."""
 
-    scale: float | None = None  # beta
-    weights: dict[str, float] | None = None  # alpha by fine-tuning; those not named are the recipe's own
-    truncate_top_p: float | None = None
+    name: str  # unique in its combination, and what its prompt is filed under
+    model: str  # the deployment that computes it
+    coefficient: float  # of its log-probabilities in the combination
+    adapter: str | None = None  # of that deployment; None: the model as it is
+    weight: float = 0.0  # alpha of the fine-tuning that it brings; 0 for the others
+    ratio: float = 0.0  # the part of the coefficient that truncation confines to the nucleus
+
+    @property
+    def counts(self) -> bool:
+        """Whether it changes the combination; one that does not runs only to be looked at."""
+        return bool(self.coefficient or self.ratio)
+
+    @property
+    def unscaled(self) -> float:
+        """The other part: its coefficient outside the nucleus."""
+        return rounded(self.coefficient - self.ratio)
 
 
-OWN_KNOBS = Knobs()
+class Reward(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a fine-tuning has made likelier: log π_tuned − log π_reference, the reward that it implies."""
+
+    name: str  # what its weight is called
+    tuned: str  # names of terms
+    reference: str
+    weight: float
+
+
+class Combination(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a request runs: a recipe with the request's knobs, or one model alone."""
+
+    terms: tuple[Term, ...]  # those that count sum to 1 when the recipe's formula does
+    truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to; 1 does not confine them
+    rewards: tuple[Reward, ...] = ()  # over the terms; empty where components are not wanted
+    recipe: str = ""  # what the client called it: a recipe or a plain model; for the request's account alone
+
+
+ZERO = 1e-9  # a smaller coefficient is rounding left over from knobs that cancel
+
+
+def rounded(coefficient: float) -> float:
+    """0 for one that only rounding has left over."""
+    return coefficient if abs(coefficient) >= ZERO else 0.0
 
 
 class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
@@ -167,13 +203,12 @@ class Endpoint(Listener, frozen=True, kw_only=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ingress hands to a coordinator: tokenised, validated, allowed."""
+    """What the ingress hands to a coordinator: tokenised, validated, resolved, allowed."""
 
     request_id: str
-    recipe: str
-    prompts: dict[str, list[int]]  # by term; every term of the ensemble that runs
+    combination: Combination
+    prompts: dict[str, list[int]]  # by term; every term of the combination
     sampling: SamplingParams
-    knobs: Knobs = OWN_KNOBS
     speculative: Speculative | None = None  # None: no draft tokens
     forced_token_ids: list[int] | None = None  # the output, which is then only scored; None: it is drawn
     components: int | None = None  # with so many alternatives to each token; None: not wanted
@@ -260,7 +295,7 @@ class TokenComponents(msgspec.Struct, frozen=True, array_like=True):
 
     token_id: int
     logprob: float  # under the combination, at temperature 1 and before top-p and the like
-    models: list[float]  # log-probability under each term, in the ensemble's order
+    models: list[float]  # log-probability under each term, in the combination's order
     rewards: list[float]  # log π_tuned − log π_reference of each fine-tuning, in the recipe's order
     reward: float  # the sum of those by their weights; 0 where there are none
     top: list[TokenComponents] = []  # the likeliest tokens under the combination, without any `top` of their own

@@ -22,10 +22,10 @@ from eft_serve.api.context import Context
 from eft_serve.api.errors import CLIENT_CLOSED_REQUEST, json_response
 from eft_serve.api.formats import Choice, JsonObject
 from eft_serve.api.streams import Indexed, checked, merged, while_connected
-from eft_serve.ensemble import Ensemble, Term
+from eft_serve.ensemble import Ensemble
 from eft_serve.errors import DeadlineError, EftServeError
 from eft_serve.tenancy.tenants import Tenant
-from eft_serve.types import Delta, GenerationRequest
+from eft_serve.types import Delta, GenerationRequest, Term
 
 STALLED_CLIENT_S = 5.0  # beyond the deadline, for the last event to be read
 

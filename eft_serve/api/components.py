@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from eft_serve.api.prompts import PromptRenderer
-from eft_serve.ensemble import Ensemble
-from eft_serve.types import Knobs, TokenComponents
+from eft_serve.types import Combination, TokenComponents
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentsFormat:
-    """Formats the components of one ensemble's tokens."""
+    """Formats the components of one combination's tokens."""
 
     terms: tuple[str, ...]
     rewards: tuple[str, ...]  # by fine-tuning; a plain model has none
@@ -21,11 +20,12 @@ class ComponentsFormat:
     with_top: bool
 
     @classmethod
-    def of(cls, ensemble: Ensemble, knobs: Knobs, renderer: PromptRenderer, num_alternatives: int) -> ComponentsFormat:
-        terms = ensemble.terms(knobs, every=True)
-        rewards = tuple(reward.name for reward in ensemble.rewards(knobs))
+    def of(cls, combination: Combination, renderer: PromptRenderer, num_alternatives: int) -> ComponentsFormat:
         return cls(
-            tuple(term.name for term in terms), rewards, renderer.speller(terms[0].model), with_top=num_alternatives > 0
+            terms=tuple(term.name for term in combination.terms),
+            rewards=tuple(reward.name for reward in combination.rewards),
+            spell=renderer.speller(combination.terms[0].model),
+            with_top=num_alternatives > 0,
         )
 
     def token(self, token: TokenComponents) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from eft_serve.api.auth import Access
 from eft_serve.api.metrics import ApiMetrics
 from eft_serve.api.prompts import PromptRenderer, Prompts
 from eft_serve.api.service import Service
-from eft_serve.ensemble import Ensemble, Term
+from eft_serve.ensemble import Ensemble
 from eft_serve.errors import ModelNotFoundError
 from eft_serve.tenancy.limits import AdmissionLimits
 from eft_serve.tenancy.tenants import Tenant
 from eft_serve.tenancy.usage import UsageCounters
+from eft_serve.types import Term
 
 
 @dataclass(frozen=True, slots=True)

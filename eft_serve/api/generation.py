@@ -22,12 +22,11 @@ from eft_serve.api.context import Context
 from eft_serve.api.errors import domain_body, internal_body
 from eft_serve.api.formats import Choice, Envelope, Format, JsonObject
 from eft_serve.api.metrics import TokenClock
-from eft_serve.api.prompts import Prompts
+from eft_serve.api.prompts import Prompting, Prompts
 from eft_serve.api.schemas import GenerationBody, choice_seed
 from eft_serve.api.streams import Indexed
-from eft_serve.ensemble import Term
 from eft_serve.errors import ContextLengthError, EftServeError, InvalidRequestError
-from eft_serve.types import Delta, GenerationRequest
+from eft_serve.types import Delta, GenerationRequest, Term
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class GenerationCall(Call):
     format: Format
     prompt_param: str
     default_max_tokens: int
-    render: Callable[[Sequence[Term]], Awaitable[Prompts]]
+    render: Callable[[Sequence[Term], Prompting], Awaitable[Prompts]]
 
 
 class GenerationResponse(ModelResponse):
@@ -80,27 +79,26 @@ class GenerationResponse(ModelResponse):
 
     async def _prepare(self) -> list[GenerationRequest]:
         call, body, eft = self._call, self._call.body, self._call.body.eft
-        terms = call.ensemble.terms(eft.knobs, every=body.components is not None)
-        if body.is_ranked and not any(reward.weight for reward in call.ensemble.rewards(eft.knobs)):
+        combination = call.ensemble.resolve(eft.knobs, every=body.components is not None)
+        if body.is_ranked and not any(reward.weight for reward in combination.rewards):
             raise InvalidRequestError(
                 f"best_of: model {call.ensemble.name!r} has no reward with a weight to rank by; leave it out",
                 param="best_of",
             )
         if eft.components is not None:
-            shown = ComponentsFormat.of(call.ensemble, eft.knobs, self._context.renderer, eft.components)
+            shown = ComponentsFormat.of(combination, self._context.renderer, eft.components)
             self._envelope = dataclasses.replace(self._envelope, components=shown)
         speculative = call.ensemble.speculative(eft.speculative.changes)
-        prompts = await call.render(terms)
-        max_tokens = self._max_tokens(terms, prompts)
-        self._progress.num_prompt_tokens = len(prompts[first_that_counts(terms)])
+        prompts = await call.render(combination.terms, call.ensemble.prompting)
+        max_tokens = self._max_tokens(combination.terms, prompts)
+        self._progress.num_prompt_tokens = len(prompts[first_that_counts(combination.terms)])
         seeds = [choice_seed(body.seed, i) for i in range(body.num_candidates)]
         return [
             GenerationRequest(
                 request_id=f"{self._id}-{i}",
-                recipe=call.ensemble.name,
+                combination=combination,
                 prompts=prompts,
                 sampling=body.sampling(max_tokens, seed),
-                knobs=eft.knobs,
                 speculative=speculative,
                 components=body.components,
                 tenant=call.tenant.name,

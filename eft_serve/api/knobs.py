@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from eft_serve.config_recipes import MAX_DRAFT_TOKENS
-from eft_serve.types import Knobs
+from eft_serve.ensemble import Knobs
 
 MAX_ALTERNATIVES = 20
 
@@ -52,7 +52,7 @@ class RecipeKnobs(Strict):
 
     @property
     def knobs(self) -> Knobs:
-        """As the coordinator takes them."""
+        """As a recipe takes them."""
         return Knobs(scale=self.scale, weights=self.weights, truncate_top_p=self.truncate_top_p)
 
 

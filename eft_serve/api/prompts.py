@@ -20,15 +20,16 @@ from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.checkpoints.tokenizer import load_tokenizer
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import PromptConfig
-from eft_serve.ensemble import Term
 from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
+from eft_serve.types import Term
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INLINE_CHARACTERS = 2048  # one or two milliseconds of work; more runs in a thread, or it would stall every stream
 
-Prompts = dict[str, list[int]]
+Prompts = dict[str, list[int]]  # by term
+Prompting = Mapping[str, PromptConfig]  # by term
 Message = Mapping[str, str]
 
 
@@ -165,16 +166,16 @@ class PromptRenderer:
             raise ConfigError(f"chat_template: {error}", param="recipes") from error
         return cls(tokenizers, templates)
 
-    async def chat(self, terms: Sequence[Term], messages: Sequence[Message]) -> Prompts:
+    async def chat(self, terms: Sequence[Term], prompting: Prompting, messages: Sequence[Message]) -> Prompts:
         """Each term's prompt for a chat: its own template (`plain_chat` where there is none) and its own instructions.
 
         Raises:
             InvalidRequestError: a template refuses the messages.
         """
         characters = sum(len(m["content"]) for m in messages)
-        return await self._each(terms, lambda reader: reader.encode_chat(messages), characters)
+        return await self._each(terms, prompting, lambda reader: reader.encode_chat(messages), characters)
 
-    async def completion(self, terms: Sequence[Term], prompt: str | Sequence[int]) -> Prompts:
+    async def completion(self, terms: Sequence[Term], prompting: Prompting, prompt: str | Sequence[int]) -> Prompts:
         """Each term's prompt for a text completion, with the special tokens that its tokenizer adds by default.
 
         Raises:
@@ -182,8 +183,8 @@ class PromptRenderer:
                 preceded or followed by a term's own text.
         """
         if isinstance(prompt, str):
-            return await self._each(terms, lambda reader: reader.encode_text(prompt), len(prompt))
-        self._check_ids(terms, prompt)
+            return await self._each(terms, prompting, lambda reader: reader.encode_text(prompt), len(prompt))
+        self._check_ids(terms, prompting, prompt)
         return {term.name: list(prompt) for term in terms}
 
     async def given(self, terms: Sequence[Term], completion: str | Sequence[int]) -> list[int]:
@@ -208,9 +209,9 @@ class PromptRenderer:
         decode = self._tokenizers[model].tokenizer.backend_tokenizer.decode
         return lambda token_id: str(decode([token_id], skip_special_tokens=False))
 
-    def _check_ids(self, terms: Sequence[Term], ids: Sequence[int]) -> None:
+    def _check_ids(self, terms: Sequence[Term], prompting: Prompting, ids: Sequence[int]) -> None:
         for term in terms:
-            if term.prompting.system_prompt or term.prompting.response_prefix:
+            if prompting[term.name].system_prompt or prompting[term.name].response_prefix:
                 raise InvalidRequestError(
                     f"prompt: token ids leave no place for the system_prompt or response_prefix of {term.name!r}; "
                     "send text",
@@ -228,9 +229,11 @@ class PromptRenderer:
             )
         return tokenizers[0]
 
-    async def _each(self, terms: Sequence[Term], encode: Callable[[Reader], list[int]], characters: int) -> Prompts:
+    async def _each(
+        self, terms: Sequence[Term], prompting: Prompting, encode: Callable[[Reader], list[int]], characters: int
+    ) -> Prompts:
         """`encode` once for all terms that are prompted alike; in a thread when there is much to encode."""
-        readers = {term.name: self._reader(term) for term in terms}
+        readers = {term.name: self._reader(term.model, prompting[term.name]) for term in terms}
         own = sum(
             len(r.prompting.system_prompt or "") + len(r.prompting.response_prefix or "") for r in readers.values()
         )
@@ -245,13 +248,9 @@ class PromptRenderer:
 
         return work() if characters + own <= INLINE_CHARACTERS else await asyncio.to_thread(work)
 
-    def _reader(self, term: Term) -> Reader:
-        template = term.prompting.chat_template
-        return Reader(
-            self._tokenizers[term.model],
-            term.prompting,
-            None if template is None else self._templates[template],
-        )
+    def _reader(self, model: str, prompting: PromptConfig) -> Reader:
+        template = prompting.chat_template
+        return Reader(self._tokenizers[model], prompting, None if template is None else self._templates[template])
 
 
 def _digest(text: str) -> str:

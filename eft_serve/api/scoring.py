@@ -13,12 +13,11 @@ from eft_serve.api.answering import Call, ModelResponse, first_that_counts
 from eft_serve.api.components import ComponentsFormat
 from eft_serve.api.context import Context
 from eft_serve.api.formats import JsonObject, usage
-from eft_serve.api.prompts import Prompts
+from eft_serve.api.prompts import Prompting, Prompts
 from eft_serve.api.score_schemas import ScoreBody, ScoreItem, SingleScoreBody
 from eft_serve.api.streams import Indexed
-from eft_serve.ensemble import Term
 from eft_serve.errors import ContextLengthError, InvalidRequestError
-from eft_serve.types import GenerationRequest, SamplingParams
+from eft_serve.types import Combination, GenerationRequest, SamplingParams, Term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,34 +38,35 @@ class ScoreResponse(ModelResponse):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._context.limits.admit(self._call.tenant, len(self._items), "items"):
-            await self._run_all(await self._prepare())
-        await self._send_whole(self._body(), scope, receive, send)
+            combination = self._call.ensemble.resolve(self._call.body.eft.knobs, every=True)
+            await self._run_all(await self._prepare(combination))
+        await self._send_whole(self._body(combination), scope, receive, send)
 
-    async def _prepare(self) -> list[GenerationRequest]:
-        terms = self._call.ensemble.terms(self._call.body.eft.knobs, every=True)
-        requests = []
+    async def _prepare(self, combination: Combination) -> list[GenerationRequest]:
+        requests, prompting = [], self._call.ensemble.prompting
         for index, (place, item) in enumerate(self._items):
             await asyncio.sleep(0)  # tokenising many texts must not stall every stream
             with within(place):
-                requests.append(await self._request(index, item, terms))
+                requests.append(await self._request(index, item, combination, prompting))
         return requests
 
-    async def _request(self, index: int, item: ScoreItem, terms: Sequence[Term]) -> GenerationRequest:
-        call, renderer = self._call, self._context.renderer
+    async def _request(
+        self, index: int, item: ScoreItem, combination: Combination, prompting: Prompting
+    ) -> GenerationRequest:
+        call, renderer, terms = self._call, self._context.renderer, combination.terms
         if item.messages is not None:
-            prompts = await renderer.chat(terms, [message.rendered for message in item.messages])
+            prompts = await renderer.chat(terms, prompting, [message.rendered for message in item.messages])
         else:
             assert item.prompt is not None
-            prompts = await renderer.completion(terms, item.prompt)
+            prompts = await renderer.completion(terms, prompting, item.prompt)
         given = await renderer.given(terms, item.completion)
         self._check_room(terms, prompts, len(given), "prompt" if item.messages is None else "messages")
         self._progress.num_prompt_tokens += len(prompts[first_that_counts(terms)])
         return GenerationRequest(
             request_id=f"{self._id}-{index}",
-            recipe=call.ensemble.name,
+            combination=combination,
             prompts=prompts,
             sampling=SamplingParams(max_tokens=len(given)),
-            knobs=call.body.eft.knobs,
             forced_token_ids=given,
             components=call.body.components,
             tenant=call.tenant.name,
@@ -90,11 +90,9 @@ class ScoreResponse(ModelResponse):
                 async for item in output:
                     yield item
 
-    def _body(self) -> JsonObject:
+    def _body(self, combination: Combination) -> JsonObject:
         body, choices = self._call.body, self._progress.choices
-        shown = ComponentsFormat.of(
-            self._call.ensemble, body.eft.knobs, self._context.renderer, num_alternatives=body.components
-        )
+        shown = ComponentsFormat.of(combination, self._context.renderer, num_alternatives=body.components)
         data = [
             {
                 "index": index,

@@ -18,7 +18,7 @@ import torch
 
 from eft_serve.bench import report
 from eft_serve.bench.driven import Driven
-from eft_serve.bench.fanout import ROLES, TERMS, Letters
+from eft_serve.bench.fanout import EFT, ROLES, Letters
 from eft_serve.bench.peaked_engine import PeakedEngine
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
@@ -79,8 +79,8 @@ def _request(request_id: str, side: str, num_tokens: int) -> Request:
         temperature=temperature, top_p=top_p, seed=int(request_id), max_tokens=num_tokens, ignore_eos=True
     )
     prompts = {role: [1] for role in ROLES}
-    generation = GenerationRequest(request_id=request_id, recipe="bench", prompts=prompts, sampling=sampling)
-    return Request.create(generation, TERMS, time.monotonic())
+    generation = GenerationRequest(request_id=request_id, combination=EFT, prompts=prompts, sampling=sampling)
+    return Request.create(generation, time.monotonic())
 
 
 class CopyFloor:

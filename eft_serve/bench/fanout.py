@@ -15,11 +15,10 @@ from eft_serve.bench import report
 from eft_serve.bench.driven import Driven
 from eft_serve.bench.sleeping_engine import SleepingEngine
 from eft_serve.coordinator.request import Request
-from eft_serve.ensemble import Term
-from eft_serve.types import GenerationRequest, SamplingParams
+from eft_serve.types import Combination, GenerationRequest, SamplingParams, Term
 
 ROLES = ("base", "tuned", "reference")
-TERMS = (Term("base", "base", 1.0), Term("tuned", "tuned", 1.0), Term("reference", "reference", -1.0))
+EFT = Combination((Term("base", "base", 1.0), Term("tuned", "tuned", 1.0), Term("reference", "reference", -1.0)))
 WARM_UP_STEPS = 5
 
 
@@ -59,11 +58,11 @@ class SleepingModels(Driven):
     def _request(request_id: str, max_tokens: int) -> Request:
         generation = GenerationRequest(
             request_id=request_id,
-            recipe="bench",
+            combination=EFT,
             prompts={role: [1] for role in ROLES},
             sampling=SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True),
         )
-        return Request.create(generation, TERMS, time.monotonic())
+        return Request.create(generation, time.monotonic())
 
 
 def run(latencies_ms: Sequence[float], vocab_size: int, batches: Sequence[int], num_steps: int, rounds: int) -> None:

@@ -20,8 +20,15 @@ from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS, ModelConfig
 from eft_serve.coordinator.request import Request
 from eft_serve.engine.engine import Engine
-from eft_serve.ensemble import Term
-from eft_serve.types import GenerationRequest, ModelInfo, SamplingParams, SpecDecodeStats, Speculative
+from eft_serve.types import (
+    Combination,
+    GenerationRequest,
+    ModelInfo,
+    SamplingParams,
+    SpecDecodeStats,
+    Speculative,
+    Term,
+)
 from eft_serve.zoo.questions import long_prompts
 
 BLOCKS = (1, 2, 4, 8, 16)
@@ -64,18 +71,18 @@ class Outcome:
 
 
 class Stage:
-    """An ensemble, and prompts for it.
+    """A combination, and prompts for it.
 
     Args:
         driven: started engines.
-        terms: what a request runs.
+        combination: what a request runs.
         prompts: token ids, the same for every model.
         max_tokens: of one answer.
     """
 
-    def __init__(self, driven: Driven, terms: Sequence[Term], prompts: Sequence[list[int]], max_tokens: int) -> None:
+    def __init__(self, driven: Driven, combination: Combination, prompts: Sequence[list[int]], max_tokens: int) -> None:
         self.driven = driven
-        self.terms = terms
+        self.combination = combination
         self.prompts = prompts
         self.max_tokens = max_tokens
         self._count = 0
@@ -116,28 +123,32 @@ class Stage:
         self._count += 1
         generation = GenerationRequest(
             request_id=f"bench-{self._count}",
-            recipe=side.name,
-            prompts={term.name: prompt for term in self.terms},
+            combination=self.combination,
+            prompts={term.name: prompt for term in self.combination.terms},
             sampling=SamplingParams(
                 temperature=temperature, seed=len(prompt), max_tokens=self.max_tokens, ignore_eos=ignore_eos
             ),
             speculative=side.speculative,
         )
-        return Request.create(generation, self.terms, time.monotonic())
+        return Request.create(generation, time.monotonic())
 
 
-EFT = (
-    Term("base-large", "base-large", 1.0),
-    Term("base-small", "base-small", -1.0),
-    Term("tuned-small", "tuned-small", 1.0, weight=1.0),
+EFT = Combination(
+    (
+        Term("base-large", "base-large", 1.0),
+        Term("base-small", "base-small", -1.0),
+        Term("tuned-small", "tuned-small", 1.0, weight=1.0),
+    )
 )
-SIMULATED = (Term("base", "base", 1.0), Term("reference", "reference", -1.0), Term("tuned", "tuned", 1.0, weight=1.0))
+SIMULATED = Combination(
+    (Term("base", "base", 1.0), Term("reference", "reference", -1.0), Term("tuned", "tuned", 1.0, weight=1.0))
+)
 
 
 def zoo_stage(num_prompts: int, max_tokens: int) -> Stage:
     """The embedded family, asked for long answers."""
-    vocabularies = {term.model: Vocabulary.load(ZOO_CHECKPOINTS / term.model) for term in EFT}
-    driven = Driven({term.model: (build_zoo, (term.model,)) for term in EFT}, vocabularies)
+    vocabularies = {term.model: Vocabulary.load(ZOO_CHECKPOINTS / term.model) for term in EFT.terms}
+    driven = Driven({term.model: (build_zoo, (term.model,)) for term in EFT.terms}, vocabularies)
     tokenizer = vocabularies["base-large"].tokenizer
     prompts = [tokenizer.encode(f"User: {q.text}\nAssistant:") for q in long_prompts(num_prompts)]
     return Stage(driven, EFT, prompts, max_tokens)

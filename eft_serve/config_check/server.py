@@ -1,4 +1,4 @@
-"""What is wrong with the HTTP side: a tenants file that is not there. What it may hold is the tenants' own business."""
+"""What is wrong with the HTTP side: a tenants file that cannot be read. What it may hold is the tenants' business."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import yaml
 
 from eft_serve.config import ServerConfig
 from eft_serve.config_check.problem import Problem
+from eft_serve.yaml_file import DuplicateKeyError, read_yaml
 
 
 def server_problems(server: ServerConfig) -> Iterator[Problem]:
@@ -16,11 +17,13 @@ def server_problems(server: ServerConfig) -> Iterator[Problem]:
         return
     where = "server.tenants_file"
     try:
-        data = yaml.safe_load(server.tenants_file.read_text())
+        data = read_yaml(server.tenants_file)
     except OSError as error:
         message = f"{server.tenants_file} cannot be read: {error.strerror}; make it with 'eft-serve tenant create'"
         yield Problem(where, message)
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except DuplicateKeyError:
+        yield Problem(where, f"{server.tenants_file}: a name stands twice; remove one of the two")
+    except (yaml.YAMLError, ValueError):
         yield Problem(where, f"{server.tenants_file} is not YAML; make it anew with 'eft-serve tenant create'")
     else:
         if not isinstance(data, dict):

@@ -42,10 +42,13 @@ def describe(request: Request, rows: RequestRows, token_ids: Sequence[int], comb
 
 def _described(request: Request, token_ids: Tensor, logprobs: Tensor, by_term: Tensor) -> list[TokenComponents]:
     """One request's, of [num_tokens, 1 + alternatives] and [num_terms, num_tokens, 1 + alternatives]."""
-    index = {term.name: i for i, term in enumerate(request.terms)}
-    tuned, reference = ([index[getattr(r, role)] for r in request.rewards] for role in ("tuned", "reference"))
+    combination = request.combination
+    index = {term.name: i for i, term in enumerate(combination.terms)}
+    tuned, reference = ([index[getattr(r, role)] for r in combination.rewards] for role in ("tuned", "reference"))
     rewards = by_term[tuned].double() - by_term[reference].double()
-    weights = torch.tensor([reward.weight for reward in request.rewards], dtype=torch.float64, device=rewards.device)
+    weights = torch.tensor(
+        [reward.weight for reward in combination.rewards], dtype=torch.float64, device=rewards.device
+    )
     total = torch.tensordot(weights, rewards, dims=1)
     columns = (token_ids, logprobs, by_term.movedim(0, -1), rewards.movedim(0, -1), total)
     described = []

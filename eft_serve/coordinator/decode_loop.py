@@ -27,7 +27,7 @@ from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.request_table import RequestTable
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
 from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
-from eft_serve.errors import EftServeError, UnavailableError
+from eft_serve.errors import EftServeError, ModelNotFoundError, UnavailableError
 from eft_serve.numerics.backends import choose_backend
 from eft_serve.types import Delta, Endpoint, RequestEnd, StepResult
 
@@ -200,7 +200,7 @@ class DecodeLoop:
 
     def _submit(self, request: Request) -> None:
         try:
-            vocabularies = [self.vocabularies[sequence.model] for sequence in request.sequences]
+            vocabularies = [self._vocabulary(sequence.model) for sequence in request.sequences]
             request.num_ids = min(vocabulary.num_tokens for vocabulary in vocabularies)
             request.check_forced()
             request.limit(self.replicas.context_left(request))
@@ -209,6 +209,11 @@ class DecodeLoop:
             return
         self.requests.add(request, vocabularies)
         self.scheduler.add(request)
+
+    def _vocabulary(self, model: str) -> Vocabulary:
+        if model not in self.vocabularies:
+            raise ModelNotFoundError(f"model {model!r} is none of this coordinator's", param="model")
+        return self.vocabularies[model]
 
     def _leave(self, request: Request, end: RequestEnd) -> None:
         """It has ended: free all that it has."""

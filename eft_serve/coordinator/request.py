@@ -7,17 +7,16 @@ be draft tokens, which the models compute like tokens and which are as easily dr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from eft_serve.coordinator.speculation import Speculation
 from eft_serve.coordinator.timeline import Timeline
-from eft_serve.ensemble import Reward, Term
+from eft_serve.coordinator.validation import check_request
 from eft_serve.errors import ContextLengthError, InvalidRequestError
 from eft_serve.numerics.rows import RequestRows, Truncation
-from eft_serve.types import GenerationRequest, ModelUsage, SequenceStep, StepOutput, Usage
+from eft_serve.types import Combination, GenerationRequest, ModelUsage, SequenceStep, StepOutput, Term, Usage
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +60,6 @@ class Request:
     """A user's request, from admission to its last token."""
 
     generation: GenerationRequest
-    terms: tuple[Term, ...]  # those that count sum to 1 when the recipe's formula does
     timeline: Timeline
     last_progress: float  # monotonic seconds; since then it waits for a model and not only for its turn
     speculation: Speculation
@@ -70,8 +68,11 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     draft_token_ids: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
-    truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to
-    rewards: tuple[Reward, ...] = ()  # of its components, where they are wanted
+
+    @property
+    def combination(self) -> Combination:
+        """What it runs."""
+        return self.generation.combination
 
     @property
     def arrival(self) -> float:
@@ -117,30 +118,22 @@ class Request:
         return self.max_tokens - len(self.output_token_ids)
 
     @classmethod
-    def create(
-        cls,
-        generation: GenerationRequest,
-        terms: Sequence[Term],
-        now: float,
-        truncate_top_p: float = 1.0,
-        rewards: Sequence[Reward] = (),
-    ) -> Request:
-        """A request that has not begun; needs a prompt for every term."""
+    def create(cls, generation: GenerationRequest, now: float) -> Request:
+        """A request that has not begun; raises as `check_request`."""
+        check_request(generation)
         sequences = tuple(
-            SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name]) for term in terms
+            SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name])
+            for term in generation.combination.terms
         )
         forced = generation.forced_token_ids
         return cls(
             generation,
-            tuple(terms),
             timeline=Timeline(now),
             last_progress=now,
-            speculation=Speculation.of(generation, terms),
+            speculation=Speculation.of(generation),
             max_tokens=generation.sampling.max_tokens if forced is None else len(forced),
             num_ids=0,
             sequences=sequences,
-            truncate_top_p=truncate_top_p,
-            rewards=tuple(rewards),
         )
 
     def check_forced(self) -> None:
@@ -185,7 +178,7 @@ class Request:
         num_rows = self.num_rows
         return RequestRows(
             logits=[sequence.rows for sequence in self.sequences if sequence.rows is not None],
-            coefficients=[term.coefficient for term in self.terms],
+            coefficients=[term.coefficient for term in self.combination.terms],
             num_rows=num_rows,
             vocab_size=self.num_ids,
             sampling=self.generation.sampling,
@@ -196,12 +189,13 @@ class Request:
         )
 
     def _truncation(self) -> Truncation | None:
-        if self.truncate_top_p == 1 or not any(term.ratio for term in self.terms):
+        top_p, terms = self.combination.truncate_top_p, self.combination.terms
+        if top_p == 1 or not any(term.ratio for term in terms):
             return None
         return Truncation(
-            top_p=self.truncate_top_p,
-            unscaled=[term.unscaled for term in self.terms],
-            ratio=[term.ratio for term in self.terms],
+            top_p=top_p,
+            unscaled=[term.unscaled for term in terms],
+            ratio=[term.ratio for term in terms],
         )
 
     def num_tokens(self, sequence: SequenceState) -> int:

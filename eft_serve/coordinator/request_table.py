@@ -125,7 +125,7 @@ class RequestTable:
         end = RequestEnd(
             request_id=request.request_id,
             tenant=generation.tenant,
-            recipe=generation.recipe,
+            recipe=generation.combination.recipe,
             reason=reason,
             failure=None if error is None else to_failure(error),
             usage=request.usage(completion_tokens, now),

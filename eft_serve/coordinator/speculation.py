@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from eft_serve.ensemble import Term
-from eft_serve.types import Draft, GenerationRequest, SpecDecodeStats, Speculative
+from eft_serve.types import Draft, GenerationRequest, SpecDecodeStats, Speculative, Term
 
 
 @dataclass(slots=True)
@@ -25,11 +24,11 @@ class Speculation:
     stats: SpecDecodeStats = field(default_factory=SpecDecodeStats)
 
     @classmethod
-    def of(cls, generation: GenerationRequest, terms: Sequence[Term]) -> Speculation:
+    def of(cls, generation: GenerationRequest) -> Speculation:
         """Nobody drafts tokens that are forced."""
         asked = generation.speculative if generation.forced_token_ids is None else None
         settings = asked or Speculative(draft="none")
-        return cls(_drafter(settings.draft, terms), settings)
+        return cls(_drafter(settings.draft, generation.combination.terms), settings)
 
     def count_drafted(self, count: int) -> None:
         self.stats += SpecDecodeStats(num_drafted=count)

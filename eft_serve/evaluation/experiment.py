@@ -10,7 +10,8 @@ import numpy as np
 
 from eft_serve.evaluation.product import Answer, Job, Product
 from eft_serve.evaluation.statistics import Column, Estimate, difference, share
-from eft_serve.evaluation.systems import System, Systems
+from eft_serve.evaluation.systems import Systems
+from eft_serve.types import Combination
 from eft_serve.zoo import CHECKPOINTS, FAMILIES
 from eft_serve.zoo.evaluate import LONG_TOKENS, NUM_HARMFUL, NUM_LONG, REFUSAL_TOKENS, SHORT_TOKENS
 from eft_serve.zoo.generate import Family
@@ -35,7 +36,7 @@ MEASURES = {  # the questions of each, and its grader
 
 
 class _Asked(NamedTuple):
-    system: System
+    system: Combination
     questions: str
     temperature: float
 
@@ -64,7 +65,7 @@ class Experiment:
     def close(self) -> None:
         self._product.close()
 
-    def ask(self, systems: Iterable[System], questions: str, temperature: float = 0.0) -> None:
+    def ask(self, systems: Iterable[Combination], questions: str, temperature: float = 0.0) -> None:
         """Compute what is not there yet, all systems' requests decoded side by side; a question's place is its seed."""
         wanted = dict.fromkeys(_Asked(system, questions, temperature) for system in systems)
         missing = [asked for asked in wanted if asked not in self._answers]
@@ -79,7 +80,7 @@ class Experiment:
         for asked in missing:
             self._answers[asked] = [next(answers) for _ in asking]
 
-    def answers(self, system: System, questions: str, temperature: float = 0.0) -> list[Answer]:
+    def answers(self, system: Combination, questions: str, temperature: float = 0.0) -> list[Answer]:
         """In the order of the questions."""
         self.ask([system], questions, temperature)
         return self._answers[_Asked(system, questions, temperature)]
@@ -90,13 +91,13 @@ class Experiment:
         pairs = zip(self.questions[questions], texts, strict=True)
         return np.array([float(grader(question, text)) for question, text in pairs])
 
-    def flags(self, system: System, measure: str) -> Column:
+    def flags(self, system: Combination, measure: str) -> Column:
         """0 or 1 for each question of the measure, answered greedily."""
         return self.grade(measure, [answer.text for answer in self.answers(system, MEASURES[measure][0])])
 
-    def shares(self, system: System, measures: Iterable[str]) -> dict[str, Estimate]:
+    def shares(self, system: Combination, measures: Iterable[str]) -> dict[str, Estimate]:
         return {measure: share(self.flags(system, measure)) for measure in measures}
 
-    def gain(self, ours: System, theirs: System, measure: str) -> Estimate:
+    def gain(self, ours: Combination, theirs: Combination, measure: str) -> Estimate:
         """How much larger ours is, question by question."""
         return difference(self.flags(ours, measure), self.flags(theirs, measure))

@@ -21,9 +21,10 @@ from eft_serve.evaluation.acceptance import (
 from eft_serve.evaluation.experiment import Experiment
 from eft_serve.evaluation.statistics import perplexity as perplexity_of
 from eft_serve.evaluation.statistics import perplexity_ratio, ratio
-from eft_serve.evaluation.systems import System, alone
+from eft_serve.evaluation.systems import alone
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.logprobs import log_softmax
+from eft_serve.types import Combination
 from eft_serve.zoo.wordings import CLOSING
 
 TEMPERATURES = (0.7, 1.0)
@@ -42,7 +43,7 @@ class Scorer:
         self._family = experiment.models
 
     @torch.inference_mode()
-    def logprobs(self, system: System, message: str, answer: Sequence[int], known: dict[str, Tensor]) -> Tensor:
+    def logprobs(self, system: Combination, message: str, answer: Sequence[int], known: dict[str, Tensor]) -> Tensor:
         """The system's next-token log-probabilities before each token of the answer, [num_tokens, vocab_size].
 
         `known` holds the models' own for this answer and is added to.
@@ -134,7 +135,7 @@ def perplexity(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def _perplexities(experiment: Experiment, systems: dict[str, System], answers: Sequence[Read]) -> dict[str, Any]:
+def _perplexities(experiment: Experiment, systems: dict[str, Combination], answers: Sequence[Read]) -> dict[str, Any]:
     """Of each system, and as a multiple of the small tuned model's."""
     scorer = Scorer(experiment)
     nats: dict[str, list[float]] = {name: [] for name in systems}
@@ -160,7 +161,7 @@ def _true(experiment: Experiment, answer: str) -> tuple[int, ...]:
     return (*tokenizer(f" It is {answer}. {CLOSING}")["input_ids"], tokenizer.eos_token_id)
 
 
-def _answers(experiment: Experiment, system: System, temperature: float) -> list[Read]:
+def _answers(experiment: Experiment, system: Combination, temperature: float) -> list[Read]:
     """Messages and the ids of the system's answers to them, short and long."""
     return [
         (question.text, answer.token_ids)

@@ -9,7 +9,8 @@ from typing import Any
 
 from eft_serve.evaluation.experiment import Experiment
 from eft_serve.evaluation.statistics import normalised
-from eft_serve.evaluation.systems import System, alone
+from eft_serve.evaluation.systems import alone
+from eft_serve.types import Combination
 
 GRID_MEASURES = ("correct", "helpful form", "long helpful form")
 FORM_MEASURES = ("correct", "helpful form")
@@ -76,7 +77,7 @@ def frontier(experiment: Experiment) -> dict[str, Any]:
 def knobs(experiment: Experiment) -> dict[str, Any]:
     """Scale and weight, and the control without a reference; each beside EFT with both at 1."""
     eft = experiment.systems.up_scaled()
-    series: dict[str, dict[str, System]] = {
+    series: dict[str, dict[str, Combination]] = {
         "scale": {f"{scale:g}": experiment.systems.up_scaled(scale=scale) for scale in SCALES},
         "weight": {f"{weight:g}": experiment.systems.up_scaled(weight=weight) for weight in WEIGHTS},
         "control": {f"{weight:g}": experiment.systems.without_reference(weight) for weight in (0.5, 1.0)},

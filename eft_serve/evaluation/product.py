@@ -18,8 +18,7 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.engine.engine import Engine
 from eft_serve.errors import EftServeError
-from eft_serve.evaluation.systems import System
-from eft_serve.types import Delta, Endpoint, GenerationRequest, SamplingParams, StepBatch, StepResult
+from eft_serve.types import Combination, Delta, Endpoint, GenerationRequest, SamplingParams, StepBatch, StepResult
 
 ROWS = 128  # requests decoded together
 KV_CACHE_TOKENS = ROWS * 512
@@ -30,7 +29,7 @@ TIMEOUT_S = 3600.0  # also of a request that waits: a busy machine may stop this
 class Job:
     """One message to one system."""
 
-    system: System
+    system: Combination
     message: str
     max_tokens: int
     temperature: float = 0.0
@@ -137,12 +136,12 @@ class Product:
             self._answers[str(index)] = Answer()
             generation = GenerationRequest(
                 request_id=str(index),
-                recipe="evaluation",
+                combination=job.system,
                 prompts={term.name: self.prompt(term.model, job.message) for term in job.system.terms},
                 sampling=SamplingParams(temperature=job.temperature, seed=job.seed, max_tokens=job.max_tokens),
                 timeout_s=TIMEOUT_S,
             )
-            yield Request.create(generation, job.system.terms, time.monotonic(), job.system.truncate_top_p)
+            yield Request.create(generation, time.monotonic())
 
     def _collect(self, deltas: Sequence[tuple[str, Delta]]) -> None:
         for request_id, delta in deltas:

@@ -5,26 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eft_serve.config_recipes import RecipeConfig, RoleConfig, TunedConfig
-from eft_serve.ensemble import Term, recipe_terms
+from eft_serve.ensemble import resolve_recipe
+from eft_serve.types import Combination, Term
 from eft_serve.zoo import FAMILIES
 
 
-@dataclass(frozen=True)
-class System:
-    """What a request runs."""
-
-    terms: tuple[Term, ...]
-    truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to
-
-
-def alone(model: str) -> System:
+def alone(model: str) -> Combination:
     """One model as it is."""
-    return System((Term(model, model, 1.0),))
+    return Combination((Term(model, model, 1.0),))
 
 
 def emulated(
     base: str, tuned: dict[str, float], reference: str, scale: float = 1.0, truncate_top_p: float = 1.0
-) -> System:
+) -> Combination:
     """As a recipe with these roles, the weight of each fine-tuning, and these knobs."""
     recipe = RecipeConfig(
         base=RoleConfig(model=base),
@@ -33,7 +26,7 @@ def emulated(
         scale=scale,
         truncate_top_p=truncate_top_p,
     )
-    return System(recipe_terms(recipe), truncate_top_p)
+    return resolve_recipe(recipe)
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Systems:
         return cls(*FAMILIES[family])
 
     @property
-    def grid(self) -> dict[tuple[str, str], System]:
+    def grid(self) -> dict[tuple[str, str], Combination]:
         """By the scale of pre-training and the scale of fine-tuning."""
         return {
             ("small", "small"): alone(self.tuned_small),
@@ -60,14 +53,14 @@ class Systems:
             ("large", "large"): alone(self.tuned_large),
         }
 
-    def up_scaled(self, scale: float = 1.0, weight: float = 1.0, truncate_top_p: float = 1.0) -> System:
+    def up_scaled(self, scale: float = 1.0, weight: float = 1.0, truncate_top_p: float = 1.0) -> Combination:
         """EFT; its knobs at 1 are the paper's up-scaling."""
         return emulated(self.large, {self.tuned_small: weight}, self.small, scale, truncate_top_p)
 
-    def without_reference(self, weight: float = 1.0) -> System:
+    def without_reference(self, weight: float = 1.0) -> Combination:
         """The control, which is no recipe: large base times small tuned model, nothing divided out."""
-        return System((Term(self.large, self.large, 1.0), Term(self.tuned_small, self.tuned_small, weight)))
+        return Combination((Term(self.large, self.large, 1.0), Term(self.tuned_small, self.tuned_small, weight)))
 
-    def interpolated(self, helpful: float, base: str) -> System:
+    def interpolated(self, helpful: float, base: str) -> Combination:
         """The weight `helpful` on the helpful fine-tuning and the rest of 1 on the harmless one."""
         return emulated(base, {self.tuned_small: helpful, self.harmless: 1.0 - helpful}, self.small)

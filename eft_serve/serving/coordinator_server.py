@@ -17,8 +17,8 @@ from eft_serve.coordinator.backend import LogitsBackend
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
-from eft_serve.ensemble import Ensemble
-from eft_serve.errors import ModelNotFoundError, UnavailableError, to_failure
+from eft_serve.coordinator.validation import check_deployed
+from eft_serve.errors import UnavailableError, to_failure
 from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
 from eft_serve.transport.submissions import Notice, SubmissionServer, Submit
 from eft_serve.types import Delta, RequestEnd
@@ -85,12 +85,8 @@ class CoordinatorServer:
             raise UnavailableError(f"more than {limits.max_waiting} requests are waiting; try again later")
         if (reply_to := self._ingresses.get(submission.reply_address)) is None:
             raise UnavailableError("the coordinator has not met this ingress yet; try again later")
-        if (ensemble := Ensemble.find(self.config, generation.recipe)) is None:
-            raise ModelNotFoundError(f"no recipe or model {generation.recipe!r}", param="model")
-        knobs, every = generation.knobs, generation.components is not None
-        terms, truncate_top_p = ensemble.terms(knobs, every=every), ensemble.truncate_top_p(knobs)
-        rewards = ensemble.rewards(knobs) if every else ()
-        request = Request.create(generation, terms, time.monotonic(), truncate_top_p, rewards)
+        check_deployed(generation.combination, self.config)
+        request = Request.create(generation, time.monotonic())
         self.subscribers[generation.request_id] = Subscriber(generation.request_id, client, reply_to)
         self.decode_loop.submit(request)
 

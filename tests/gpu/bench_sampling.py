@@ -24,9 +24,8 @@ from eft_serve.bench import report
 from eft_serve.bench.peaked_engine import peaked_logits
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
-from eft_serve.ensemble import Term
 from eft_serve.numerics.backends import CpuBackend, SamplingBackend, TorchBackend
-from eft_serve.types import GenerationRequest, SamplingParams
+from eft_serve.types import Combination, GenerationRequest, SamplingParams, Term
 
 TERMS = (Term("base", "base", 1.0), Term("tuned", "tuned", 1.0), Term("reference", "reference", -1.0))
 SIDES = {"greedy": (0.0, 1.0), "t1": (1.0, 1.0), "top_p": (0.7, 0.9)}  # temperature and top-p
@@ -41,8 +40,10 @@ def build_requests(side: str, terms: Sequence[Tensor]) -> list[Request]:
     for row in range(len(terms[0])):
         sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=row)
         prompts = {term.name: [1] for term in TERMS}
-        generation = GenerationRequest(request_id=str(row), recipe="bench", prompts=prompts, sampling=sampling)
-        request = Request.create(generation, TERMS, 0.0)
+        generation = GenerationRequest(
+            request_id=str(row), combination=Combination(TERMS), prompts=prompts, sampling=sampling
+        )
+        request = Request.create(generation, 0.0)
         request.num_ids = terms[0].shape[1]
         for sequence, term in zip(request.sequences, terms, strict=True):
             sequence.rows = term[row : row + 1]

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
-from eft_serve.ensemble import Reward, Term
 from eft_serve.errors import EftServeError, EngineError
 from eft_serve.numerics.backends import SamplingBackend, TorchBackend
-from eft_serve.types import GenerationRequest, SamplingParams, TokenComponents
+from eft_serve.types import Combination, GenerationRequest, Reward, SamplingParams, Term, TokenComponents
 
 VOCAB = 5000
 PADDING = 8
@@ -41,13 +40,13 @@ def ready(
     """A request whose models have all answered."""
     generation = GenerationRequest(
         request_id=f"r{seed}",
-        recipe="eft",
+        combination=Combination(TERMS, truncate_top_p, REWARDS),
         prompts={term.name: [1] for term in TERMS},
         sampling=SamplingParams(seed=seed, max_tokens=100, **sampling),
         components=components,
         forced_token_ids=forced,
     )
-    request = Request.create(generation, TERMS, 0.0, truncate_top_p, REWARDS)
+    request = Request.create(generation, 0.0)
     request.num_ids = VOCAB
     generator = torch.Generator().manual_seed(seed)
     for sequence in request.sequences:

@@ -301,7 +301,14 @@ def test_resources_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [(None, "No such file"), ("tenants: {", "is not YAML"), ("", "holds no tenants")]
+    ("text", "said"),
+    [
+        (None, "No such file"),
+        ("tenants: {", "is not YAML"),
+        ("tenants: 2026-02-30", "is not YAML"),
+        ("tenants:\n  acme: {}\n  acme: {}", "a name stands twice"),
+        ("", "holds no tenants"),
+    ],
 )
 def test_a_tenants_file_that_cannot_be_used(tmp_path: Path, model: Path, text: str | None, said: str) -> None:
     file = tmp_path / "tenants.yaml"
@@ -311,6 +318,7 @@ def test_a_tenants_file_that_cannot_be_used(tmp_path: Path, model: Path, text: s
     problem = only(check(AppConfig.parse(data)))
     assert problem.path == "server.tenants_file"
     assert said in problem.message
+    assert "acme" not in problem.message
 
 
 INNER: dict[str, Any] = {"models": {"m": {"path": "x"}}}

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eft_serve.config import AppConfig
-from eft_serve.config_recipes import MAX_KNOB, RecipeConfig
-from eft_serve.ensemble import Ensemble, Reward, Term, recipe_terms
+from eft_serve.config_recipes import AS_ITSELF, MAX_KNOB, PromptConfig, RecipeConfig
+from eft_serve.ensemble import Ensemble, Knobs, resolve_recipe
 from eft_serve.errors import InvalidRequestError
-from eft_serve.types import Knobs
+from eft_serve.types import Combination, Reward, Term
 
 KNOBS = st.floats(-MAX_KNOB, MAX_KNOB)
 UP_SCALING = RecipeConfig.model_validate({"base": "large", "reference": "small", "tuned": [{"model": "chat"}]})
@@ -28,10 +28,14 @@ TWO_TUNED = RecipeConfig.model_validate(
 )
 
 
+def terms(recipe: RecipeConfig, knobs: Knobs, *, every: bool = False) -> tuple[Term, ...]:
+    return resolve_recipe(recipe, knobs, every=every).terms
+
+
 def coefficients(
     recipe: RecipeConfig, scale: float | None = None, weights: dict[str, float] | None = None
 ) -> dict[str, float]:
-    return {term.name: term.coefficient for term in recipe_terms(recipe, Knobs(scale=scale, weights=weights))}
+    return {term.name: term.coefficient for term in terms(recipe, Knobs(scale=scale, weights=weights))}
 
 
 def test_up_scaling_runs_three_models_in_the_recipes_order() -> None:
@@ -88,7 +92,7 @@ def role(model: str, **fields: Any) -> dict[str, Any]:
 
 def names(base: object, reference: object, *tuned: object) -> list[str]:
     recipe = RecipeConfig.model_validate({"base": base, "reference": reference, "tuned": tuned})
-    return [term.name for term in recipe_terms(recipe, Knobs(scale=0.3, weights={t.knob: 0.1 for t in recipe.tuned}))]
+    return [term.name for term in terms(recipe, Knobs(scale=0.3, weights={t.knob: 0.1 for t in recipe.tuned}))]
 
 
 def test_one_model_with_several_prompts_is_a_term_for_each() -> None:
@@ -105,11 +109,22 @@ def test_one_model_with_several_prompts_is_a_term_for_each() -> None:
 def test_context_steering_is_one_model_twice() -> None:
     told = role("m", system_prompt="Be brief.")
     recipe = RecipeConfig.model_validate({"base": "m", "reference": "m", "tuned": told})
-    plain, steered = recipe_terms(recipe, Knobs(weights={"m": 1.5}))
-    assert (plain.model, plain.coefficient, plain.prompting.system_prompt) == ("m", -0.5, None)
-    assert (steered.model, steered.coefficient, steered.prompting.system_prompt) == ("m", 1.5, "Be brief.")
-    assert (plain.weight, steered.weight) == (0.0, 1.5)
-    assert recipe_terms(recipe, Knobs(weights={"m": 0.0})) == (Term("m", "m", 1.0),)
+    steered = (Term("m", "m", -0.5), Term("m@tuned", "m", 1.5, weight=1.5))
+    assert terms(recipe, Knobs(weights={"m": 1.5})) == steered
+    assert terms(recipe, Knobs(weights={"m": 0.0})) == (Term("m", "m", 1.0),)
+    prompting = Ensemble("steered", recipe.models, recipe).prompting
+    assert prompting == {"m": AS_ITSELF, "m@tuned": PromptConfig(system_prompt="Be brief.")}
+
+
+def test_every_term_that_may_run_has_prompt_settings() -> None:
+    told = PromptConfig(response_prefix=" So")
+    recipe = RecipeConfig.model_validate(
+        {"base": "b", "reference": "r", "tuned": role("t", reference=role("r", response_prefix=" So"))}
+    )
+    ensemble = Ensemble("r", recipe.models, recipe)
+    assert ensemble.prompting == {"b": AS_ITSELF, "r": AS_ITSELF, "t": AS_ITSELF, "r@t/reference": told}
+    assert list(ensemble.prompting) == [term.name for term in ensemble.resolve(every=True).terms]
+    assert Ensemble("m", ("m",)).prompting == {"m": AS_ITSELF}
 
 
 PLAIN_TRUNCATION = [
@@ -124,24 +139,25 @@ PLAIN_TRUNCATION = [
 def test_truncation_runs_what_either_part_needs(
     knobs: dict[str, Any], expected: dict[str, tuple[float, float]]
 ) -> None:
-    terms = recipe_terms(UP_SCALING, Knobs(truncate_top_p=0.9, **knobs))
-    assert {term.name: (term.coefficient, term.ratio) for term in terms} == expected
-    assert all(term.ratio == 0 for term in recipe_terms(UP_SCALING, Knobs(truncate_top_p=1.0, **knobs)))
+    truncated = resolve_recipe(UP_SCALING, Knobs(truncate_top_p=0.9, **knobs))
+    assert truncated.truncate_top_p == 0.9
+    assert {term.name: (term.coefficient, term.ratio) for term in truncated.terms} == expected
+    assert all(term.ratio == 0 for term in terms(UP_SCALING, Knobs(truncate_top_p=1.0, **knobs)))
 
 
 @given(beta=KNOBS, alpha=KNOBS, gamma=KNOBS, top_p=st.sampled_from([0.9, 1.0]))
 def test_the_parts_of_a_truncated_combination(beta: float, alpha: float, gamma: float, top_p: float) -> None:
     """Outside the nucleus it is the combination at scale 0; the rest is the ratio alone."""
     knobs = Knobs(scale=beta, weights={"helpful": alpha, "harmless": gamma}, truncate_top_p=top_p)
-    terms = {term.name: term for term in recipe_terms(TWO_TUNED, knobs)}
+    running = {term.name: term for term in terms(TWO_TUNED, knobs)}
     plain = coefficients(TWO_TUNED, beta, {"helpful": alpha, "harmless": gamma})
-    assert {name: t.coefficient for name, t in terms.items() if t.coefficient} == plain
+    assert {name: t.coefficient for name, t in running.items() if t.coefficient} == plain
     if top_p < 1:
         unscaled = coefficients(TWO_TUNED, 0.0, {"helpful": alpha, "harmless": gamma})
-        unscaled = {name: t.unscaled for name, t in terms.items()}
-        assert unscaled == pytest.approx({name: unscaled.get(name, 0.0) for name in terms}, abs=1e-6)
-        assert set(unscaled) <= set(terms)
-        ratio = {name: t.ratio for name, t in terms.items() if t.ratio}
+        outside = {name: t.unscaled for name, t in running.items()}
+        assert outside == pytest.approx({name: unscaled.get(name, 0.0) for name in running}, abs=1e-6)
+        assert set(unscaled) <= set(running)
+        ratio = {name: t.ratio for name, t in running.items() if t.ratio}
         assert ratio == ({"large": beta, "small": -beta} if abs(beta) >= 1e-9 else {})
 
 
@@ -169,20 +185,20 @@ BOUNDED = RecipeConfig.model_validate(
 )
 def test_a_recipe_bounds_what_requests_may_ask_for(knobs: Knobs, param: str, said: str) -> None:
     with pytest.raises(InvalidRequestError, match=re.escape(said)) as caught:
-        recipe_terms(BOUNDED, knobs)
+        resolve_recipe(BOUNDED, knobs)
     assert caught.value.param == param
 
 
 def test_within_the_bounds_a_request_has_its_way() -> None:
-    terms = recipe_terms(BOUNDED, Knobs(scale=1.0, weights={"lawyer": 0.8, "chat": -3}, truncate_top_p=1.0))
-    assert [(t.name, t.coefficient) for t in terms] == [
+    running = terms(BOUNDED, Knobs(scale=1.0, weights={"lawyer": 0.8, "chat": -3}, truncate_top_p=1.0))
+    assert [(t.name, t.coefficient) for t in running] == [
         ("large", 1.0),
         ("small", pytest.approx(2.2)),
         ("chat", -3.0),
         ("law", 0.8),
     ]
-    ensemble = Ensemble("bounded", BOUNDED.models, BOUNDED)
-    assert (ensemble.truncate_top_p(), ensemble.truncate_top_p(Knobs(truncate_top_p=0.5))) == (0.9, 0.5)
+    assert resolve_recipe(BOUNDED).truncate_top_p == 0.9
+    assert resolve_recipe(BOUNDED, Knobs(truncate_top_p=0.5)).truncate_top_p == 0.5
 
 
 @pytest.mark.parametrize("knob", [math.nan, math.inf, -math.inf, MAX_KNOB * 1.01, -MAX_KNOB * 1.01])
@@ -209,14 +225,14 @@ def test_a_name_is_a_recipe_or_a_plain_model_or_nothing() -> None:
     recipe, plain = Ensemble.find(config, "up"), Ensemble.find(config, "small")
     assert recipe is not None
     assert recipe.models == ("large", "small", "chat")
-    assert recipe.terms(Knobs(scale=0.0)) == (Term("chat", "chat", 1.0, weight=1.0),)
+    assert recipe.resolve(Knobs(scale=0.0)) == Combination((Term("chat", "chat", 1.0, weight=1.0),), recipe="up")
     assert plain is not None
-    assert plain.terms() == (Term("small", "small", 1.0),)
+    assert plain.resolve() == plain.resolve(every=True) == Combination((Term("small", "small", 1.0),), recipe="small")
     assert Ensemble.find(config, "nobody") is None
     with pytest.raises(InvalidRequestError, match="plain model"):
-        plain.terms(Knobs(scale=1.0))
+        plain.resolve(Knobs(scale=1.0))
     with pytest.raises(InvalidRequestError, match="plain model") as caught:
-        plain.terms(Knobs(weights={}))
+        plain.resolve(Knobs(weights={}))
     assert caught.value.param == "eft"
 
 
@@ -225,36 +241,33 @@ def test_an_adapter_is_a_term_of_the_deployment_that_it_shares() -> None:
     config = AppConfig.parse({"models": models, "recipes": {"up": UP_SCALING.model_dump()}})
     recipe, alone = Ensemble.find(config, "up"), Ensemble.find(config, "chat")
     assert recipe is not None
-    assert recipe.terms() == (
+    assert recipe.resolve().terms == (
         Term("large", "large", 1.0),
         Term("small", "small", -1.0),
         Term("chat", "small", 1.0, adapter="chat", weight=1.0),
     )
     assert alone is not None
-    assert alone.terms() == (Term("chat", "small", 1.0, adapter="chat"),)
+    assert alone.resolve().terms == (Term("chat", "small", 1.0, adapter="chat"),)
 
 
 @given(beta=KNOBS, alpha=st.sampled_from([0.0, 0.3, 1.0]))
 def test_every_term_is_those_that_count_and_the_others(beta: float, alpha: float) -> None:
     knobs = Knobs(scale=beta, weights={"helpful": alpha})
-    every = recipe_terms(TWO_TUNED, knobs, every=True)
+    every = terms(TWO_TUNED, knobs, every=True)
     assert [term.name for term in every] == list(TWO_TUNED.models)
-    assert tuple(term for term in every if term.counts) == recipe_terms(TWO_TUNED, knobs)
+    assert tuple(term for term in every if term.counts) == terms(TWO_TUNED, knobs)
 
 
 def test_rewards_are_the_fine_tunings_over_the_names_of_every_term() -> None:
     told = role("chat", name="told", system_prompt="Be brief.", weight=0.0)
     recipe = RecipeConfig.model_validate({"base": "large", "reference": "small", "tuned": ["chat", told]})
-    ensemble = Ensemble("r", recipe.models, recipe)
     knobs = Knobs(weights={"chat": 1.5})
-    assert ensemble.rewards(knobs) == (
+    combination = resolve_recipe(recipe, knobs, every=True)
+    assert combination.rewards == (
         Reward("chat", "chat", "small", 1.5),
         Reward("told", "chat@told", "small", 0.0),
     )
-    names = {term.name for term in ensemble.terms(knobs, every=True)}
-    assert {name for r in ensemble.rewards(knobs) for name in (r.tuned, r.reference)} <= names
-    other = Ensemble("t", TWO_TUNED.models, TWO_TUNED).rewards()
+    assert [term.name for term in combination.terms] == ["large", "small", "chat", "chat@told"]
+    assert resolve_recipe(recipe, knobs).rewards == (), "not every term runs"
+    other = resolve_recipe(TWO_TUNED, every=True).rewards
     assert [(r.name, r.reference) for r in other] == [("helpful", "small"), ("harmless", "other")]
-    assert Ensemble("small", ("small",)).rewards() == ()
-    with pytest.raises(InvalidRequestError, match=r"eft\.weights: 'wrong' is not a fine-tuning"):
-        ensemble.rewards(Knobs(weights={"wrong": 1.0}))

@@ -37,7 +37,7 @@ class Stage:
     def __init__(self) -> None:
         self.engines = {
             term.model: Engine.load(term.model, ModelConfig(path=f"zoo:{term.model}", kv_cache_tokens=KV_TOKENS))
-            for term in EFT
+            for term in EFT.terms
         }
         self.vocabularies = {name: Vocabulary.load(ZOO_CHECKPOINTS / name) for name in self.engines}
         asked = [*held_out_questions(190), *long_prompts(14)]
@@ -67,12 +67,12 @@ class Stage:
     def _request(index: int, prompt: list[int], temperature: float, speculative: Speculative | None) -> Request:
         generation = GenerationRequest(
             request_id=f"r{index}",
-            recipe="eft",
-            prompts={term.name: prompt for term in EFT},
+            combination=EFT,
+            prompts={term.name: prompt for term in EFT.terms},
             sampling=SamplingParams(temperature=temperature, seed=index, max_tokens=80),
             speculative=speculative,
         )
-        return Request.create(generation, EFT, time.monotonic())
+        return Request.create(generation, time.monotonic())
 
 
 class Outcome:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
-from api_fakes import Stack, chat, deltas, events, make_config
+from api_fakes import Stack, chat, deltas, events, make_config, save_tokenizer
 
-from eft_serve.types import FinishReason, GenerationRequest, Knobs, SamplingParams
+from eft_serve.config import AppConfig
+from eft_serve.errors import UnavailableError
+from eft_serve.types import Combination, FinishReason, GenerationRequest, SamplingParams, Term
 
 
 @pytest.fixture
@@ -76,8 +79,37 @@ async def test_every_model_that_runs_gets_its_own_prompt(stack: Stack) -> None:
     assert len(up.prompts["large"]) == 1 + len("User: hi\nAssistant:")
     assert len(up.prompts["small"]) == len("<|user|>hi\n<|assistant|>")
     assert up.prompts["small"] == up.prompts["small-chat"]
-    assert (list(chat_alone.prompts), chat_alone.knobs.scale) == (["small-chat"], 0.0)
-    assert (list(plain.prompts), plain.recipe) == (["small"], "small")
+    assert list(chat_alone.prompts) == ["small-chat"]
+    assert chat_alone.combination.terms == (Term("small-chat", "small-chat", 1.0, weight=1.0),)
+    assert list(plain.prompts) == ["small"]
+    assert plain.combination.terms == (Term("small", "small", 1.0),)
+
+
+TOLD = {"model": "small", "system_prompt": "No jokes.", "weight": 1.5}
+STEERED = {"base": "small", "reference": "small", "tuned": TOLD}
+TURN = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "before"),
+    [
+        ("chat/completions", {"messages": [TURN]}, "<|system|>No jokes.\n"),
+        ("completions", {"prompt": "hi"}, "No jokes.\n"),
+        ("score", {"messages": [TURN], "completion": "a"}, "<|system|>No jokes.\n"),
+        ("score", {"prompt": "hi", "completion": "a"}, "No jokes.\n"),
+    ],
+)
+async def test_a_term_that_is_told_something_has_it_in_its_prompt_alone(
+    tmp_path: Path, path: str, body: dict[str, Any], before: str
+) -> None:
+    models = {"small": {"path": str(save_tokenizer(tmp_path / "small"))}}
+    stack = Stack(AppConfig.parse({"models": models, "recipes": {"steered": STEERED}}))
+    stack.service.answer = lambda _: [UnavailableError("enough seen")]
+    async with stack.client() as client:
+        await client.post(f"/v1/{path}", json={"model": "steered", **body})
+    [request] = stack.service.requests
+    assert list(request.prompts) == ["small", "small@tuned"]
+    assert len(request.prompts["small@tuned"]) == len(request.prompts["small"]) + len(before)
 
 
 async def test_defaults_are_openais_and_the_configs(stack: Stack) -> None:
@@ -85,7 +117,13 @@ async def test_defaults_are_openais_and_the_configs(stack: Stack) -> None:
         await client.post("/v1/chat/completions", json=chat(seed=5))
     [request] = stack.service.requests
     assert request.sampling == SamplingParams(seed=5, max_tokens=77)
-    assert (request.knobs, request.tenant) == (Knobs(), "anonymous")
+    assert [(term.name, term.coefficient) for term in request.combination.terms] == [
+        ("large", 1.0),
+        ("small", -1.0),
+        ("small-chat", 1.0),
+    ]
+    assert (request.combination.truncate_top_p, request.combination.rewards) == (1.0, ())
+    assert request.tenant == "anonymous"
 
 
 async def test_all_parameters_arrive(stack: Stack) -> None:
@@ -98,7 +136,12 @@ async def test_all_parameters_arrive(stack: Stack) -> None:
     assert got.sampling == SamplingParams(
         temperature=0, top_p=0.5, top_k=4, min_p=0.1, seed=9, stop=("a", "b"), ignore_eos=True, max_tokens=3
     )
-    assert got.knobs == Knobs(scale=1.5, weights={"small-chat": 2.0}, truncate_top_p=0.9)
+    up_scaled = (
+        Term("large", "large", 1.5, ratio=1.5),
+        Term("small", "small", -2.5, ratio=-1.5),
+        Term("small-chat", "small-chat", 2.0, weight=2.0),
+    )
+    assert got.combination == Combination(up_scaled, 0.9, recipe="up")
 
 
 async def test_each_choice_has_an_id_a_seed_and_a_stream_of_its_own(stack: Stack) -> None:
@@ -145,7 +188,7 @@ async def test_the_openai_client_reads_both(stack: Stack) -> None:
         model="up", messages=[{"role": "user", "content": "hi"}], extra_body={"eft": {"scale": 0.5}}
     )
     assert whole.choices[0].message.content == "Hello"
-    assert stack.service.requests[0].knobs.scale == 0.5
+    assert stack.service.requests[0].combination.terms[0].coefficient == 0.5
     stream = await client.chat.completions.create(
         model="up",
         messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],

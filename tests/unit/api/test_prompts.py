@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from api_fakes import CHAT_TEMPLATE, save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eft_serve.api.prompts import INLINE_CHARACTERS, ModelTokenizer, PromptRenderer, plain_chat
+from eft_serve.api.prompts import INLINE_CHARACTERS, Message, ModelTokenizer, PromptRenderer, Prompts, plain_chat
 from eft_serve.config import AppConfig
-from eft_serve.config_recipes import PromptConfig
-from eft_serve.ensemble import Ensemble, Term
+from eft_serve.config_recipes import AS_ITSELF, PromptConfig
+from eft_serve.ensemble import Ensemble
 from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
+from eft_serve.types import Term
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -38,8 +40,25 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelToken
     }
 
 
-def terms(*models: str) -> list[Term]:
-    return [Term(model, model, 1.0) for model in models]
+Told = tuple[Term, PromptConfig]
+
+
+def terms(*models: str) -> list[Told]:
+    return [(Term(model, model, 1.0), AS_ITSELF) for model in models]
+
+
+def told(model: str, **prompting: Any) -> Told:
+    return Term(f"{model}@told", model, 1.0), PromptConfig(**prompting)
+
+
+async def chat(renderer: PromptRenderer, readers: Sequence[Told], messages: Sequence[Message]) -> Prompts:
+    prompting = {term.name: prompting for term, prompting in readers}
+    return await renderer.chat([term for term, _ in readers], prompting, messages)
+
+
+async def complete(renderer: PromptRenderer, readers: Sequence[Told], prompt: str | Sequence[int]) -> Prompts:
+    prompting = {term.name: prompting for term, prompting in readers}
+    return await renderer.completion([term for term, _ in readers], prompting, prompt)
 
 
 def text_of(tokenizer: ModelTokenizer, ids: list[int]) -> str:
@@ -51,7 +70,7 @@ def test_the_plain_format_is_one_line_a_turn() -> None:
 
 
 async def test_each_model_is_prompted_by_its_own_template(tokenizers: dict[str, ModelTokenizer]) -> None:
-    prompts = await PromptRenderer(tokenizers).chat(terms("base", "chat", "other"), MESSAGES)
+    prompts = await chat(PromptRenderer(tokenizers), terms("base", "chat", "other"), MESSAGES)
     assert list(prompts) == ["base", "chat", "other"]
     assert text_of(tokenizers["base"], prompts["base"]) == "<s>" + plain_chat(MESSAGES)
     rendered = "<|system|>Be brief.\n<|user|>Hi\n<|assistant|>Yes?\n<|user|>Bye\n<|assistant|>"
@@ -64,15 +83,15 @@ async def test_an_adapter_is_prompted_like_the_model_that_it_adapts(tmp_path: Pa
     models = {"small": {"path": str(path)}, "law": {"model": "small", "adapter": str(tmp_path / "law")}}
     config = AppConfig.parse({"models": models})
     ensembles = [Ensemble.find(config, name) for name in models]
-    both = [term for ensemble in ensembles if ensemble is not None for term in ensemble.terms()]
-    prompts = await PromptRenderer.load(config).chat(both, MESSAGES)
+    both = [(term, e.prompting[term.name]) for e in ensembles if e is not None for term in e.resolve().terms]
+    prompts = await chat(PromptRenderer.load(config), both, MESSAGES)
     assert list(prompts) == ["small", "law"]
     assert prompts["law"] == prompts["small"]
 
 
 async def test_a_refusing_template_names_the_messages(tokenizers: dict[str, ModelTokenizer]) -> None:
     with pytest.raises(InvalidRequestError, match="system comes first") as caught:
-        await PromptRenderer(tokenizers).chat(terms("chat"), MESSAGES[1:] + MESSAGES[:1])
+        await chat(PromptRenderer(tokenizers), terms("chat"), MESSAGES[1:] + MESSAGES[:1])
     assert caught.value.param == "messages"
 
 
@@ -83,7 +102,7 @@ async def test_a_prompt_decodes_to_itself_after_the_special_token(
 ) -> None:
     if "<s>" in text:
         return
-    prompts = await PromptRenderer(tokenizers).completion(terms("base"), text)
+    prompts = await complete(PromptRenderer(tokenizers), terms("base"), text)
     assert text_of(tokenizers["base"], prompts["base"]) == "<s>" + text
 
 
@@ -100,20 +119,16 @@ async def test_long_prompts_leave_the_event_loop_free_and_encode_alike(
         return encode(tokenizer, text, add_special_tokens)
 
     monkeypatch.setattr(ModelTokenizer, "encode", noted)
-    several = await asyncio.gather(*(renderer.completion(terms("base", "chat"), text) for _ in range(4)))
+    several = await asyncio.gather(*(complete(renderer, terms("base", "chat"), text) for _ in range(4)))
     assert working_threads
     assert threading.get_ident() not in working_threads
     assert {len(ids) for prompts in several for ids in prompts.values()} == {len(text) + 1}
 
 
-def told(model: str, **prompting: Any) -> Term:
-    return Term(f"{model}@told", model, 1.0, prompting=PromptConfig(**prompting))
-
-
 async def test_each_term_has_its_own_instructions(tokenizers: dict[str, ModelTokenizer]) -> None:
     instructed = told("chat", system_prompt="No jokes.", response_prefix=" Well")
     for messages, system in ((MESSAGES, "No jokes.\n\nBe brief."), (MESSAGES[1:], "No jokes.")):
-        prompts = await PromptRenderer(tokenizers).chat([*terms("chat"), instructed], messages)
+        prompts = await chat(PromptRenderer(tokenizers), [*terms("chat"), instructed], messages)
         without, with_them = (text_of(tokenizers["chat"], ids) for ids in prompts.values())
         rest = "<|user|>Hi\n<|assistant|>Yes?\n<|user|>Bye\n<|assistant|>"
         assert without == ("<|system|>Be brief.\n" if messages is MESSAGES else "") + rest
@@ -122,19 +137,19 @@ async def test_each_term_has_its_own_instructions(tokenizers: dict[str, ModelTok
 
 async def test_the_plain_format_is_instructed_alike(tokenizers: dict[str, ModelTokenizer]) -> None:
     instructed = told("base", system_prompt="No jokes.", response_prefix=" Well")
-    prompts = await PromptRenderer(tokenizers).chat([instructed], MESSAGES[1:2])
+    prompts = await chat(PromptRenderer(tokenizers), [instructed], MESSAGES[1:2])
     assert text_of(tokenizers["base"], prompts["base@told"]) == "<s>System: No jokes.\nUser: Hi\nAssistant: Well"
 
 
 async def test_an_empty_system_prompt_is_a_system_message_all_the_same(tokenizers: dict[str, ModelTokenizer]) -> None:
     """Templates that have a system prompt of their own give way to it."""
-    prompts = await PromptRenderer(tokenizers).chat([told("chat", system_prompt="")], MESSAGES[1:2])
+    prompts = await chat(PromptRenderer(tokenizers), [told("chat", system_prompt="")], MESSAGES[1:2])
     assert text_of(tokenizers["chat"], prompts["chat@told"]) == "<|system|>\n<|user|>Hi\n<|assistant|>"
 
 
 async def test_a_text_is_told_on_the_line_before(tokenizers: dict[str, ModelTokenizer]) -> None:
     instructed = told("base", system_prompt="No jokes.", response_prefix=" we")
-    prompts = await PromptRenderer(tokenizers).completion([*terms("base"), instructed], "Once")
+    prompts = await complete(PromptRenderer(tokenizers), [*terms("base"), instructed], "Once")
     assert text_of(tokenizers["base"], prompts["base"]) == "<s>Once"
     assert text_of(tokenizers["base"], prompts["base@told"]) == "<s>No jokes.\nOnce we"
 
@@ -144,7 +159,7 @@ async def test_token_ids_cannot_be_told_anything(
     tokenizers: dict[str, ModelTokenizer], prompting: dict[str, str]
 ) -> None:
     with pytest.raises(InvalidRequestError, match="base@told") as caught:
-        await PromptRenderer(tokenizers).completion([*terms("base"), told("base", **prompting)], [1, 2])
+        await complete(PromptRenderer(tokenizers), [*terms("base"), told("base", **prompting)], [1, 2])
     assert caught.value.param == "prompt"
 
 
@@ -154,10 +169,10 @@ async def test_a_template_in_a_file_replaces_the_models_own(
     path = tmp_path / "template.jinja"
     template = "{% for m in messages %}{{ m.role[0] }}={{ m.content }};{% endfor %}"
     renderer = PromptRenderer(tokenizers, {path: template})
-    prompts = await renderer.chat([told("chat", chat_template=path), *terms("chat")], MESSAGES[1:3])
+    prompts = await chat(renderer, [told("chat", chat_template=path), *terms("chat")], MESSAGES[1:3])
     assert text_of(tokenizers["chat"], prompts["chat@told"]) == "u=Hi;a=Yes?;"
     assert text_of(tokenizers["chat"], prompts["chat"]) == "<|user|>Hi\n<|assistant|>Yes?\n<|assistant|>"
-    on_base = await renderer.chat([told("base", chat_template=path)], MESSAGES[1:3])
+    on_base = await chat(renderer, [told("base", chat_template=path)], MESSAGES[1:3])
     assert text_of(tokenizers["base"], on_base["base@told"]) == "u=Hi;a=Yes?;", "the template brings its special tokens"
 
 
@@ -170,7 +185,7 @@ async def test_a_template_that_breaks_over_a_chat_names_the_messages(
 ) -> None:
     path = tmp_path / "template.jinja"
     with pytest.raises(InvalidRequestError, match="messages: the chat template") as caught:
-        await PromptRenderer(tokenizers, {path: template}).chat([told("chat", chat_template=path)], MESSAGES)
+        await chat(PromptRenderer(tokenizers, {path: template}), [told("chat", chat_template=path)], MESSAGES)
     assert caught.value.param == "messages"
 
 
@@ -188,13 +203,13 @@ def test_the_templates_of_recipes_are_read_with_the_tokenizers(tmp_path: Path) -
 
 async def test_token_ids_need_one_vocabulary_and_its_range(tokenizers: dict[str, ModelTokenizer]) -> None:
     renderer = PromptRenderer(tokenizers)
-    assert await renderer.completion(terms("base", "other"), [0, 256]) == {"base": [0, 256], "other": [0, 256]}
-    assert await renderer.completion(terms("wider"), [257]) == {"wider": [257]}
+    assert await complete(renderer, terms("base", "other"), [0, 256]) == {"base": [0, 256], "other": [0, 256]}
+    assert await complete(renderer, terms("wider"), [257]) == {"wider": [257]}
     with pytest.raises(InvalidRequestError, match="one vocabulary"):
-        await renderer.completion(terms("base", "wider"), [1])
+        await complete(renderer, terms("base", "wider"), [1])
     for wrong in (-1, 257, 2**40):
         with pytest.raises(InvalidRequestError, match=str(wrong)):
-            await renderer.completion(terms("base", "other"), [1, wrong])
+            await complete(renderer, terms("base", "other"), [1, wrong])
 
 
 async def test_a_tokenizer_that_would_cut_does_not(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from api_fakes import Connection, Stack, make_config, save_tokenizer
 from eft_serve.config import AppConfig
 from eft_serve.errors import ContextLengthError, to_failure
 from eft_serve.tenancy.store import create_tenant
-from eft_serve.types import Delta, FinishReason, GenerationRequest, Knobs, TokenComponents
+from eft_serve.types import Combination, Delta, FinishReason, GenerationRequest, Reward, Term, TokenComponents
 
 LIMIT_S = 5.0
 
@@ -79,8 +79,15 @@ async def test_every_item_is_a_request_and_the_answers_keep_their_order(stack: S
     assert ids.prompts == {"large": [7, 8], "small": [7, 8], "small-chat": [7, 8]}
     assert len(text.prompts["large"]) == 1 + len("User: hi\nAssistant:")
     assert len(text.prompts["small"]) == len("<|user|>hi\n<|assistant|>")
+    every = (
+        Term("large", "large", 0.0),
+        Term("small", "small", -1.0),
+        Term("small-chat", "small-chat", 2.0, weight=2.0),
+    )
     for request in (ids, text):
-        assert request.knobs == Knobs(scale=0.0, weights={"small-chat": 2.0}, truncate_top_p=0.9)
+        assert request.combination == Combination(
+            every, 0.9, (Reward("small-chat", "small-chat", "small", 2.0),), "eft"
+        )
         assert (request.components, request.speculative) == (3, None)
     assert (ids.forced_token_ids, text.forced_token_ids) == ([65, 0], [65, 66, 67])
     prompt_tokens = len(ids.prompts["small-chat"]) + len(text.prompts["small-chat"])

@@ -15,9 +15,18 @@ from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.request import Request
-from eft_serve.ensemble import Term
 from eft_serve.numerics.sampling import sample
-from eft_serve.types import Delta, Endpoint, EventKind, GenerationRequest, RequestEnd, SamplingParams, Speculative
+from eft_serve.types import (
+    Combination,
+    Delta,
+    Endpoint,
+    EventKind,
+    GenerationRequest,
+    RequestEnd,
+    SamplingParams,
+    Speculative,
+    Term,
+)
 
 EFT = {"base": 1.0, "reference": -1.0, "tuned": 1.0}
 TOLD = "base@told"  # the base's second prompt
@@ -115,18 +124,8 @@ def request(
     components: int | None = None,
     **sampling: object,
 ) -> Request:
-    generation = GenerationRequest(
-        request_id=request_id,
-        recipe="eft",
-        prompts=dict(prompts),
-        sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
-        tenant=tenant,
-        speculative=speculative,
-        forced_token_ids=forced_token_ids,
-        components=components,
-    )
     adapted = adapted or {}
-    terms = [
+    terms = tuple(
         Term(
             name,
             model=adapted.get(name, name.partition("@")[0]),
@@ -135,8 +134,18 @@ def request(
             weight=float(name in ("tuned", TOLD)),
         )
         for name, c in coefficients.items()
-    ]
-    return Request.create(generation, terms, time.monotonic() if now is None else now)
+    )
+    generation = GenerationRequest(
+        request_id=request_id,
+        combination=Combination(terms, recipe="eft"),
+        prompts=dict(prompts),
+        sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
+        tenant=tenant,
+        speculative=speculative,
+        forced_token_ids=forced_token_ids,
+        components=components,
+    )
+    return Request.create(generation, time.monotonic() if now is None else now)
 
 
 def naive(req: Request) -> list[int]:
@@ -147,7 +156,7 @@ def naive(req: Request) -> list[int]:
     sampling = req.generation.sampling
     while len(output) < sampling.max_tokens and not (output and output[-1] == EOS and not sampling.ignore_eos):
         combined = torch.zeros(VOCAB_SIZE)
-        for term in req.terms:
+        for term in req.combination.terms:
             logits = toy_logits(term.model, req.generation.prompts[term.name] + output, term.adapter)
             combined += term.coefficient * torch.log_softmax(logits, -1)
         drawn = sample(combined[None], [sampling], [len(output)]) if sampling.temperature else combined.argmax()

@@ -17,16 +17,18 @@ from loop_harness import Harness, LetterVocabulary, naive, prompts_for, request,
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.scheduler import FORCED_ROWS
-from eft_serve.ensemble import Reward, Term
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.truncate import truncate_weights
 from eft_serve.types import (
+    Combination,
     Failure,
     FinishReason,
     GenerationRequest,
+    Reward,
     SamplingParams,
     SpecDecodeStats,
     Speculative,
+    Term,
     TokenComponents,
 )
 
@@ -51,17 +53,17 @@ def scored(
 ) -> Request:
     coefficients, top_p = KINDS[kind]
     terms = [Term(m, m, c, ratio=r, weight=float(m == "tuned")) for m, (c, r) in coefficients.items()]
+    running = tuple(term for term in terms if term.counts or not only_counting)
     generation = GenerationRequest(
         request_id=request_id,
-        recipe="eft",
+        combination=Combination(running, top_p, REWARDS if components is not None else ()),
         prompts=prompts,
         sampling=SamplingParams(**{"temperature": 0.0, "max_tokens": 12, **sampling}),  # type: ignore[arg-type]
         speculative=speculative,
         forced_token_ids=tokens,
         components=components,
     )
-    running = [term for term in terms if term.counts or not only_counting]
-    return Request.create(generation, running, time.monotonic(), top_p, REWARDS if components is not None else ())
+    return Request.create(generation, time.monotonic())
 
 
 def components(harness: Harness, request_id: str = "r") -> list[TokenComponents]:
@@ -74,7 +76,8 @@ def by_brute_force(req: Request, tokens: list[int]) -> list[TokenComponents]:
     """Whole log-softmaxes, one position and one model at a time."""
     found = []
     for position, token_id in enumerate(tokens):
-        logits = {t.name: toy_logits(t.model, req.generation.prompts[t.name] + tokens[:position]) for t in req.terms}
+        prompts, terms = req.generation.prompts, req.combination.terms
+        logits = {t.name: toy_logits(t.model, prompts[t.name] + tokens[:position]) for t in terms}
         combined = combined_row([row[None] for row in logits.values()], req)
         logprobs = {name: torch.log_softmax(row, -1) for name, row in logits.items()}
         emulated = torch.log_softmax(combined, -1)
@@ -87,10 +90,10 @@ def by_brute_force(req: Request, tokens: list[int]) -> list[TokenComponents]:
 
 def combined_row(logits: list[torch.Tensor], req: Request) -> torch.Tensor:
     def column(attribute: str) -> torch.Tensor:
-        return torch.tensor([[getattr(term, attribute)] for term in req.terms])
+        return torch.tensor([[getattr(term, attribute)] for term in req.combination.terms])
 
-    if req.truncate_top_p < 1 and any(term.ratio for term in req.terms):
-        top_p = torch.tensor([req.truncate_top_p])
+    if req.combination.truncate_top_p < 1 and any(term.ratio for term in req.combination.terms):
+        top_p = torch.tensor([req.combination.truncate_top_p])
         return truncate_weights(logits, column("unscaled"), column("ratio"), top_p)[0]
     return combine(logits, column("coefficient"))[0]
 

@@ -61,7 +61,7 @@ def assert_accounted(harness: Harness, requests: list[Request]) -> None:
     assert sum(usage.computed_tokens for usage in used) == harness.backend.num_computed_tokens - num_probes
     for req in requests:
         models = harness.ends[req.request_id].usage.models
-        prompts = {term.model: len(req.generation.prompts[term.name]) for term in req.terms}
+        prompts = {term.model: len(req.generation.prompts[term.name]) for term in req.combination.terms}
         assert {model: usage.prompt_tokens for model, usage in models.items()} == prompts
         assert {usage.completion_tokens for usage in models.values()} == {len(harness.tokens(req.request_id))}
         assert all(0 <= usage.cached_tokens < usage.prompt_tokens for usage in models.values())

@@ -8,8 +8,8 @@ import torch
 from eft_serve.coordinator.gather import Gathered, gather
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.scheduler import ScheduledStep, SchedulerOutput
-from eft_serve.ensemble import Term
 from eft_serve.types import (
+    Combination,
     Draft,
     GenerationRequest,
     SamplingParams,
@@ -17,6 +17,7 @@ from eft_serve.types import (
     Speculative,
     StepOutput,
     StepResult,
+    Term,
 )
 
 PROMPT = list(range(50))
@@ -24,8 +25,11 @@ PROMPT = list(range(50))
 
 @pytest.fixture
 def request_() -> Request:
-    generation = GenerationRequest(request_id="r", recipe="eft", prompts={"base": PROMPT}, sampling=SamplingParams())
-    return Request.create(generation, [Term("base", "base", 1.0)], now=0.0)
+    alone = Combination((Term("base", "base", 1.0),))
+    generation = GenerationRequest(
+        request_id="r", combination=alone, prompts={"base": PROMPT}, sampling=SamplingParams()
+    )
+    return Request.create(generation, now=0.0)
 
 
 def answer(request: Request, position: int, num_computed_tokens: int) -> Gathered:

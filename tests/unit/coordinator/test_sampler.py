@@ -11,11 +11,10 @@ from torch import Tensor
 
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import PHASES, Sampler, SamplerOutput, process
-from eft_serve.ensemble import Term
 from eft_serve.errors import EngineError
 from eft_serve.numerics.backends import CpuBackend, SamplingBackend, TorchBackend
 from eft_serve.numerics.rows import LogitsProcessor, RowBatch
-from eft_serve.types import GenerationRequest, SamplingParams
+from eft_serve.types import Combination, GenerationRequest, SamplingParams, Term
 
 VOCAB = 50
 TERMS = (Term("base", "base", 1.0), Term("tuned", "tuned", 1.0, weight=1.0), Term("reference", "reference", -1.0))
@@ -25,12 +24,12 @@ def ready(seed: int, num_rows: int = 1, temperature: float = 1.0, components: in
     """A request whose models have all answered."""
     generation = GenerationRequest(
         request_id=f"r{seed}",
-        recipe="eft",
+        combination=Combination(TERMS),
         prompts={term.name: [1] for term in TERMS},
         sampling=SamplingParams(temperature=temperature, seed=seed, max_tokens=100),
         components=components,
     )
-    request = Request.create(generation, TERMS, now=0.0)
+    request = Request.create(generation, now=0.0)
     request.num_ids = VOCAB
     generator = torch.Generator().manual_seed(seed)
     for sequence in request.sequences:

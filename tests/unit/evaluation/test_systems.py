@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from eft_serve.evaluation.systems import System, Systems
+from eft_serve.evaluation.systems import Systems
+from eft_serve.types import Combination
 
 SYSTEMS = Systems.of("llama")
 
 
-def coefficients(system: System) -> dict[str, float]:
+def coefficients(system: Combination) -> dict[str, float]:
     return {term.model: round(term.coefficient, 9) for term in system.terms}
 
 

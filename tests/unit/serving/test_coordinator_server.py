@@ -23,25 +23,26 @@ from eft_serve.transport import submissions
 from eft_serve.transport.coordinator_client import CoordinatorClient
 from eft_serve.transport.deltas import DeltaReceiver, Part, ReplyTo
 from eft_serve.types import (
+    Combination,
     Delta,
     Endpoint,
     FinishReason,
     GenerationRequest,
-    Knobs,
     Listener,
     ModelInfo,
     SamplingParams,
     StepBatch,
     StepOutput,
     StepResult,
+    Term,
 )
 
 VOCAB_SIZE = 8
 LENGTH = 100_000
 CONFIG: dict[str, Any] = {
-    "models": {"base": {"path": "none"}, "tuned": {"path": "none"}},
-    "recipes": {"eft": {"base": "base", "reference": "tuned", "tuned": [{"model": "tuned"}], "scale": 0.5}},
+    "models": {"base": {"path": "none"}, "tuned": {"path": "none"}, "law": {"model": "base", "adapter": "none"}},
 }
+EFT = Combination((Term("base", "base", 0.5), Term("tuned", "tuned", 0.5, weight=1.0)))
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Ingress:
     def submit(self, request_id: str = "r", *, reply_to: ReplyTo | None = None, **changes: Any) -> AsyncIterator[Delta]:
         request = GenerationRequest(
             request_id=request_id,
-            recipe="eft",
+            combination=EFT,
             prompts={"base": [0, 1], "tuned": [1]},
             sampling=SamplingParams(temperature=0, max_tokens=5),
         )
@@ -154,9 +155,10 @@ def backend() -> CountingBackend:
 @pytest.fixture
 def desk(backend: CountingBackend, request: pytest.FixtureRequest) -> Iterator[CoordinatorServer]:
     config = AppConfig.parse({**CONFIG, "coordinator": getattr(request, "param", {})})
-    desk = CoordinatorServer(config, backend, dict.fromkeys(config.models, DigitVocabulary()), CoordinatorMetrics())  # type: ignore[arg-type]
+    vocabularies: dict[str, Any] = dict.fromkeys(config.deployments, DigitVocabulary())
+    desk = CoordinatorServer(config, backend, vocabularies, CoordinatorMetrics())
     desk.start()
-    desk.decode_loop.set_replicas({model: endpoint(model) for model in config.models})
+    desk.decode_loop.set_replicas({model: endpoint(model) for model in config.deployments})
     yield desk
     backend.gate.set()
     desk.close()
@@ -191,6 +193,10 @@ async def eventually(condition: Callable[[], object], seconds: float = 10.0) -> 
         await asyncio.sleep(0.005)
 
 
+def alone(model: str, adapter: str | None = None) -> Combination:
+    return Combination((Term("base", model, 1.0, adapter=adapter),))
+
+
 def endless() -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=LENGTH // 2)
 
@@ -208,18 +214,28 @@ async def test_a_request_is_answered_and_nothing_is_left(
 @pytest.mark.parametrize(
     ("changes", "kind", "param"),
     [
-        ({"recipe": "nobody"}, ModelNotFoundError, "model"),
-        ({"knobs": Knobs(scale=1e9)}, InvalidRequestError, "eft.scale"),
-        ({"knobs": Knobs(weights={"nobody": 1.0})}, InvalidRequestError, "eft.weights"),
+        ({"combination": alone("nobody")}, ModelNotFoundError, "model"),
+        ({"combination": alone("law")}, ModelNotFoundError, "model"),
+        ({"combination": alone("base", adapter="nobody")}, ModelNotFoundError, "model"),
+        ({"combination": alone("tuned", adapter="law")}, ModelNotFoundError, "model"),
+        ({"combination": Combination(())}, InvalidRequestError, "terms"),
+        ({"prompts": {"base": [1]}}, InvalidRequestError, "prompts"),
     ],
 )
 async def test_what_cannot_be_served_is_refused_with_its_error(
     desk: CoordinatorServer, ingress: Ingress, changes: dict[str, Any], kind: type[EftServeError], param: str
 ) -> None:
     with pytest.raises(kind) as refusal:
-        await anext(ingress.submit(**changes))
+        async with asyncio.timeout(10):  # a loop that died of it would never answer
+            await anext(ingress.submit(**changes))
     assert refusal.value.param == param
     assert not desk.subscribers
+    assert [token async for delta in ingress.submit("next") for token in delta.token_ids] == [2, 3, 4, 5, 6]
+
+
+async def test_an_adapter_of_a_deployment_is_served(ingress: Ingress) -> None:
+    deltas = ingress.submit(combination=alone("base", adapter="law"), prompts={"base": [1]})
+    assert [token async for delta in deltas for token in delta.token_ids] == [2, 3, 4, 5, 6]
 
 
 async def test_an_address_that_was_never_introduced_gets_nothing(desk: CoordinatorServer, ingress: Ingress) -> None:

@@ -15,7 +15,7 @@ from eft_serve.errors import EftServeError, EngineError, ModelNotFoundError, Una
 from eft_serve.transport import coordinator_client, submissions
 from eft_serve.transport.coordinator_client import CoordinatorClient
 from eft_serve.transport.submissions import Notice, SubmissionServer, Submit
-from eft_serve.types import GenerationRequest, Listener, SamplingParams
+from eft_serve.types import Combination, GenerationRequest, Listener, Reward, SamplingParams, Term
 
 ADDRESS = "tcp://127.0.0.1:1"
 PROMPT_SECONDS = 1.0  # soon, on a busy machine
@@ -101,8 +101,12 @@ async def ingress() -> AsyncIterator[Ingress]:
 
 
 def request(request_id: str) -> GenerationRequest:
+    terms = (Term("base", "base", 0.5, ratio=0.5), Term("tuned", "base", 0.5, adapter="tuned", weight=0.5))
     return GenerationRequest(
-        request_id=request_id, recipe="eft", prompts={"base": [1, 2], "tuned": [3]}, sampling=SamplingParams(seed=7)
+        request_id=request_id,
+        combination=Combination(terms, 0.9, (Reward("tuned", "tuned", "base", 0.5),)),
+        prompts={"base": [1, 2], "tuned": [3]},
+        sampling=SamplingParams(seed=7),
     )
 
 

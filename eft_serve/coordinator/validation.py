@@ -1,0 +1,56 @@
+"""What a request must be before the loop that all share takes it in; an error here is the error of this request alone.
+
+The bounds of a recipe's knobs are not checked again: the ingress holds knobs to them when it resolves them, and only
+ingresses have a key to the coordinator. Checked is what would break a step, or combine other than the request says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from eft_serve.config import AppConfig
+from eft_serve.errors import InvalidRequestError, ModelNotFoundError
+from eft_serve.types import Combination, GenerationRequest
+
+MAX_FACTOR = 3.4e38  # as float32 holds it
+
+
+def check_request(generation: GenerationRequest) -> None:
+    """Raises `InvalidRequestError` that names the first field that cannot be served."""
+    for param, mistake in _mistakes(generation):
+        raise InvalidRequestError(f"{param}: {mistake}", param=param)
+
+
+def check_deployed(combination: Combination, config: AppConfig) -> None:
+    """Raises `ModelNotFoundError` that names the first model or adapter that no deployment of this application has."""
+    for term in combination.terms:
+        if term.model not in config.deployments:
+            raise ModelNotFoundError(f"model {term.model!r} is not deployed", param="model")
+        if term.adapter is not None and term.adapter not in config.adapters_of(term.model):
+            raise ModelNotFoundError(f"model {term.model!r} has no adapter {term.adapter!r}", param="model")
+
+
+def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
+    """Every mistake, after the field that has it."""
+    combination = generation.combination
+    terms, names = combination.terms, [term.name for term in combination.terms]
+    if not any(term.coefficient for term in terms):
+        yield "terms", "no term has a coefficient"
+    if len(set(names)) < len(names):
+        yield "terms", f"a name is given twice in {names}"
+    for term in terms:
+        if not all(map(_is_factor, (term.coefficient, term.ratio, term.unscaled, term.weight))):
+            yield "terms", f"{term.name!r} has a coefficient or a weight that is no finite number"
+        if not generation.prompts.get(term.name):
+            yield "prompts", f"there is no token for {term.name!r} to read"
+    if not 0 <= combination.truncate_top_p <= 1:  # NaN is not
+        yield "truncate_top_p", f"{combination.truncate_top_p} is not between 0 and 1"
+    for reward in combination.rewards:
+        if unknown := {reward.tuned, reward.reference} - set(names):
+            yield "rewards", f"{reward.name!r} is over {min(unknown)!r}, which is no term of {names}"
+        if not _is_factor(reward.weight):
+            yield "rewards", f"{reward.name!r} has a weight that is no finite number"
+
+
+def _is_factor(value: float) -> bool:
+    return abs(value) <= MAX_FACTOR  # NaN is not
