@@ -85,9 +85,7 @@ async def test_every_item_is_a_request_and_the_answers_keep_their_order(stack: S
         Term("small-chat", "small-chat", 2.0, weight=2.0),
     )
     for request in (ids, text):
-        assert request.combination == Combination(
-            every, 0.9, (Reward("small-chat", "small-chat", "small", 2.0),), "eft"
-        )
+        assert request.combination == Combination(every, 0.9, (Reward("small-chat", "small-chat", "small", 2.0),), "up")
         assert (request.components, request.speculative) == (3, None)
     assert (ids.forced_token_ids, text.forced_token_ids) == ([65, 0], [65, 66, 67])
     prompt_tokens = len(ids.prompts["small-chat"]) + len(text.prompts["small-chat"])
