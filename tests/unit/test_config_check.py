@@ -19,7 +19,6 @@ from eft_serve.checkpoints.weights import INDEX, SINGLE
 from eft_serve.config import AppConfig
 from eft_serve.config_check import ClusterResources, Problem, check, load_any
 from eft_serve.config_cli import app as cli
-from eft_serve.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
 VOCAB = {"a": 0, "b": 1, "c": 2}
@@ -321,84 +320,9 @@ def test_a_tenants_file_that_cannot_be_used(tmp_path: Path, model: Path, text: s
     assert "acme" not in problem.message
 
 
-INNER: dict[str, Any] = {"models": {"m": {"path": "x"}}}
-
-
-def deploy(*applications: Any, **more: Any) -> dict[str, Any]:
-    return {"applications": list(applications), **more}
-
-
-def application(config: Any, **more: Any) -> dict[str, Any]:
-    return {"name": "eft-serve", "import_path": "deployments.eft:app", "args": {"config": config}, **more}
-
-
 def write(path: Path, data: Any) -> Path:
     path.write_text(yaml.safe_dump(data))
     return path
-
-
-def test_every_shape_of_a_file_is_read(tmp_path: Path) -> None:
-    bare = write(tmp_path / "bare.yaml", INNER)
-    inline = write(tmp_path / "inline.yaml", deploy(application(INNER), http_options={"port": 1}))
-    named = write(tmp_path / "named.yaml", deploy(application(str(bare))))
-    assert load_any(bare) == load_any(inline) == load_any(named) == AppConfig.parse(INNER)
-
-
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        (deploy(), "exactly one application"),
-        (deploy(application(INNER), application(INNER)), "exactly one application"),
-        (deploy({"name": "a", "import_path": "deployments.eft:app"}), "applications.0.args.config: missing"),
-        (deploy(application(None)), "applications.0.args.config: missing"),
-        (deploy(application(INNER), http_option={}), "unknown key 'http_option'"),
-        (deploy(application(INNER), http_options={"prot": 1}), "http_options: unknown key 'prot'"),
-        (deploy(application(INNER, rout_prefix="/")), "applications.0: unknown key 'rout_prefix'"),
-        (deploy("app"), "applications.0: must be a mapping"),
-        (deploy(application({"model": {}})), "applications.0.args.config: model: Extra inputs"),
-        (deploy(application("nowhere.yaml")), "nowhere.yaml: cannot be read"),
-        (["models"], "(top level)"),
-    ],
-)
-def test_a_file_that_is_none_of_them_says_what_is_wanted(tmp_path: Path, data: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        load_any(write(tmp_path / "file.yaml", data))
-
-
-def test_mistakes_around_the_configuration_and_in_it_are_named_together(tmp_path: Path) -> None:
-    data = deploy(application({**INNER, "model": {}}, rout_prefix="/"), http_option={})
-    with pytest.raises(ConfigError) as caught:
-        load_any(write(tmp_path / "file.yaml", data))
-    assert [name in caught.value.message for name in ("'http_option'", "'rout_prefix'", "config: model:")] == [True] * 3
-
-
-def test_a_file_that_names_itself_ends(tmp_path: Path) -> None:
-    path = tmp_path / "file.yaml"
-    with pytest.raises(ConfigError, match="names another file again"):
-        load_any(write(path, deploy(application(str(path)))))
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("models: {m: {path: x}, m: {path: y}}", "'m' is given twice"),
-        ("models: [", "cannot be read as YAML"),
-        ("models: 2026-13-45", "cannot be read as YAML"),
-        ("\ud800", "cannot be read as YAML"),
-    ],
-)
-def test_yaml_that_says_nothing_clear_is_refused(tmp_path: Path, text: str, said: str) -> None:
-    path = tmp_path / "file.yaml"
-    path.write_bytes(text.encode(errors="surrogatepass"))
-    with pytest.raises(ConfigError, match=said):
-        load_any(path)
-
-
-def test_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
-    path = tmp_path / "file.yaml"
-    path.write_text("models:\n  a: &a {path: x, dtype: float32}\n  b: {<<: *a, path: y}\n  c: {<<: *a, path: z}\n")
-    config = load_any(path)
-    assert [(m.path, m.dtype) for m in config.deployments.values()] == [(p, "float32") for p in "xyz"]
 
 
 def test_the_command_says_ok_or_what_is_wrong(tmp_path: Path, model: Path) -> None:
