@@ -58,7 +58,7 @@ class Scheduler:
     def __init__(self, config: CoordinatorConfig, replicas: ReplicaTable, queue: RequestQueue | None = None) -> None:
         self.config = config
         self.replicas = replicas
-        self.waiting: RequestQueue = queue or FirstComeFirstServed()
+        self.waiting: RequestQueue = FirstComeFirstServed() if queue is None else queue  # an empty one is false
         self.running: list[Request] = []  # oldest first
         self.num_preemptions = 0
         self.pacer = Pacer(config.max_prefill_slowdown, config.max_num_batched_tokens)

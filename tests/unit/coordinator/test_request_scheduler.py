@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import pytest
 from fake_models import endpoint
@@ -11,6 +11,7 @@ from loop_harness import EFT, request
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.replicas import ReplicaTable
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.request_queue import FirstComeFirstServed
 from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
 from eft_serve.types import EventKind, SequenceStep, Speculative
 
@@ -219,3 +220,16 @@ def test_an_end_of_a_request_that_was_never_added_changes_nothing() -> None:
     add(scheduler, one("r0"))
     scheduler.finish(one("r1"))
     assert len(scheduler) == 1
+
+
+def test_a_queue_that_is_given_decides_who_is_admitted_next() -> None:
+    class LastComeFirstServed(FirstComeFirstServed):
+        def __iter__(self) -> Iterator[Request]:
+            return reversed(list(super().__iter__()))
+
+    scheduler = scheduler_of(max_num_seqs=1)
+    scheduler = Scheduler(scheduler.config, scheduler.replicas, LastComeFirstServed())
+    first, last = one("r0"), one("r1")
+    add(scheduler, first, last)
+    scheduler.schedule(NOW)
+    assert scheduler.running == [last]
