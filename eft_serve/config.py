@@ -1,7 +1,7 @@
 """The configuration of an application: which models run where, and which recipes combine them.
 
-Everything is validated at construction and never changes afterwards; unknown keys are refused. What needs the
-checkpoints themselves (vocabularies, sizes) is checked by `eft_serve.config_check`.
+Everything is validated at construction and never changes afterwards; unknown keys are refused. Checks that
+need the checkpoints (vocabularies, sizes) are in `eft_serve.config_check`.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class ModelConfig(Frozen):
     max_model_len: int | None = Field(default=None, ge=1)
     """Longest sequence, in tokens; the checkpoint's own limit when not set."""
     kv_cache_tokens: int | None = Field(default=None, ge=1)
-    """KV budget of one replica, in tokens; when not set, 32,768 on a CPU and `kv_cache_fraction` of a GPU."""
+    """KV budget of one replica, in tokens; by default 32,768 on a CPU and `kv_cache_fraction` of a GPU."""
     kv_cache_fraction: float = Field(default=0.85, gt=0, le=1)
-    """Part of a GPU's memory for weights and KV cache together."""
+    """Fraction of a GPU's memory for weights and KV cache together."""
     max_num_batched_tokens: int = Field(default=2048, ge=1)
     """Tokens in one forward; larger steps are split."""
     lease_s: float = Field(default=120.0, gt=0)
-    """A sequence that nobody stepped for so long is freed."""
+    """A sequence that was not stepped for this many seconds is freed."""
     startup_timeout_s: float = Field(default=600.0, gt=0)
-    """Loading and joining the tensor-parallel group must end within this."""
+    """Limit for loading the weights and joining the tensor-parallel group."""
 
     @property
     def checkpoint(self) -> Path:
@@ -74,10 +74,10 @@ class ModelConfig(Frozen):
 
 
 class AdapterConfig(Frozen):
-    """A fine-tuning that shares the weights of another model of the application, in its deployment."""
+    """A LoRA fine-tuning of another model of the application; it shares that model's weights and deployment."""
 
     model: Name
-    """The model that it adapts; one with a `path`."""
+    """The model that it adapts; it must have a `path`."""
     adapter: str
     """A PEFT directory with a LoRA: `adapter_config.json` and `adapter_model.safetensors`."""
 
@@ -87,7 +87,7 @@ class AdapterConfig(Frozen):
         return Path(self.adapter).expanduser()
 
 
-_MODEL, _ADAPTER = "<model>", "<adapter>"  # no name looks so
+_MODEL, _ADAPTER = "<model>", "<adapter>"  # not valid names
 
 
 def _kind_of(value: Any) -> str:
@@ -112,23 +112,23 @@ class CoordinatorConfig(Frozen):
     max_num_batched_tokens: int = Field(default=1024, ge=1)
     """Tokens per model and step; longer prompts are prefilled in chunks."""
     max_prefill_slowdown: float = Field(default=2.0, gt=1, allow_inf_nan=False)
-    """A step may take so many times as long for the prompts that are prefilled beside decoding requests."""
+    """Factor by which prefill may slow down a step with decoding requests."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where logits are combined and tokens drawn; `auto` takes a GPU when the coordinator was given one."""
+    """Where logits are combined and tokens sampled; `auto` takes a GPU when the coordinator was given one."""
     step_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline of one call to one model."""
     recovery_timeout_s: float = Field(default=60.0, gt=0)
-    """How long a request waits for a model that has no replica before it fails."""
+    """How long a request waits for a model without a replica before it fails."""
 
 
 class ServerConfig(Frozen):
     """The HTTP side."""
 
     tenants_file: Path | None = None
-    """YAML of tenants; without it only loopback clients are answered."""
+    """YAML of tenants; without it only loopback clients are served."""
     resources: Resources = Resources()
     default_max_tokens: int = Field(default=256, ge=1)
-    """`max_tokens` of a request that names none."""
+    """`max_tokens` of a chat request that does not set it."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of one request, from arrival to the last token."""
 
@@ -171,11 +171,11 @@ class AppConfig(Frozen):
 
     @property
     def deployments(self) -> dict[str, ModelConfig]:
-        """The models that have weights of their own."""
+        """The models with their own weights."""
         return {name: model for name, model in self.models.items() if isinstance(model, ModelConfig)}
 
     def deployment_of(self, name: str) -> str:
-        """The deployment that computes this model: its own, or that of the model that it adapts."""
+        """The deployment that computes this model; an adapter's is that of the model it adapts."""
         model = self.models[name]
         return model.model if isinstance(model, AdapterConfig) else name
 
@@ -185,12 +185,12 @@ class AppConfig(Frozen):
         return {name: adapter.directory for name, adapter in adapters.items() if adapter.model == deployment}
 
     def checkpoint_of(self, name: str) -> Path:
-        """The directory with this model's configuration and tokenizer; an adapter has those of what it adapts."""
+        """The directory with this model's configuration and tokenizer; an adapter's is that of the model it adapts."""
         return self.deployments[self.deployment_of(name)].checkpoint
 
     @classmethod
     def parse(cls, data: Any, source: str = "config") -> AppConfig:
-        """Validate plain data; raises `ConfigError` that names every mistake, one a line."""
+        """Validate plain data; raises `ConfigError` that names every mistake, one per line."""
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -199,5 +199,5 @@ class AppConfig(Frozen):
 
 
 def _place(location: tuple[int | str, ...]) -> str:
-    """A field as the file detokenizes it: without the kind of model that was tried."""
+    """A field's path as in the file, without pydantic's tag for the kind of model."""
     return ".".join(str(part) for part in location if part not in (_MODEL, _ADAPTER)) or "(top level)"

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of."""
+"""The base of every configuration section."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
-    """A section: never changes, and refuses what it does not know."""
+    """A section: immutable, refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 

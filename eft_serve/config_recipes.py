@@ -1,4 +1,4 @@
-"""Recipes: which models are combined, how each is prompted, and which knobs a request may turn how far."""
+"""Recipes: which models are combined, how each is prompted, and the bounds of a request's knobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from eft_serve.config_base import Frozen, Name
 
 ROLES = ("base", "reference", "tuned")
-DRAFTERS = ("auto", "none")  # beside the recipe's own models
+DRAFTERS = ("auto", "none")  # besides the recipe's own models
 MAX_DRAFT_TOKENS = 16
 MAX_KNOB = 100.0  # far beyond any use; keeps |logit| * knob finite in fp32
 
@@ -31,21 +31,21 @@ ProbabilityInterval = Annotated[tuple[Probability, Probability], AfterValidator(
 
 
 class PromptConfig(Frozen):
-    """How a model is prompted; what is not set is as the model itself has it."""
+    """How a model is prompted; by default as the model itself defines."""
 
     chat_template: Path | None = None
-    """File of a Jinja chat template; the model's own when not set, and a plain format when it has none."""
+    """File of a Jinja chat template; by default the model's own, or a plain format if it has none."""
     system_prompt: str | None = None
-    """What this model is told before everything else; the others are not."""
+    """A system prompt for this model only."""
     response_prefix: str | None = None
-    """How its answer has begun already, in this model's eyes only."""
+    """The beginning of the answer, in this model's prompt only."""
 
 
 AS_ITSELF = PromptConfig()
 
 
 class RoleConfig(PromptConfig):
-    """A model in one role of a recipe. A bare name is the model prompted in its own way."""
+    """A model in one role of a recipe. A bare name is the model with its default prompting."""
 
     model: Name
 
@@ -56,20 +56,20 @@ class RoleConfig(PromptConfig):
 
     @property
     def role(self) -> RoleConfig:
-        """Model and prompt alone: equal roles are one distribution."""
+        """Model and prompt settings only: equal roles give one distribution."""
         return RoleConfig(model=self.model, **dict(self.prompting))
 
     @property
     def prompting(self) -> PromptConfig:
-        """Its prompt settings alone."""
+        """Its prompt settings only."""
         return PromptConfig(**{name: getattr(self, name) for name in PromptConfig.model_fields})
 
 
 class TunedConfig(RoleConfig):
-    """One fine-tuning: the model that has it, and the one that it was tuned from."""
+    """One fine-tuning: the tuned model, and the model that it was tuned from."""
 
     name: Name | None = None
-    """What requests and bounds call its weight; the model's name when not set."""
+    """The name of its weight in requests and bounds; by default the model's name."""
     reference: RoleConfig | None = None
     """Default: the recipe's reference."""
     weight: Knob = 1.0
@@ -78,7 +78,7 @@ class TunedConfig(RoleConfig):
     @model_validator(mode="after")
     def _is_not_called_a_role(self) -> Self:
         if self.name in ROLES:
-            raise ValueError(f"name: {self.name!r} is what a role is called; choose another")
+            raise ValueError(f"name: {self.name!r} is the name of a role; choose another")
         return self
 
     @property
@@ -88,15 +88,15 @@ class TunedConfig(RoleConfig):
 
 
 class BoundsConfig(Frozen):
-    """[lowest, highest] that a request may ask for; two equal numbers fix a knob."""
+    """[lowest, highest] value of a knob in a request; two equal numbers fix it."""
 
     scale: KnobInterval = (-MAX_KNOB, MAX_KNOB)
     weights: dict[Name, KnobInterval] = Field(default_factory=dict)
-    """By fine-tuning; those not named are not bounded."""
+    """By fine-tuning; fine-tunings not named are not bounded."""
     truncate_top_p: ProbabilityInterval = (0.0, 1.0)
 
     def weight(self, knob: str) -> Interval:
-        """Those of one fine-tuning."""
+        """Bounds of one fine-tuning's weight."""
         return self.weights.get(knob, (-MAX_KNOB, MAX_KNOB))
 
 
@@ -104,15 +104,15 @@ class SpeculativeConfig(Frozen):
     """How a recipe's tokens are drafted (arXiv 2310.12962). No setting changes their distribution."""
 
     draft: Name = "auto"
-    """Who draft tokens: `auto`, the tuned model of the largest weight; `none`, nobody; or a model of the recipe."""
+    """The drafter: `auto`, the tuned model with the largest weight; `none`, no drafting; or a model of the recipe."""
     num_tokens: int = Field(default=8, ge=1, le=MAX_DRAFT_TOKENS)
     """Draft tokens at a time, at most."""
     min_confidence: float = Field(default=0.5, ge=0, le=1)
-    """The drafter goes on while it gives its draft tokens this probability, all together; 0 never stops it."""
+    """The drafter goes on while its draft tokens together have this probability; 0 never stops it."""
     overlap: bool = True
-    """Draft on while draft tokens are verified."""
+    """Draft while draft tokens are verified."""
     disable_by_batch_size: int = Field(default=32, ge=0)
-    """Nothing is drafted while more requests than this decode: a large batch has no idle device to draft on."""
+    """No drafting while more requests than this decode: a large batch leaves no device idle."""
 
 
 class RecipeConfig(Frozen):
@@ -131,9 +131,9 @@ class RecipeConfig(Frozen):
     scale: Knob = 1.0
     """beta: how much of the pre-training scale-up."""
     truncate_top_p: Probability = 1.0
-    """The scale-up counts only for tokens in the top-p nucleus of what there is at scale 0; 1 counts it for all."""
+    """The scale-up applies only to tokens in the top-p nucleus of the combination at scale 0; 1: to all tokens."""
     bounds: BoundsConfig = BoundsConfig()
-    """How far a request may turn the knobs."""
+    """Bounds of the knobs in a request."""
     speculative: SpeculativeConfig = SpeculativeConfig()
     """How tokens are drafted."""
 
@@ -141,7 +141,7 @@ class RecipeConfig(Frozen):
     def _drafter_is_known(self) -> Self:
         if self.speculative.draft not in {*DRAFTERS, *self.models}:
             raise ValueError(
-                f"speculative.draft: {self.speculative.draft!r} is not of this recipe; give one of "
+                f"speculative.draft: {self.speculative.draft!r} is not a model of this recipe; give one of "
                 f"{[*DRAFTERS, *self.models]}"
             )
         return self
@@ -178,5 +178,5 @@ class RecipeConfig(Frozen):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Every model that the recipe may run, each once, base first."""
+        """Every model that the recipe may run, without duplicates, base first."""
         return tuple(dict.fromkeys(role.model for _, role in self.roles))

@@ -1,7 +1,7 @@
 """Which models a request runs, on which prompts, and with which coefficients in the combined distribution.
 
 EFT (arXiv 2310.12962) is `reference + scale * (base - reference) + sum_i weight_i * (tuned_i - reference_i)`. Collected
-by model and prompt, that is one coefficient for each term; a term that counts for nothing need not run. The ingress
+by model and prompt, that is one coefficient for each term; a term with coefficient 0 need not run. The ingress
 resolves a request's knobs here, once, and the combination travels with the request. This module knows the formula and
 the knobs. It does not know logits, tokens or replicas.
 """
@@ -23,10 +23,10 @@ from eft_serve.types import Combination, Reward, Speculative, Term, rounded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
-    """How a request wants its recipe combined; what is None is the recipe's own."""
+    """A request's own values of its recipe's knobs; None keeps the recipe's value."""
 
     scale: float | None = None  # beta
-    weights: Mapping[str, float] | None = None  # alpha by fine-tuning; those not named are the recipe's own
+    weights: Mapping[str, float] | None = None  # alpha by fine-tuning; missing ones keep the recipe's value
     truncate_top_p: float | None = None
 
 
@@ -35,7 +35,7 @@ OWN_KNOBS = Knobs()
 
 @dataclass(frozen=True, slots=True)
 class Ensemble:
-    """What the `model` of a request names: a recipe, or one plain model that stands alone."""
+    """What the `model` of a request names: a recipe, or one plain model."""
 
     name: str
     models: tuple[str, ...]  # every model that it may run, base first
@@ -53,7 +53,7 @@ class Ensemble:
         return cls(name, models, recipe, adapted)
 
     def resolve(self, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> Combination:
-        """What runs for these knobs, see `resolve_recipe`; a plain model is itself alone and takes no knobs."""
+        """The combination for these knobs, see `resolve_recipe`; a plain model is its only term and takes no knobs."""
         if self.recipe is not None:
             combination = resolve_recipe(self.recipe, knobs, every=every)
         elif knobs == OWN_KNOBS:
@@ -66,22 +66,22 @@ class Ensemble:
         return replace(combination, terms=tuple(map(self._placed, combination.terms)), recipe=self.name)
 
     def _placed(self, term: Term) -> Term:
-        """The term where it is computed: an adapter's in the deployment of the model that it adapts."""
+        """The term with its deployment: an adapter's is that of the model that it adapts."""
         deployment = self.adapted.get(term.model)
         return term if deployment is None else replace(term, model=deployment, adapter=term.model)
 
     @property
     def prompting(self) -> dict[str, PromptConfig]:
-        """How each term that it may run is prompted, by the term's name."""
+        """How each possible term is prompted, by the term's name."""
         if self.recipe is None:
             return {self.name: AS_ITSELF}
         return {name: role.prompting for role, name in term_names(self.recipe).items()}
 
     def speculative(self, changes: Mapping[str, Any]) -> Speculative:
-        """How tokens are drafted: the recipe's settings with these changes; a plain model drafts if told to.
+        """How tokens are drafted: the recipe's settings with these changes; a plain model drafts only if asked to.
 
         Raises:
-            InvalidRequestError: the drafter is nobody that this ensemble may run.
+            InvalidRequestError: the drafter is not a model of this ensemble.
         """
         draft = changes.get("draft", "auto")
         if draft not in {*DRAFTERS, *self.models}:
@@ -94,17 +94,17 @@ class Ensemble:
 
 
 def resolve_recipe(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> Combination:
-    """The recipe with these knobs; this is where they are held to its bounds, and nowhere later.
+    """The recipe with these knobs; their bounds are checked here and nowhere later.
 
-    Terms are in the recipe's order. Their coefficients sum to 1, so there is always one that counts.
+    Terms are in the recipe's order. Their coefficients sum to 1, so at least one is not 0.
 
     Args:
-        recipe: names the models and the knobs' own values and bounds.
-        knobs: None, or a weight not named: the recipe's own.
-        every: also the terms that count for nothing, and the rewards, which are over every term.
+        recipe: the models, and the knobs' default values and bounds.
+        knobs: None, or a weight not named: the recipe's value.
+        every: include the terms with coefficient 0, and the rewards, which need every term.
 
     Raises:
-        InvalidRequestError: a knob is out of its bounds, or a weight names no fine-tuning of the recipe.
+        InvalidRequestError: a knob is out of bounds, or a weight is not of a fine-tuning of the recipe.
     """
     weights = _weights(recipe, knobs)
     beta = _within(knobs.scale, recipe.scale, recipe.bounds.scale, "eft.scale")
@@ -139,8 +139,10 @@ def resolve_recipe(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, every: boo
 
 
 def term_names(recipe: RecipeConfig) -> dict[RoleConfig, str]:
-    """Every term that the recipe may run: the model's name, and its first role too where another prompt is the plain
-    one. Roles of equal model and prompt are one term."""
+    """Every term that the recipe may run, named after its model, or `model@role` for a prompt other than its own.
+
+    Roles with equal model and prompt are one term.
+    """
     names: dict[RoleConfig, str] = {}
     roles = [(label, role.role) for label, role in recipe.roles]
     prompts = {model: {role for _, role in roles if role.model == model} for model in recipe.models}
@@ -151,11 +153,11 @@ def term_names(recipe: RecipeConfig) -> dict[RoleConfig, str]:
 
 
 def _weights(recipe: RecipeConfig, knobs: Knobs) -> list[tuple[TunedConfig, float]]:
-    """Every fine-tuning with the weight that holds."""
+    """Every fine-tuning with its weight for this request."""
     asked, known = knobs.weights or {}, [each.knob for each in recipe.tuned]
     if unknown := sorted(set(asked) - set(known)):
         raise InvalidRequestError(
-            f"eft.weights: {unknown[0]!r} is not a fine-tuning of this recipe; those are {known}", param="eft.weights"
+            f"eft.weights: {unknown[0]!r} is not among this recipe's fine-tunings {known}", param="eft.weights"
         )
     return [
         (each, _within(asked.get(each.knob), each.weight, recipe.bounds.weight(each.knob), f"eft.weights.{each.knob}"))
@@ -164,7 +166,7 @@ def _weights(recipe: RecipeConfig, knobs: Knobs) -> list[tuple[TunedConfig, floa
 
 
 def _within(asked: float | None, own: float, bounds: Interval, param: str) -> float:
-    """The value that holds; NaN is within no bounds."""
+    """The value for this request; NaN is within no bounds."""
     if asked is None:
         return own
     low, high = bounds

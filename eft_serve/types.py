@@ -2,9 +2,9 @@
 
 Two nouns: a *Request* is what a user asked for and lives in a coordinator; a *Sequence* is one model's KV-bearing state
 and lives in an engine. The step contract ties them together: a `SequenceStep` says how many tokens the engine must
-already hold, appends more, and asks for logits; an engine that does not get to the end of it answers with the number of
+already have computed, appends more, and asks for logits; an engine that does not finish it answers with the number of
 tokens that it has computed, and the coordinator goes on from there. Prefill, decode, verification, rollback,
-preemption, recovery and the reuse of a prefix are all this one message, and sending it twice does no harm.
+preemption, recovery and prefix reuse are all this one message, and it is idempotent.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class FinishReason(StrEnum):
     """Why a request ended; the values are OpenAI's where OpenAI has one."""
 
     STOP = "stop"  # end token or stop string
-    LENGTH = "length"  # max_tokens or the context's end
+    LENGTH = "length"  # max_tokens or the context length
     ABORT = "abort"  # the client went away
-    ERROR = "error"  # a typed error ended it
+    ERROR = "error"  # the request ended with a typed error
 
 
 _RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, 3.4e38),  # as float32 holds it
+    "temperature": (0, 3.4e38),  # just below float32's largest number
     "top_k": (0, 2**63 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -38,7 +38,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to draw tokens from the combined distribution. Validated by the API before it gets here."""
+    """How to sample tokens from the combined distribution. Validated by the API."""
 
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # 1 keeps all
@@ -50,14 +50,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError that names the parameter that is out of its range."""
+        """Raises ValueError that names the parameter out of its range."""
         for name, (low, high) in _RANGES.items():
-            if not low <= getattr(self, name) <= high:  # NaN is in none
+            if not low <= getattr(self, name) <= high:  # NaN is in no range
                 raise ValueError(f"{name}: {getattr(self, name)} is not between {low:g} and {high:g}")
 
 
 class Draft(msgspec.Struct, frozen=True, array_like=True):
-    """Have the engine draft what follows a step: each draft token is drawn from the logits after the one before it.
+    """Have the engine draft tokens after a step: each is drawn from the logits after the one before it.
 
     The draws are those of `numerics.sampling.sample`, keyed by (seed, position).
     """
@@ -66,33 +66,33 @@ class Draft(msgspec.Struct, frozen=True, array_like=True):
     position: int  # of the first draft token within the output
     num_ids: int  # draft tokens are below this: ids that all models have
     sampling: SamplingParams
-    confidence: float = 1.0  # that all draft tokens before the first of these are accepted
-    min_confidence: float = 0.0  # drafting stops once all of them are accepted with less probability
+    confidence: float = 1.0  # probability that all earlier draft tokens are accepted
+    min_confidence: float = 0.0  # drafting stops once the probability that all are accepted is lower
 
 
 class Speculative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a request's tokens are drafted; whatever it says, they are drawn from the same distribution."""
+    """How a request's tokens are drafted; no setting changes their distribution."""
 
     draft: str = "auto"  # the tuned model of the largest weight; "none", or a term's name
     num_tokens: int = 8  # draft tokens at a time, at most
-    min_confidence: float = 0.5  # the drafter goes on while it gives its draft tokens this probability, all together
-    overlap: bool = True  # draft on while draft tokens are verified
-    disable_by_batch_size: int = 32  # nothing is drafted while more requests than this decode
+    min_confidence: float = 0.5  # the drafter goes on while its draft tokens together have this probability
+    overlap: bool = True  # draft while draft tokens are verified
+    disable_by_batch_size: int = 32  # no drafting while more requests than this decode
 
 
 class Term(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One next-token distribution of a combination: a model that reads a prompt."""
+    """One next-token distribution of a combination: a model with a prompt."""
 
-    name: str  # unique in its combination, and what its prompt is filed under
+    name: str  # unique in its combination; the key of its prompt
     model: str  # the deployment that computes it
     coefficient: float  # of its log-probabilities in the combination
-    adapter: str | None = None  # of that deployment; None: the model as it is
-    weight: float = 0.0  # alpha of the fine-tuning that it brings; 0 for the others
+    adapter: str | None = None  # of that deployment; None: no adapter
+    weight: float = 0.0  # alpha of its fine-tuning; 0 for terms that are not a tuned model
     ratio: float = 0.0  # the part of the coefficient that truncation confines to the nucleus
 
     @property
     def counts(self) -> bool:
-        """Whether it changes the combination; one that does not runs only to be looked at."""
+        """Whether it changes the combination; otherwise it runs only for its components."""
         return bool(self.coefficient or self.ratio)
 
     @property
@@ -102,9 +102,9 @@ class Term(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Reward(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a fine-tuning has made likelier: log π_tuned − log π_reference, the reward that it implies."""
+    """The reward that a fine-tuning implies: log π_tuned − log π_reference."""
 
-    name: str  # what its weight is called
+    name: str  # the name of its weight
     tuned: str  # names of terms
     reference: str
     weight: float
@@ -113,17 +113,17 @@ class Reward(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Combination(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a request runs: a recipe with the request's knobs, or one model alone."""
 
-    terms: tuple[Term, ...]  # those that count sum to 1 when the recipe's formula does
+    terms: tuple[Term, ...]  # non-zero coefficients sum to 1 for a recipe
     truncate_top_p: float = 1.0  # the nucleus that the terms' ratios are confined to; 1 does not confine them
-    rewards: tuple[Reward, ...] = ()  # over the terms; empty where components are not wanted
-    recipe: str = ""  # what the client called it: a recipe or a plain model; for the request's account alone
+    rewards: tuple[Reward, ...] = ()  # over the terms; empty unless components are requested
+    recipe: str = ""  # as the client named it: a recipe or a plain model; for usage only
 
 
-ZERO = 1e-9  # a smaller coefficient is rounding left over from knobs that cancel
+ZERO = 1e-9  # a smaller coefficient is a rounding error of knobs that cancel
 
 
 def rounded(coefficient: float) -> float:
-    """0 for one that only rounding has left over."""
+    """0 for a coefficient that is only a rounding error."""
     return coefficient if abs(coefficient) >= ZERO else 0.0
 
 
@@ -131,13 +131,13 @@ class SequenceStep(msgspec.Struct, frozen=True, array_like=True):
     """One sequence's part of one forward."""
 
     sequence_id: str
-    position: int  # tokens the engine must already hold; it truncates to this many first
+    position: int  # tokens the engine must have computed; it truncates to this many first
     token_ids: list[int]  # appended after that
-    num_logits: int  # logits wanted, of the last so many of `token_ids`; 0 while prefilling
-    salt: str | None = None  # at position 0: sequences of equal salt share equal beginnings; None: nobody shares
-    max_computed: int | None = None  # compute at most so many; the other `token_ids` only say what follows
-    draft: Draft | None = None  # go on by itself once the step's end is computed; wants `num_logits`
-    adapter: str | None = None  # at position 0: whose low-rank updates are added; None: the model as it is
+    num_logits: int  # logits wanted, for the last `num_logits` of `token_ids`; 0 while prefilling
+    salt: str | None = None  # at position 0: sequences with equal salt share cached prefixes; None: no sharing
+    max_computed: int | None = None  # compute at most this many; the other `token_ids` are only for the prefix lookup
+    draft: Draft | None = None  # draft after the step's last token; needs `num_logits`
+    adapter: str | None = None  # at position 0: the LoRA adapter to apply; None: no adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +146,14 @@ class StepOutput:
 
     sequence_id: str
     num_computed_tokens: int | None = (
-        None  # so many tokens are here now, and the step's end is not: evicted, no room, `max_computed`
+        None  # tokens computed so far, when the step is not finished: evicted, no room, `max_computed`
     )
     error: str | None = None  # this step can never be served (out of vocabulary, beyond the context)
     logits: Tensor | None = (
         None  # [num_logits, vocab_size], floating; with draft tokens one row more for each after the first
     )
-    drafted: Sequence[int] = ()  # draft tokens; all but the last are held like the step's own tokens
-    confidences: Sequence[float] = ()  # of each draft token, the probability that the model itself gives it
+    drafted: Sequence[int] = ()  # draft tokens; all but the last are computed like the step's own tokens
+    confidences: Sequence[float] = ()  # of each draft token, its probability under the drafting model
     num_cached_tokens: int = 0  # of the step's tokens, those found in a cache and so not computed
 
 
@@ -162,12 +162,12 @@ class StepBatch:
     """One replica's part of a decode step."""
 
     steps: Sequence[SequenceStep]
-    freed: Sequence[str] = ()  # sequences that ended; the engine drops them before it computes
+    freed: Sequence[str] = ()  # finished sequences; the engine drops them before it computes
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One replica's answer: `outputs` in the order of the steps, or `failure` and no outputs."""
+    """One replica's answer: `outputs` in the order of the steps, or `failure` without outputs."""
 
     outputs: Sequence[StepOutput] = ()
     failure: str | None = None  # why the replica could not answer (deadline, connection, engine)
@@ -176,20 +176,20 @@ class StepResult:
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine says of itself once it is loaded."""
+    """An engine's properties once it is loaded."""
 
     model: str
     vocab_size: int  # rows of the output head, padding included
     max_model_len: int  # tokens one sequence may hold
     kv_capacity_tokens: int  # tokens all sequences together may hold
-    kv_block_size: int  # a sequence takes whole blocks of so many tokens
+    kv_block_size: int  # tokens per KV block
     dtype: str
     tensor_parallel: int
-    attention: str  # the path taken, for the logs
+    attention: str  # the attention backend, for the logs
 
 
 class Listener(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a replica listens, and the key that proves it."""
+    """Where a replica listens, and its public key."""
 
     replica_id: str
     address: str  # a ZeroMQ address: tcp://host:port
@@ -203,17 +203,17 @@ class Endpoint(Listener, frozen=True, kw_only=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What the ingress hands to a coordinator: tokenised, validated, resolved, allowed."""
+    """What the ingress sends to a coordinator: authorised, validated, resolved, tokenised."""
 
     request_id: str
     combination: Combination
     prompts: dict[str, list[int]]  # by term; every term of the combination
     sampling: SamplingParams
     speculative: Speculative | None = None  # None: no draft tokens
-    forced_token_ids: list[int] | None = None  # the output, which is then only scored; None: it is drawn
-    components: int | None = None  # with so many alternatives to each token; None: not wanted
+    forced_token_ids: list[int] | None = None  # a given output that is only scored; None: the output is sampled
+    components: int | None = None  # number of alternatives to each token; None: no components
     tenant: str = "anonymous"
-    timeout_s: float = 600.0  # the coordinator ends it then, also when its reader has gone without a word
+    timeout_s: float = 600.0  # the coordinator ends it then, also if its reader vanished
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,7 +225,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpecDecodeStats(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a request's draft tokens."""
+    """Counts of a request's draft tokens."""
 
     num_drafted: int = 0
     num_accepted: int = 0
@@ -238,12 +238,12 @@ class SpecDecodeStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ModelUsage(msgspec.Struct, frozen=True, array_like=True):
-    """What one model did for a request, in tokens; of several prompts that it read, all together."""
+    """One model's tokens for a request, summed over all prompts that it read."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0  # of those, found in a cache when the request began
+    cached_tokens: int = 0  # of those, found in the prefix cache when the request began
     completion_tokens: int = 0  # of the output, up to its end
-    computed_tokens: int = 0  # went through the model: also draft tokens, and what was lost and computed again
+    computed_tokens: int = 0  # computed by the model, including draft tokens and what was lost and recomputed
 
     def __add__(self, other: ModelUsage) -> ModelUsage:
         return ModelUsage(
@@ -252,9 +252,9 @@ class ModelUsage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request took, however it ended."""
+    """What a request used, however it ended."""
 
-    models: dict[str, ModelUsage]  # by model, or by adapter where one was added
+    models: dict[str, ModelUsage]  # by model, or by adapter for terms with one
     seconds: float  # from its arrival at the coordinator to its end
     spec_decode: SpecDecodeStats = SpecDecodeStats()
 
@@ -265,20 +265,20 @@ class EventKind(StrEnum):
     QUEUED = "queued"
     SCHEDULED = "scheduled"  # again after each preemption
     FIRST_TOKEN = "first_token"  # noqa: S105 (no secret)
-    PREEMPTED = "preempted"  # for KV room; it waits again
-    LOST = "lost"  # a replica failed, and the caches of the request in it with it
+    PREEMPTED = "preempted"  # no KV room; it waits again
+    LOST = "lost"  # a replica failed, and the request's caches on it are gone
     ENDED = "ended"
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
-    """One line of a request's timeline."""
+    """One entry of a request's timeline."""
 
     kind: EventKind
     seconds: float  # since the first event
 
 
 class RequestEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """The account of a request that ended; there is exactly one for each, whatever the reason."""
+    """The record of a finished request; exactly one for each, whatever the reason."""
 
     request_id: str
     tenant: str
@@ -291,14 +291,14 @@ class RequestEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenComponents(msgspec.Struct, frozen=True, array_like=True):
-    """What each part of the combination says of one token, in natural logarithms."""
+    """Each part of the combination for one token, in natural logarithms."""
 
     token_id: int
     logprob: float  # under the combination, at temperature 1 and before top-p and the like
     models: list[float]  # log-probability under each term, in the combination's order
     rewards: list[float]  # log π_tuned − log π_reference of each fine-tuning, in the recipe's order
-    reward: float  # the sum of those by their weights; 0 where there are none
-    top: list[TokenComponents] = []  # the likeliest tokens under the combination, without any `top` of their own
+    reward: float  # their weighted sum; 0 without fine-tunings
+    top: list[TokenComponents] = []  # the most likely tokens under the combination; their own `top` is empty
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -308,5 +308,5 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     failure: Failure | None = None  # set exactly when finish_reason is ERROR
-    usage: Usage | None = None  # with the last one; an error has none
-    components: list[TokenComponents] | None = None  # one for each token; None: not wanted
+    usage: Usage | None = None  # with the last delta; an error has none
+    components: list[TokenComponents] | None = None  # one for each token; None: not requested

@@ -16,7 +16,7 @@ class ComponentsFormat:
 
     terms: tuple[str, ...]
     rewards: tuple[str, ...]  # by fine-tuning; a plain model has none
-    spell: Callable[[int], str]
+    decode_token: Callable[[int], str]
     with_top: bool
 
     @classmethod
@@ -24,7 +24,7 @@ class ComponentsFormat:
         return cls(
             terms=tuple(term.name for term in combination.terms),
             rewards=tuple(reward.name for reward in combination.rewards),
-            spell=renderer.speller(combination.terms[0].model),
+            decode_token=renderer.token_decoder(combination.terms[0].model),
             with_top=num_alternatives > 0,
         )
 
@@ -46,7 +46,7 @@ class ComponentsFormat:
     def _alone(self, token: TokenComponents) -> dict[str, Any]:
         return {
             "token_id": token.token_id,
-            "token": self.spell(token.token_id),
+            "token": self.decode_token(token.token_id),
             "logprob": token.logprob,
             "models": dict(zip(self.terms, token.models, strict=True)),
             "rewards": dict(zip(self.rewards, token.rewards, strict=True)),

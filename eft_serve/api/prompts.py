@@ -204,8 +204,8 @@ class PromptRenderer:
             raise InvalidRequestError("completion: must hold at least one token", param="completion")
         return ids
 
-    def speller(self, model: str) -> Callable[[int], str]:
-        """Gives a token's text, by itself; special tokens have one too."""
+    def token_decoder(self, model: str) -> Callable[[int], str]:
+        """Decodes single tokens of this model, special tokens included."""
         decode = self._tokenizers[model].tokenizer.backend_tokenizer.decode
         return lambda token_id: str(decode([token_id], skip_special_tokens=False))
 

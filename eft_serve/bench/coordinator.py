@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from eft_serve.bench import report
-from eft_serve.bench.driven import Driven
 from eft_serve.bench.fanout import EFT, ROLES, Letters
+from eft_serve.bench.local_stack import LocalStack
 from eft_serve.bench.peaked_engine import PeakedEngine
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
@@ -36,7 +36,7 @@ WARM_UP_STEPS = 2
 NUM_COPIES = 5
 
 
-class Coordinator(Driven):
+class Coordinator(LocalStack):
     """One over three engines of this vocabulary that answer at once."""
 
     def __init__(self, vocab_size: int, max_batch: int) -> None:

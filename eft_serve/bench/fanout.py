@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from eft_serve.bench import report
-from eft_serve.bench.driven import Driven
+from eft_serve.bench.local_stack import LocalStack
 from eft_serve.bench.sleeping_engine import SleepingEngine
 from eft_serve.coordinator.request import Request
 from eft_serve.types import Combination, GenerationRequest, SamplingParams, Term
@@ -33,7 +33,7 @@ class Letters:
         return "a" * len(token_ids)
 
 
-class SleepingModels(Driven):
+class SleepingModels(LocalStack):
     """Three sleeping engines and a coordinator over them, driven step by step."""
 
     def __init__(self, latencies_s: Sequence[float], vocab_size: int) -> None:

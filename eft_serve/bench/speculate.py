@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from eft_serve.bench import report, simulated
-from eft_serve.bench.driven import Driven
 from eft_serve.bench.fanout import Letters
+from eft_serve.bench.local_stack import LocalStack
 from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS, ModelConfig
 from eft_serve.coordinator.request import Request
@@ -74,14 +74,16 @@ class Stage:
     """A combination, and prompts for it.
 
     Args:
-        driven: started engines.
+        stack: started engines.
         combination: what a request runs.
         prompts: token ids, the same for every model.
         max_tokens: of one answer.
     """
 
-    def __init__(self, driven: Driven, combination: Combination, prompts: Sequence[list[int]], max_tokens: int) -> None:
-        self.driven = driven
+    def __init__(
+        self, stack: LocalStack, combination: Combination, prompts: Sequence[list[int]], max_tokens: int
+    ) -> None:
+        self.stack = stack
         self.combination = combination
         self.prompts = prompts
         self.max_tokens = max_tokens
@@ -107,8 +109,8 @@ class Stage:
             said = set()
             for side in sides:
                 requests = [self._request(prompt, side, temperature, ignore_eos) for prompt in prompts]
-                seconds = self.driven.run(requests)
-                tokens = [self.driven.tokens.pop(request.request_id) for request in requests]
+                seconds = self.stack.run(requests)
+                tokens = [self.stack.tokens.pop(request.request_id) for request in requests]
                 said.add(repr(tokens))
                 if number:
                     outcome = outcomes[side.name]
@@ -148,18 +150,18 @@ SIMULATED = Combination(
 def zoo_stage(num_prompts: int, max_tokens: int) -> Stage:
     """The embedded family, asked for long answers."""
     vocabularies = {term.model: Vocabulary.load(ZOO_CHECKPOINTS / term.model) for term in EFT.terms}
-    driven = Driven({term.model: (build_zoo, (term.model,)) for term in EFT.terms}, vocabularies)
+    stack = LocalStack({term.model: (build_zoo, (term.model,)) for term in EFT.terms}, vocabularies)
     tokenizer = vocabularies["base-large"].tokenizer
     prompts = [tokenizer.encode(f"User: {q.text}\nAssistant:") for q in long_prompts(num_prompts)]
-    return Stage(driven, EFT, prompts, max_tokens)
+    return Stage(stack, EFT, prompts, max_tokens)
 
 
 def simulated_stage(latencies_s: Sequence[float], acceptance: float, num_prompts: int, max_tokens: int) -> Stage:
     """Models that sleep."""
     roles = dict(zip(("base", "tuned", "reference"), latencies_s, strict=True))
     builds = {role: (simulated.build, (role, seconds, acceptance)) for role, seconds in roles.items()}
-    driven = Driven(builds, dict.fromkeys(roles, Letters(simulated.VOCAB_SIZE)))
-    return Stage(driven, SIMULATED, [[i + 1] * (i + 2) for i in range(num_prompts)], max_tokens)
+    stack = LocalStack(builds, dict.fromkeys(roles, Letters(simulated.VOCAB_SIZE)))
+    return Stage(stack, SIMULATED, [[i + 1] * (i + 2) for i in range(num_prompts)], max_tokens)
 
 
 def measure_zoo(stage: Stage) -> dict[str, Any]:
@@ -261,4 +263,4 @@ def _closing(stage: Stage, work: Any) -> dict[str, Any]:
         measured: dict[str, Any] = work()
         return measured
     finally:
-        stage.driven.close()
+        stage.stack.close()

@@ -1,5 +1,5 @@
-"""What a model directory holds: one reader for each fact, for every process; judges no configuration, knows no request.
+"""Reads model directories: one reader for each fact, used by every process. Knows no configuration and no request.
 
-Nothing is ever downloaded and no code of a checkpoint is ever run. Only `model.py` imports torch, and a tokenizer is
-built by `transformers` on demand, so that a linter can read the rest without either.
+Nothing is downloaded and no code of a checkpoint is run. Only `model.py` imports torch, and `transformers` is imported
+on demand for tokenizers, so that `config check` needs neither for the rest.
 """

@@ -1,4 +1,4 @@
-"""Chat templates in files of their own: read, and parsed as `transformers` would before it renders them."""
+"""Chat template files: read, and parsed as `transformers` does before rendering."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from eft_serve.checkpoints.json_file import BrokenFileError
 
 
 class _Generation(Extension):
-    """The block with which templates mark what the assistant says."""
+    """The `generation` block, by which templates mark the assistant's text."""
 
-    tags = {"generation"}  # noqa: RUF012  # Jinja's own way to say it
+    tags = {"generation"}  # noqa: RUF012  # as Jinja defines it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -26,7 +26,7 @@ def read_template(path: Path) -> str:
     """The text of a chat template.
 
     Raises:
-        BrokenFileError: it cannot be read or does not parse.
+        BrokenFileError: it cannot be read or parsed.
     """
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:

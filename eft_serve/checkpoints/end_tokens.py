@@ -1,4 +1,4 @@
-"""Which tokens end a text, by the files of a model directory; knows no tokenizer."""
+"""The end tokens that the files of a model directory name; knows no tokenizer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from eft_serve.checkpoints.json_file import BrokenFileError, read_json
 
-FILES = ("generation_config.json", "config.json")  # the first that says it is believed, as `generate` does
+FILES = ("generation_config.json", "config.json")  # the first file with the field decides, as in `generate`
 
 
 def read_end_tokens(checkpoint: Path) -> frozenset[int] | None:
-    """The ids that `generate` would stop at; None where no file says it, and the tokenizer decides.
+    """The ids that `generate` would stop at; None if no file names any, and the tokenizer decides.
 
     Raises:
-        BrokenFileError: a file cannot be read, or names something else than ids.
+        BrokenFileError: a file cannot be read, or the field is not made of ids.
     """
     for path in (checkpoint / name for name in FILES):
         found: Any = read_json(path).get("eos_token_id") if path.exists() else None
@@ -22,6 +22,6 @@ def read_end_tokens(checkpoint: Path) -> frozenset[int] | None:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(isinstance(token_id, int) for token_id in ids):
-            raise BrokenFileError(f"{path}: eos_token_id is {found!r}, neither an id nor a list of ids")
+            raise BrokenFileError(f"{path}: eos_token_id is {found!r}, not an id or a list of ids")
         return frozenset(ids)
     return None

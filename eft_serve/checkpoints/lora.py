@@ -1,6 +1,6 @@
-"""A PEFT directory with a LoRA (arXiv 2106.09685): what it says, and whether it fits a model. Loads no tensors.
+"""A PEFT directory with a LoRA (arXiv 2106.09685): its configuration, and whether it fits a model. Loads no tensors.
 
-What would change the computation and is not computed is refused, and so is a field that nobody here knows.
+Settings that change the computation and are not supported are refused, and so are unknown fields.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from eft_serve.checkpoints.weights import tensor_shapes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 REPAIR = "save the adapter again with save_pretrained"
-# Beginnings that leave the model's own matrices as they are; others, such as pissa, change them as well.
+# Initialisations that leave the model's matrices unchanged; others, such as pissa, change them.
 PLAIN_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "fan_in_fan_out", "base_model_name_or_path"}
 PARTIAL = {"layers_to_transform", "layers_pattern", "exclude_modules"}
-# Of training, of files, or without effect unless another field is set, which is refused.
+# About training or files, or without effect unless another field is set that is refused.
 HARMLESS = {"auto_mapping", "task_type", "inference_mode", "revision", "lora_dropout", "peft_version", "eva_config"} | {
     "megatron_core",
     "qalora_group_size",
@@ -31,30 +31,30 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """What an adapter's files say."""
+    """An adapter's configuration and tensor shapes."""
 
     rank: int
     scaling: float
-    targets: str | list[str]  # a regular expression of modules' names, or the ends of names
+    targets: str | list[str]  # a regular expression for module names, or suffixes of names
     is_partial: bool  # not all modules that `targets` names are changed
-    is_transposed: bool  # the model keeps its matrices as [num_inputs, num_outputs]
-    base: str | None  # what it was trained on, as that was called there
+    is_transposed: bool  # the model stores its matrices as [num_inputs, num_outputs]
+    base: str | None  # the model that it was trained on, as named in training
     shapes: Mapping[str, tuple[int, ...]]  # by tensor
 
     @property
     def modules(self) -> list[str]:
-        """Whose matrices it changes."""
+        """The modules whose matrices it changes."""
         return sorted({match[1] for name in self.shapes if (match := _TENSOR.fullmatch(name))})
 
     def wants(self, module: str) -> bool:
-        """Whether a module of this name was to be changed."""
+        """Whether the configuration selects a module of this name."""
         if isinstance(self.targets, str):
             return re.fullmatch(self.targets, module) is not None
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
 
 
 def tensor_name(module: str, side: Literal["A", "B"]) -> str:
-    """What the file calls a module's matrix A or B."""
+    """The tensor name of a module's matrix A or B."""
     return f"base_model.model.{module}.lora_{side}.weight"
 
 
@@ -62,7 +62,7 @@ def read_lora(directory: Path) -> Lora:
     """Read the configuration and the header of the weights.
 
     Raises:
-        BrokenFileError: a file is missing or broken, or asks for what is not computed; every mistake is named.
+        BrokenFileError: a file is missing or broken, or a setting is not supported; every mistake is named.
     """
     for name in (CONFIG, WEIGHTS):
         if not (directory / name).is_file():
@@ -83,9 +83,9 @@ def read_lora(directory: Path) -> Lora:
 
 
 def _mistakes(config: dict[str, Any]) -> Iterator[str]:
-    """Why what this configuration describes is not computed."""
+    """Why this configuration is not supported; empty if it is."""
     if config.get("peft_type") != "LORA":
-        yield f"peft_type is {config.get('peft_type')!r}, and only LORA is computed"
+        yield f"peft_type is {config.get('peft_type')!r}, and only LORA is supported"
         return
     if not isinstance(config.get("r"), int) or config["r"] < 1:
         yield f"r is {config.get('r')!r}, not a rank"
@@ -93,11 +93,11 @@ def _mistakes(config: dict[str, Any]) -> Iterator[str]:
         yield f"lora_alpha is {config.get('lora_alpha')!r}, not a number"
     targets = config.get("target_modules") or []
     if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        yield f"target_modules is {targets!r}, neither names nor a regular expression"
+        yield f"target_modules is {targets!r}, not names or a regular expression"
     if isinstance(targets, str) and not _compiles(targets):
-        yield f"target_modules is {targets!r}, no regular expression"
+        yield f"target_modules is {targets!r}, not a regular expression"
     if config.get("bias", "none") != "none":
-        yield f"bias is {config['bias']!r}, and only none is computed"
+        yield f"bias is {config['bias']!r}, and only none is supported"
     beginning = config.get("init_lora_weights")
     if beginning not in PLAIN_BEGINNINGS:
         yield f"init_lora_weights is {beginning!r}, which changes the model's own weights; convert it when saving"
@@ -144,5 +144,5 @@ def misfits(lora: Lora, matrices: Mapping[str, tuple[int, int]]) -> list[str]:
 
 
 def summary(mistakes: list[str], shown: int = 3) -> str:
-    """The first of them, and how many there are."""
+    """The first few, and how many there are."""
     return "; ".join(mistakes[:shown]) + (f"; and {len(mistakes) - shown} more" if len(mistakes) > shown else "")

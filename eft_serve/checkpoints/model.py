@@ -1,4 +1,4 @@
-"""The model of a directory, loaded whole or refused; knows nothing of DeepSpeed, caches or sequences.
+"""Loads the model of a directory, complete or not at all; knows nothing of DeepSpeed, caches or sequences.
 
 The only module of the package that imports torch.
 """
@@ -16,14 +16,14 @@ from transformers.utils import logging as transformers_logging
 
 from eft_serve.errors import CheckpointError
 
-_LOADING = Lock()  # transformers patches its own classes while it loads; two loads at once leave them patched
+_LOADING = Lock()  # transformers patches its classes while it loads; two concurrent loads leave them patched
 
 
 def read_config(path: Path) -> PretrainedConfig:
     """The directory's `config.json`.
 
     Raises:
-        CheckpointError: the directory or the file is missing or broken, or its kind of model is not known.
+        CheckpointError: the directory or the file is missing or broken, or its model type is unknown.
     """
     if not path.is_dir():
         raise CheckpointError(f"path: {path} is not a directory; give a transformers model directory or zoo:NAME")
@@ -50,7 +50,7 @@ def load_model(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreT
     """The whole model on the CPU in `dtype`, for inference.
 
     Raises:
-        CheckpointError: weights are missing, corrupt, of the wrong shape, or more or fewer than the model has.
+        CheckpointError: weights are corrupt, of the wrong shape, missing, or not part of the model.
     """
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The tokenizer of a model directory, and its tokens without it; knows no text."""
+"""The tokenizer of a model directory, and its vocabulary without loading it; knows no text."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     """The tokenizer as `transformers` builds it.
 
     Raises:
-        CheckpointError: there is none, or only one that brings code of its own.
+        CheckpointError: there is none, or only one that needs custom code.
     """
-    from transformers import AutoTokenizer  # seconds, which the linter does not have to wait
+    from transformers import AutoTokenizer  # takes seconds, which `config check` does not need to spend
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -33,12 +33,12 @@ def token_ids(tokenizer: Path) -> dict[str, int]:
     """Token → id of a `tokenizer.json`, added tokens included.
 
     Raises:
-        BrokenFileError: it cannot be read, or its kind is not known.
+        BrokenFileError: it cannot be read, or its kind is unknown.
     """
     data = read_json(tokenizer)
     try:
         vocab = data["model"]["vocab"]
-        # Unigram lists [token, score] pairs in the order of the ids; the others map tokens to ids.
+        # Unigram lists [token, score] pairs by id; the others map tokens to ids.
         ids = dict(vocab) if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
         ids |= {added["content"]: added["id"] for added in data.get("added_tokens", ())}
     except (KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The tokens of a checkpoint: how many are real, which end a text, what text they are; knows no request."""
+"""The tokens of a checkpoint: how many are real, which end a text, how they decode; knows no request."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Vocabulary:
         return len(self.ids)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text, without special tokens and as the tokens spell it: tidying up spaces would rewrite what is out."""
+        """The text without special tokens. Spaces are not cleaned up: that would change text already emitted."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
@@ -56,12 +56,12 @@ def vocabulary_difference(base: str, ours: Mapping[str, int], other: str, theirs
     if ours == theirs:
         return None
     token_id = min(token_id for _, token_id in ours.items() ^ theirs.items())
-    said = {
+    tokens_at_id = {
         model: sorted(token for token, i in ids.items() if i == token_id)
         for model, ids in ((base, ours), (other, theirs))
     }
-    spelt = (f"{model} has {', '.join(map(repr, tokens)) or 'none'}" for model, tokens in said.items())
+    descriptions = (f"{model} has {', '.join(map(repr, tokens)) or 'none'}" for model, tokens in tokens_at_id.items())
     return (
-        f"{base} and {other} have different vocabularies, first at id {token_id}: {', '.join(spelt)}; "
+        f"{base} and {other} have different vocabularies, first at id {token_id}: {', '.join(descriptions)}; "
         "the models of a recipe must share one tokenizer"
     )

@@ -1,7 +1,7 @@
-"""Every mistake of a configuration, explained before anything starts: `check`, and `load_any` for the files.
+"""Finds every mistake of a configuration before anything starts: `check`, and `load_any` for the files.
 
 Reads the JSON files and safetensors headers of the checkpoints; loads no weights and no tokenizer, and knows neither
-torch nor Ray. Whether a kind of model can be served is the engine's word.
+torch nor Ray. Whether a kind of model can be served is for the engine to decide.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["ClusterResources", "Problem", "check", "load_any"]
 
 
 def check(config: AppConfig, cluster: ClusterResources | None = None) -> list[Problem]:
-    """Everything that is wrong with this configuration on this machine; empty when nothing is.
+    """Every problem of this configuration on this machine; empty if there is none.
 
     Args:
         config: already valid in itself.
-        cluster: what there is to place the application on; None when that is not known.
+        cluster: resources for the application; None when they are not known.
     """
     return [
         *(problem for name, model in config.deployments.items() for problem in model_problems(name, model)),

@@ -1,4 +1,4 @@
-"""What is wrong with an adapter: its files, and whether they fit the model that it adapts."""
+"""Checks an adapter: its files, and whether they fit the model that it adapts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OUTPUT_HEADS = ("lm_head", "embed_out")
 
 
 def adapter_problems(config: AppConfig) -> Iterator[Problem]:
-    """Everything wrong with the adapters; a model whose own files are broken is reported elsewhere."""
+    """Every problem with the adapters; a model's own broken files are reported elsewhere."""
     for name, adapter in config.models.items():
         if isinstance(adapter, AdapterConfig):
             yield from _problems(f"models.{name}", adapter, config)
@@ -46,19 +46,21 @@ def _problems(where: str, adapter: AdapterConfig, config: AppConfig) -> Iterator
         yield Problem(f"{where}.adapter", f"{message}; name the model that it was trained on")
     elif lora.base and Path(lora.base).name != model.checkpoint.name:
         message = (
-            f"it was trained on {lora.base}, and {adapter.model} is {model.checkpoint}; see that they are the same"
+            f"it was trained on {lora.base}, and {adapter.model} is {model.checkpoint}; check that they are the same"
         )
         yield Problem(f"{where}.adapter", message, "warning")
 
 
 def _matrices(checkpoint: Path, lora: Lora) -> dict[str, tuple[int, int]]:
-    """(num_inputs, num_outputs) by module; embeddings are among them, and nobody's update has a name for those."""
+    """(num_inputs, num_outputs) by module; embeddings are included, but no adapter has tensors for them."""
     found: dict[str, tuple[int, int]] = {}
     for name, shape in checkpoint_shapes(checkpoint).items():
         module = name.removesuffix(".weight")
         if module != name and len(shape) == 2 and module not in OUTPUT_HEADS:
             found[module] = (shape[0], shape[1]) if lora.is_transposed else (shape[1], shape[0])
-    if not found.keys() & set(lora.modules):  # a file may leave out what all names begin with, such as `transformer`
+    if not found.keys() & set(
+        lora.modules
+    ):  # a file may leave out the common prefix of all names, such as `transformer`
         prefixes = {module.partition(".")[0] for module in lora.modules}
         found = {f"{prefix}.{module}": sizes for prefix in prefixes for module, sizes in found.items()}
     return found

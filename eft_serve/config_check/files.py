@@ -1,6 +1,6 @@
 """The two shapes of a configuration file: the configuration itself, and Ray Serve's deploy file around it.
 
-`serve deploy` ignores keys that it does not know, and YAML the first of two equal ones; here both are refused.
+`serve deploy` ignores unknown keys, and YAML ignores the first of two equal keys; here both are errors.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _deployed(data: dict[str, Any]) -> Any:
 
 
 def _wrapping_mistakes(data: dict[str, Any], source: str) -> Iterator[str]:
-    """What is wrong with a deploy file around its configuration."""
+    """Every mistake in a deploy file outside its configuration."""
     yield from _unknown(data, DEPLOY_KEYS, source, "(top level)")
     yield from _unknown(data.get("http_options", {}), HTTP_KEYS, source, "http_options")
     applications = data["applications"]
@@ -130,5 +130,5 @@ def _unknown(data: Any, known: frozenset[str], source: str, where: str) -> Itera
 def _read(path: Path) -> Any:
     try:
         return read_yaml(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: a date that is none, bytes that are no text
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: an invalid date or encoding
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error

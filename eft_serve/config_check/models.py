@@ -1,4 +1,4 @@
-"""What is wrong with one model: its files, and what the configuration asks of them."""
+"""Checks one model: its files, and its settings against them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eft_serve.config_check.weights import weight_problems
 
 
 def model_problems(name: str, model: ModelConfig) -> Iterator[Problem]:
-    """Everything wrong with this model alone."""
+    """Every problem with this model by itself."""
     where = f"models.{name}"
     yield from _placement_problems(where, model)
     if not model.checkpoint.is_dir():

@@ -1,4 +1,4 @@
-"""What a check says; knows no check."""
+"""The result of a check; knows no check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong between the models of a recipe: tokens that do not mean the same."""
+"""Checks the models of a recipe against one another: their tokens must be the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eft_serve.config_check.problem import Problem
 
 
 def recipe_problems(config: AppConfig) -> Iterator[Problem]:
-    """Each recipe's models compared with its base; a model whose files are broken is reported elsewhere."""
+    """Compares each recipe's models with its base; a model's broken files are reported elsewhere."""
     checkpoints = {name: config.checkpoint_of(name) for name in config.models}
     vocabularies = {name: _token_ids(path) for name, path in checkpoints.items()}
     ends = {name: _end_tokens(path) for name, path in checkpoints.items()}

@@ -1,4 +1,4 @@
-"""Whether an application fits a cluster; counts whole clusters, not single nodes."""
+"""Whether an application fits a cluster; compares totals, not single nodes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from eft_serve.config import AppConfig, Resources
 from eft_serve.config_check.problem import Problem
 
 NUM_INGRESS_REPLICAS = 1
-ROUNDING = 1e-6  # ten times 0.1 is not 1
+ROUNDING = 1e-6  # ten times 0.1 is not exactly 1
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterResources:
-    """What a cluster has, as Ray counts it."""
+    """A cluster's resources, as Ray counts them."""
 
     num_cpus: float
     num_gpus: float = 0.0
@@ -29,7 +29,7 @@ def wanted(config: AppConfig) -> Iterator[tuple[str, Resources, int]]:
 
 
 def total(config: AppConfig) -> ClusterResources:
-    """What all replicas take together."""
+    """Resources of all replicas together."""
     deployments = list(wanted(config))
     return ClusterResources(
         num_cpus=sum(r.num_cpus * replicas for _, r, replicas in deployments),
@@ -38,7 +38,7 @@ def total(config: AppConfig) -> ClusterResources:
 
 
 def resource_problems(config: AppConfig, cluster: ClusterResources) -> Iterator[Problem]:
-    """One problem for each resource that is short, with every deployment's part."""
+    """One problem for each resource that is short, with every deployment's share."""
     needed = total(config)
     for kind in ("num_cpus", "num_gpus"):
         want, have = getattr(needed, kind), getattr(cluster, kind)

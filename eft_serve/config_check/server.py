@@ -1,4 +1,4 @@
-"""What is wrong with the HTTP side: a tenants file that cannot be read. What it may hold is the tenants' business."""
+"""Checks the HTTP side: whether the tenants file can be read. `tenancy` checks its contents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def server_problems(server: ServerConfig) -> Iterator[Problem]:
     except DuplicateKeyError:
         yield Problem(where, f"{server.tenants_file}: a name stands twice; remove one of the two")
     except (yaml.YAMLError, ValueError):
-        yield Problem(where, f"{server.tenants_file} is not YAML; make it anew with 'eft-serve tenant create'")
+        yield Problem(where, f"{server.tenants_file} is not YAML; create it again with 'eft-serve tenant create'")
     else:
         if not isinstance(data, dict):
             yield Problem(where, f"{server.tenants_file} holds no tenants; add one with 'eft-serve tenant create'")

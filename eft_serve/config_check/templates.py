@@ -1,4 +1,4 @@
-"""What is wrong with the chat templates that recipes name."""
+"""Checks the chat templates that recipes name."""
 
 from __future__ import annotations
 

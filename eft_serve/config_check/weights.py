@@ -1,4 +1,4 @@
-"""What is wrong with a model's weights: files that are missing, broken, or without their tensors."""
+"""Checks a model's weights: files that are missing, broken, or without their tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PICKLED = "pytorch_model*.bin"
 
 
 def weight_problems(where: str, directory: Path) -> Iterator[Problem]:
-    """Why the tensors of a checkpoint are not all there; nothing when they are."""
+    """Why tensors of a checkpoint are missing; empty if none is."""
     whole = [directory / SINGLE, directory / INDEX]
     if not any(path.is_file() for path in whole) and any(directory.glob(PICKLED)):
         message = f"{directory} has pickled weights, which only loading can check; save them as safetensors"

@@ -1,1 +1,1 @@
-"""Many models, no Ray, no engine: requests, the decode loop and everything between logits and text."""
+"""Many models, no Ray, no engine: requests, the decode loop, and from logits to text."""

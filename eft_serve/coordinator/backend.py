@@ -12,26 +12,26 @@ class LogitsBackend(Protocol):
     """All replicas of all models, as the decode loop sees them; used by one thread."""
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
-        """All replicas that there are now, by replica id: connect the new ones, drop the others."""
+        """All current replicas, by replica id: connect the new ones, disconnect the others."""
         ...
 
     def close(self) -> None:
-        """Let go of all of them."""
+        """Disconnect from all replicas."""
         ...
 
     def fan_out(
         self, batches: Mapping[str, StepBatch], timeout_s: float, meanwhile: Callable[[], None] | None = None
     ) -> Mapping[str, StepResult]:
-        """Send every replica its batch, wait for all of them or the deadline; keys are replica ids. Never raises.
+        """Send every replica its batch, wait for all answers or the deadline; keys are replica ids. Never raises.
 
-        What is to be done `meanwhile` is done once, when all is sent.
+        `meanwhile` is called once, after everything is sent.
         """
         ...
 
     def begin(self, batches: Mapping[str, StepBatch], timeout_s: float) -> None:
-        """Send replicas their batches and wait for none of them; those of `fan_out` are others. Never raises."""
+        """Send replicas their batches without waiting for answers; `fan_out` steps other replicas. Never raises."""
         ...
 
     def finished(self) -> Mapping[str, StepResult]:
-        """What became of the batches that were begun: each once, when it is answered or its deadline has passed."""
+        """Results of batches sent by `begin`: each once, when it is answered or its deadline has passed."""
         ...

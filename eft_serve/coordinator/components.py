@@ -1,7 +1,6 @@
-"""What each term says of the tokens that were taken, and of their likeliest alternatives.
+"""Each term's log-probabilities of the sampled tokens and of their most likely alternatives.
 
-Everything is a log-probability of one row of logits: of a term's own, or of the combined ones as they are before
-temperature, top-p and the like.
+They are taken from a term's own logits or from the combined logits, before temperature, top-p and the like.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from eft_serve.types import TokenComponents
 
 
 def describe(request: Request, rows: RequestRows, token_ids: Sequence[int], combined: Tensor) -> list[TokenComponents]:
-    """Of each token that a request has taken.
+    """Components of each token that a request has sampled.
 
     Args:
-        request: one that wants components.
-        rows: its rows; the first ones are those that the tokens were taken from.
-        token_ids: what was taken.
-        combined: [at least as many, at least vocab_size] float32, not normalised.
+        request: asks for components.
+        rows: its rows; the tokens were sampled from the first ones.
+        token_ids: the sampled tokens.
+        combined: [at least num_tokens, at least vocab_size] float32, not normalised.
 
     Raises:
-        ValueError: a term, of whatever coefficient, has NaN, +inf or no possible token in these rows.
+        ValueError: a term, whatever its coefficient, has NaN, +inf or no possible token in these rows.
     """
     count = len(token_ids)
     chosen = combined[:count, : rows.vocab_size]
@@ -41,7 +40,7 @@ def describe(request: Request, rows: RequestRows, token_ids: Sequence[int], comb
 
 
 def _described(request: Request, token_ids: Tensor, logprobs: Tensor, by_term: Tensor) -> list[TokenComponents]:
-    """One request's, of [num_tokens, 1 + alternatives] and [num_terms, num_tokens, 1 + alternatives]."""
+    """From [num_tokens, 1 + alternatives] and, by term, [num_terms, num_tokens, 1 + alternatives]."""
     combination = request.combination
     index = {term.name: i for i, term in enumerate(combination.terms)}
     tuned, reference = ([index[getattr(r, role)] for r in combination.rewards] for role in ("tuned", "reference"))

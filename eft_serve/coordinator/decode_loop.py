@@ -1,8 +1,8 @@
 """The decode loop: schedule, fan out, gather, sample, emit; requests join and leave at every step.
 
-It runs in a thread of its own and owns all its state; other threads reach it through its inbox. It knows neither Ray
-nor sockets: the models are a `LogitsBackend`, the readers callbacks. Beside it stand the table of requests, the health
-of the replicas and the metrics.
+It runs in its own thread and owns all its state; other threads reach it through its inbox. It knows neither Ray nor
+sockets: the models are a `LogitsBackend`, the readers are callbacks. The table of requests, the health of the replicas
+and the metrics are modules of their own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from eft_serve.types import Delta, Endpoint, RequestEnd, StepResult
 
 logger = logging.getLogger(__name__)
 
-IDLE_WAIT_S = 0.5  # an empty loop looks at its stop flag so often
-STALL_WAIT_S = 0.02  # a loop that waits for a model looks again after so long
+IDLE_WAIT_S = 0.5  # how often an idle loop checks its stop flag
+STALL_WAIT_S = 0.02  # how often a loop that waits for a model tries again
 
 Emit = Callable[[Sequence[tuple[str, Delta]]], None]
 
@@ -46,8 +46,8 @@ class DecodeLoop:
         backend: all replicas of all models.
         vocabularies: by model.
         emit: takes the deltas of a step, by request id; called in the loop's thread, at most once a step.
-        metrics: told of every step and every end.
-        on_end: takes the account of each request that ended; called in the loop's thread.
+        metrics: records every step and every finished request.
+        on_end: takes the `RequestEnd` of each finished request; called in the loop's thread.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class DecodeLoop:
         self.scheduler = Scheduler(config, self.replicas)
         self.requests = RequestTable(self._leave)
         self.sampler = Sampler(choose_backend(config.device), torch.get_num_threads(), metrics.observe_phase)
-        self.error: BaseException | None = None  # what ended the thread, if anything did
+        self.error: BaseException | None = None  # what ended the thread; None while it runs
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._last_schedule = time.monotonic()
@@ -82,26 +82,26 @@ class DecodeLoop:
         self._thread.start()
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Stop after the present step; requests that are left end with an error."""
+        """Stop after the current step; open requests end with an error."""
         self._inbox.put(self._stop)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
     def submit(self, request: Request) -> None:
-        """Its deltas come through `emit`, the last with a finish reason, even when it cannot be served at all."""
+        """Deltas come through `emit`, the last with a finish reason, even when the request cannot be served."""
         self._inbox.put(lambda: self._submit(request))
 
     def abort(self, request_id: str) -> None:
-        """Free what it holds in every model; nothing more is emitted for it. Unknown ids are ignored."""
+        """Free the request's cache in every model and emit nothing more for it. Unknown ids are ignored."""
         self._inbox.put(lambda: self.requests.abort(request_id))
 
     def set_replicas(self, endpoints: Mapping[str, Endpoint]) -> None:
-        """All replicas that there are now; each is used once it has answered a step."""
+        """All current replicas; each is used once it has answered a step."""
         self._inbox.put(lambda: self._set_replicas(endpoints))
 
     @property
     def missing_models(self) -> list[str]:
-        """Models of which no replica has answered a step."""
+        """Models without a replica that has answered a step."""
         healthy = self.replicas.healthy_models
         return [model for model in self.vocabularies if model not in healthy]
 
@@ -129,7 +129,7 @@ class DecodeLoop:
             self.backend.close()
 
     def step(self) -> bool:
-        """One decode step; false when there was nothing to compute."""
+        """One decode step; False when there was nothing to compute."""
         with self.metrics.timed("schedule"):
             scheduled = self._schedule(time.monotonic())
             batches = scheduled.batches()
@@ -141,24 +141,24 @@ class DecodeLoop:
                 self.scheduler.observe(scheduled, time.monotonic() - sent)
             ready = self._absorb(scheduled, results)
             drawn = self.sampler.sample(ready)
-            is_urgent = not all(request.output_token_ids for request in ready)  # nobody waits for a first token
+            is_urgent = not all(request.output_token_ids for request in ready)  # a first token does not wait
             with self.metrics.timed("advance"):
                 self._advance(ready, drawn)
-        if not batches or is_urgent:  # else while the models compute the next step
+        if not batches or is_urgent:  # otherwise they are emitted while the models compute the next step
             self._emit()
         return bool(batches)
 
     def _schedule(self, now: float) -> SchedulerOutput:
         self.health.check(now)
         self.requests.end_overdue(now)
-        # As of the last schedule: it told apart who only waited for a turn, and knew nothing of the step's own time.
+        # As of the last schedule, which marked requests that only wait for a turn; the step's own time does not count.
         for request in self.scheduler.find_stalled(self._last_schedule, self.config.recovery_timeout_s):
             self.requests.fail(request, self._stalled(request))
         self._last_schedule = now
         return self.scheduler.schedule(now)
 
     def _absorb(self, scheduled: SchedulerOutput, results: Mapping[str, StepResult]) -> list[Request]:
-        """Take the answers; returns the requests whose models have all given logits."""
+        """Apply the answers; returns the requests whose models have all given logits."""
         now = time.monotonic()
         gathered = gather(scheduled, results, now)
         self.metrics.observe_step(scheduled, results, gathered)
@@ -172,7 +172,7 @@ class DecodeLoop:
         return [request for request in gathered.ready if request in self.requests]
 
     def _advance(self, requests: Sequence[Request], drawn: Sequence[SamplerOutput | EftServeError]) -> None:
-        """Give every request its tokens; end those that they end."""
+        """Append each request's new tokens; end the requests that they finish."""
         now, num_taken = time.monotonic(), 0
         for request, taken in zip(requests, drawn, strict=True):
             if isinstance(taken, EftServeError):
@@ -187,12 +187,12 @@ class DecodeLoop:
         self.metrics.generated_tokens.inc(num_taken)
 
     def receive(self, wait_s: float = 0.0) -> None:
-        """Do what other threads have asked for until now, waiting so long for the first."""
+        """Run the calls that other threads have queued, waiting up to `wait_s` for the first."""
         try:
             self._inbox.get(timeout=wait_s)() if wait_s else self._inbox.get_nowait()()
         except queue.Empty:
             return
-        for _ in range(self._inbox.qsize()):  # not until it is empty: others may fill it as fast
+        for _ in range(self._inbox.qsize()):  # not until it is empty: other threads may fill it as fast
             self._inbox.get_nowait()()
 
     def _stop(self) -> None:
@@ -212,11 +212,11 @@ class DecodeLoop:
 
     def _vocabulary(self, model: str) -> Vocabulary:
         if model not in self.vocabularies:
-            raise ModelNotFoundError(f"model {model!r} is none of this coordinator's", param="model")
+            raise ModelNotFoundError(f"model {model!r} is not served by this coordinator", param="model")
         return self.vocabularies[model]
 
     def _leave(self, request: Request, end: RequestEnd) -> None:
-        """It has ended: free all that it has."""
+        """The request has ended: free its resources."""
         self.scheduler.finish(request)
         self.metrics.observe_end(end)
         self.on_end(end)

@@ -1,4 +1,4 @@
-"""From tokens to text, as they come: never half a character, never a part of a stop string.
+"""Incremental detokenization: never half a character, never part of a stop string.
 
 Knows a tokenizer's `decode` and nothing else of it.
 """
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no character, or not yet one
-CONTEXT_TOKENS = 5  # of the prompt, so that the first token's leading space is decoded as in the whole text
+REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a character
+CONTEXT_TOKENS = 5  # from the prompt, so that the first token's leading space is decoded as in the whole text
 
 
 class Decoder(Protocol):
-    """A tokenizer's way back."""
+    """Turns token ids into text."""
 
     def decode(self, token_ids: list[int]) -> str: ...
 
@@ -23,14 +23,14 @@ class Decoder(Protocol):
 class Detokenizer:
     """Decodes a growing list of tokens through a short window, so that the cost per token stays constant.
 
-    A token may end inside a character, and may change the text of its neighbours; so the window starts before the text
-    that is already out, and what decodes to a trailing replacement character is kept back until it is whole.
+    A token may end inside a character, and may change the text of its neighbours. So the window starts before the text
+    that is already emitted, and a trailing replacement character is kept back until it is a whole character.
     """
 
     decoder: Decoder
-    window: list[int]  # tokens decoded again each time: some that are out, then those that are not
-    num_settled: int = field(init=False)  # of the window, tokens whose text is out
-    shown: str = field(init=False)  # text of the settled part, plus what is already out of the rest
+    window: list[int]  # tokens decoded again each time: some that are emitted, then those that are not
+    num_settled: int = field(init=False)  # tokens of the window whose text is emitted
+    shown: str = field(init=False)  # text of the settled part, plus the emitted text of the rest
 
     def __post_init__(self) -> None:
         self._settle()
@@ -44,7 +44,7 @@ class Detokenizer:
         return cls(decoder, context)
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """Text that these tokens make certain."""
+        """Append tokens; returns the text that can no longer change."""
         self.window += token_ids
         text = self._decoded()
         whole = text.rstrip(REPLACEMENT)
@@ -57,13 +57,13 @@ class Detokenizer:
         return fresh
 
     def flush(self) -> str:
-        """Text that was kept back, as it is; nothing follows."""
+        """The text that was kept back, at the end of the output."""
         rest = self._decoded()[len(self.shown) :]
         self.shown += rest
         return rest
 
     def _slide(self) -> None:
-        """Everything in the window is out: its newer tokens are context enough for what comes."""
+        """All text of the window is emitted: its newer tokens are enough context for the next ones."""
         self.window = self.window[self.num_settled :]
         self._settle()
 
@@ -77,14 +77,14 @@ class Detokenizer:
 
 @dataclass(slots=True)
 class StopChecker:
-    """Finds stop strings across token borders; keeps back text that may yet become one."""
+    """Finds stop strings across token boundaries; keeps back text that may become one."""
 
     stops: tuple[str, ...]
     buffer: str = ""
     stopped: bool = False
 
     def push(self, text: str) -> str:
-        """Text that can go out; sets `stopped` when a stop string was found (it and what follows is dropped)."""
+        """Text that can be emitted; sets `stopped` when a stop string was found (it and what follows are dropped)."""
         if not self.stops:
             return text
         self.buffer += text
@@ -95,7 +95,7 @@ class StopChecker:
         return self._release(len(self.buffer) - self._longest_partial())
 
     def flush(self) -> str:
-        """What was kept back: the stream ended, so it is no stop string."""
+        """The text that was kept back: the output ended, so it is not a stop string."""
         return self._release(len(self.buffer))
 
     def _release(self, length: int) -> str:
@@ -103,7 +103,7 @@ class StopChecker:
         return out
 
     def _longest_partial(self) -> int:
-        """Length of the longest end of `buffer` that begins a stop string."""
+        """Length of the longest suffix of `buffer` that is a prefix of a stop string."""
         longest = min(len(self.buffer), max(map(len, self.stops)) - 1)
         sizes = range(longest, 0, -1)
         return next((size for size in sizes if any(stop.startswith(self.buffer[-size:]) for stop in self.stops)), 0)

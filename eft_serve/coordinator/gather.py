@@ -1,4 +1,4 @@
-"""What the replicas' answers mean for the requests: who holds how much, who is ready, who failed."""
+"""Applies the replicas' answers to the requests: computed tokens, ready requests, failures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from eft_serve.types import StepOutput, StepResult
 class Gathered:
     """The outcome of one fan-out."""
 
-    ready: list[Request] = field(default_factory=list)  # all their sequences have the rows that the next tokens want
+    ready: list[Request] = field(default_factory=list)  # all their sequences have the rows for the next tokens
     errors: dict[Request, EftServeError] = field(default_factory=dict)
     failed_replicas: dict[str, str] = field(default_factory=dict)  # why
     num_cache_misses: int = 0
 
 
 def gather(scheduled: SchedulerOutput, results: Mapping[str, StepResult], now: float) -> Gathered:
-    """Apply every answer to its sequence; a request is ready when all its models gave logits in this very step."""
+    """Apply every answer to its sequence; a request is ready when all its models gave logits in this step."""
     gathered = Gathered()
     logits: dict[Request, list[SequenceState]] = defaultdict(list)
     for replica_id, result in results.items():
@@ -42,7 +42,7 @@ def gather(scheduled: SchedulerOutput, results: Mapping[str, StepResult], now: f
         if len(logits[request]) == len(request.sequences):
             gathered.ready.append(request)
         else:
-            # Some model could not answer: the others' last token is computed again, to give its logits again.
+            # A model gave no logits: the other models compute the last token again to give its logits again.
             request.drop_draft_tokens()
     return gathered
 

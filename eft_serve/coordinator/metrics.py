@@ -1,4 +1,4 @@
-"""What the decode loop measures of itself, in seconds on one process's monotonic clock."""
+"""The decode loop's metrics, in seconds on one process's monotonic clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEP_BUCKETS = [step * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for step
 
 
 class CoordinatorMetrics:
-    """One coordinator's metrics in a registry of their own."""
+    """One coordinator's metrics, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -51,7 +51,7 @@ class CoordinatorMetrics:
         self.waiting = Gauge("eft_num_requests_waiting", "Requests waiting to be decoded", registry=self.registry)
         self.computed_tokens = Counter(
             "eft_computed_tokens",
-            "Tokens sent to be computed, if not found in a cache",
+            "Tokens sent to be computed, unless found in a cache",
             ["model"],
             registry=self.registry,
         )
@@ -70,7 +70,7 @@ class CoordinatorMetrics:
         )
         self.preemptions = Counter("eft_preemptions", "Requests preempted for KV room", registry=self.registry)
         self.cache_misses = Counter(
-            "eft_cache_misses", "Steps answered with fewer tokens held than assumed", registry=self.registry
+            "eft_cache_misses", "Steps answered with fewer cached tokens than assumed", registry=self.registry
         )
         self.replica_failures = Counter(
             "eft_replica_failures", "Replica calls that failed", ["model"], registry=self.registry
@@ -81,17 +81,17 @@ class CoordinatorMetrics:
         return self.step_seconds.labels(phase).time()
 
     def observe_phase(self, phase: str, seconds: float) -> None:
-        """A phase of a step took so long."""
+        """Record the duration of a phase of a step."""
         self.step_seconds.labels(phase).observe(seconds)
 
     def observe_queues(self, scheduler: Scheduler) -> None:
-        """How many run and wait now, and who was preempted since the last time."""
+        """Record running and waiting requests, and preemptions since the last call."""
         self.running.set(len(scheduler.running))
         self.waiting.set(len(scheduler.waiting))
         self.preemptions.inc(scheduler.take_num_preemptions())
 
     def observe_step(self, scheduled: SchedulerOutput, results: Mapping[str, StepResult], gathered: Gathered) -> None:
-        """What the replicas have answered."""
+        """Record the replicas' answers."""
         self.cache_misses.inc(gathered.num_cache_misses)
         for replica_id, entries in scheduled.entries.items():
             model, result = entries[0].sequence.model, results[replica_id]
@@ -104,7 +104,7 @@ class CoordinatorMetrics:
             self.computed_tokens.labels(model).inc(num_tokens)
 
     def observe_end(self, end: RequestEnd) -> None:
-        """A request ended."""
+        """Record a finished request."""
         self.finished.labels(end.reason).inc()
         spec_decode = end.usage.spec_decode
         self.decode_passes.inc(spec_decode.num_passes)

@@ -1,4 +1,4 @@
-"""From drawn tokens to what a request's reader gets: text, finish reasons, failures."""
+"""From sampled tokens to a request's deltas: text, finish reasons, failures."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ class OutputStream:
     """One request's output, token by token."""
 
     eos_token_ids: frozenset[int]
-    max_tokens: int  # asked for, or what the shortest context leaves
+    max_tokens: int  # as requested, or what the shortest context leaves
     detokenizer: Detokenizer
     stop_checker: StopChecker
     num_tokens: int = 0
     _pending_token_ids: list[int] = field(default_factory=list)
-    _text: str = ""  # and not given out
+    _text: str = ""  # detokenized and not emitted
 
     @classmethod
     def of(cls, request: Request, vocabularies: list[Vocabulary]) -> OutputStream:
-        """The first model that counts detokenizes; any such model's end token ends it, unless tokens are forced."""
+        """The first term with a coefficient detokenizes; any such term's end token ends the output, unless forced."""
         sampling = request.generation.sampling
         counting = [pair for pair in zip(request.sequences, vocabularies, strict=True) if pair[0].term.counts]
-        first, spelling = counting[0]
-        eos = frozenset[int]().union(*(vocabulary.eos_token_ids for _, vocabulary in counting))
+        first, vocabulary = counting[0]
+        eos = frozenset[int]().union(*(v.eos_token_ids for _, v in counting))
         return cls(
             eos_token_ids=frozenset() if sampling.ignore_eos or request.is_forced else eos,
             max_tokens=request.max_tokens,
-            detokenizer=Detokenizer.after_prompt(spelling, first.prompt_token_ids),
+            detokenizer=Detokenizer.after_prompt(vocabulary, first.prompt_token_ids),
             stop_checker=StopChecker(() if request.is_forced else sampling.stop),
         )
 
     def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
-        """More tokens: those up to the one that ends the request, and why it does.
+        """Append tokens; returns them up to the one that ends the request, and the finish reason.
 
-        Nothing is detokenized here, which can wait, but where a stop string might be the end.
+        Detokenizes only if the request has stop strings; otherwise `delta` does it later.
         """
         for count, token_id in enumerate(token_ids, start=1):
             self.num_tokens += 1
@@ -63,7 +63,7 @@ class OutputStream:
         components: list[TokenComponents] | None,
         usage: Usage | None,
     ) -> Delta:
-        """What was taken, with the text that is certain by now and was not given out yet."""
+        """These tokens, with the text that can no longer change and was not emitted yet."""
         self._detokenize(is_last=reason is not None)
         text, self._text = self._text, ""
         return Delta(text=text, token_ids=token_ids, finish_reason=reason, components=components, usage=usage)
@@ -74,10 +74,10 @@ class OutputStream:
             self._text += self.stop_checker.push(self.detokenizer.push(token_ids))
         if is_last and not self.stop_checker.stopped:
             self._text += self.stop_checker.push(self.detokenizer.flush())
-            if not self.stop_checker.stopped:  # by what was kept back
+            if not self.stop_checker.stopped:  # by the text that was kept back
                 self._text += self.stop_checker.flush()
 
 
 def failed(error: EftServeError) -> Delta:
-    """The last delta of a request that a typed error ends."""
+    """The last delta of a request that ends with a typed error."""
     return Delta(text="", token_ids=[], finish_reason=FinishReason.ERROR, failure=to_failure(error))

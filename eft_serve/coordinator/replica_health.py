@@ -1,7 +1,7 @@
-"""Whether replicas answer: one that is new, or has failed, is probed beside the steps of the others.
+"""Whether replicas answer: a replica that is new or has failed is probed beside the steps of the others.
 
-A probe is an ordinary step of one token. Nobody waits for it: it is sent and its answer is looked for in every later
-step, so a replica that hangs costs the others nothing. It knows replicas, and no requests.
+A probe is an ordinary step of one token. No step waits for it: its answer is checked for in every later step, so a
+replica that hangs costs the others nothing. It knows replicas, and no requests.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ReplicaHealth:
         return bool(self._probes)
 
     def check(self, now: float) -> None:
-        """Send a probe to every replica that is due for one, and read the answers that have come."""
+        """Send a probe to every replica that is due for one, and read the answers that have arrived."""
         due = [replica_id for replica_id in self._replicas.due(now) if replica_id not in self._probes]
         if due:
             probes = {r: SequenceStep(f"probe/{uuid.uuid4().hex}", 0, [0], num_logits=1) for r in due}
@@ -48,11 +48,11 @@ class ReplicaHealth:
         for replica_id, result in self._backend.finished().items():
             probe = self._probes.pop(replica_id)
             if (replica := self._replicas.replicas.get(replica_id)) is None:
-                continue  # it has gone meanwhile
+                continue  # the replica is gone
             reason = result.failure or result.outputs[0].error
             if reason is None:  # "no room now" is an answer too
                 replica.succeed()
                 self._replicas.freed[replica_id].append(probe.sequence_id)
             else:
-                logger.warning("replica %s did not answer one token: %s", replica_id, reason)
+                logger.warning("replica %s did not answer a probe: %s", replica_id, reason)
                 replica.fail(now)

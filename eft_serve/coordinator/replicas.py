@@ -1,6 +1,6 @@
-"""Which replicas of which models can be stepped, and how much of each one's KV budget is promised.
+"""Which replicas of which models can be stepped, and how much of each one's KV budget is reserved.
 
-Knows endpoints by name and size only; reaching them is the backend's work, finding them the control plane's.
+Knows endpoints by name and size only; the backend connects to them, the control plane finds them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.errors import ContextLengthError
 from eft_serve.types import Endpoint, ModelInfo
 
-FIRST_RETRY_S = 1.0  # a replica that failed is left alone for so long; twice as long after each further failure
+FIRST_RETRY_S = 1.0  # before a failed replica is probed; twice as long after each further failure
 LONGEST_RETRY_S = 60.0
 
 
@@ -24,16 +24,16 @@ class Replica:
 
     info: ModelInfo
     share: int  # coordinators that divide its KV budget among them
-    healthy: bool = False  # it has answered a step, and none has failed since
-    num_failures: int = 0  # since it last answered
-    retry_at: float = 0.0  # monotonic seconds; not tried before
-    blocks: int = 0  # promised to running requests, as of the last `count_blocks`
+    healthy: bool = False  # it has answered a step and not failed since
+    num_failures: int = 0  # since its last answer
+    retry_at: float = 0.0  # monotonic seconds; no probe before
+    blocks: int = 0  # reserved for running requests, as of the last `count_blocks`
 
     def succeed(self) -> None:
         self.healthy, self.num_failures = True, 0
 
     def fail(self, now: float) -> None:
-        """It has to prove itself again, and not at once: whoever waits for it holds up everybody."""
+        """Mark it unhealthy; it is probed again after a back-off."""
         self.healthy = False
         self.retry_at = now + min(LONGEST_RETRY_S, FIRST_RETRY_S * 2**self.num_failures)
         self.num_failures += 1
@@ -51,25 +51,25 @@ class Replica:
         return -(-num_tokens // self.info.kv_block_size)
 
     def has_room(self, num_blocks: int, num_tokens: int) -> bool:
-        """Whether a sequence of so many tokens fits beside so many promised blocks."""
+        """Whether a sequence of `num_tokens` fits beside `num_blocks` reserved blocks."""
         fits = num_blocks + self.blocks_for(num_tokens) <= self.capacity_blocks
         return fits and num_tokens <= self.info.max_model_len
 
     def add(self, num_tokens: int) -> None:
-        """Promise one more sequence room."""
+        """Reserve room for one more sequence."""
         self.blocks += self.blocks_for(num_tokens)
 
 
 @dataclass(slots=True)
 class ReplicaTable:
-    """Every replica known, and the freed sequences that each has still to be told of."""
+    """Every known replica, and the freed sequences not yet sent to each."""
 
     share: int = 1
     replicas: dict[str, Replica] = field(default_factory=dict)
     freed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def update(self, endpoints: Mapping[str, Endpoint]) -> set[str]:
-        """Take the present set of endpoints; returns the replicas that are gone."""
+        """Take the current set of endpoints; returns the replicas that are gone."""
         gone = set(self.replicas) - set(endpoints)
         for replica_id in gone:
             del self.replicas[replica_id]
@@ -80,7 +80,7 @@ class ReplicaTable:
         return gone
 
     def due(self, now: float) -> list[str]:
-        """Replicas that have to be probed now."""
+        """Replicas that are due for a probe."""
         return [r for r, replica in self.replicas.items() if not replica.healthy and replica.retry_at <= now]
 
     @property
@@ -88,11 +88,11 @@ class ReplicaTable:
         return {replica.info.model for replica in list(self.replicas.values()) if replica.healthy}
 
     def of(self, model: str) -> list[Replica]:
-        """Every replica of this model, whether it answers now or not."""
+        """Every replica of this model, healthy or not."""
         return [replica for replica in self.replicas.values() if replica.info.model == model]
 
     def healthy(self) -> dict[str, list[Replica]]:
-        """Those that answer now, by model."""
+        """The healthy replicas, by model."""
         found: dict[str, list[Replica]] = defaultdict(list)
         for replica in self.replicas.values():
             if replica.healthy:
@@ -109,7 +109,7 @@ class ReplicaTable:
         for model in sorted(request.models):
             replicas = self.of(model)
             if not replicas:
-                continue  # one may come back; the request waits for it
+                continue  # a replica may come back; the request waits for it
             prompts = [len(sequence.prompt_token_ids) for sequence in request.sequences if sequence.model == model]
             left = longest_output(replicas, prompts, left)
             if not left:
@@ -122,7 +122,7 @@ class ReplicaTable:
         return left
 
     def count_blocks(self, requests: Iterable[Request]) -> None:
-        """Recount what running requests need once all their pending tokens and draft tokens are computed."""
+        """Recount the blocks of running requests, all pending tokens and draft tokens included."""
         for replica in self.replicas.values():
             replica.blocks = 0
         for request in requests:
@@ -131,9 +131,9 @@ class ReplicaTable:
                     self.replicas[sequence.replica_id].add(request.num_reserved(sequence))
 
     def place(self, request: Request, *, within_budget: bool) -> set[str]:
-        """Give each unplaced sequence a replica of its model, see `assign`; all of them or none.
+        """Assign each unplaced sequence a replica of its model, see `assign`; all of them or none.
 
-        Returns the models that have no replica to offer; empty when the request is placed.
+        Returns the models without a suitable replica; empty when the request is placed.
         """
         unplaced: dict[str, list[SequenceState]] = defaultdict(list)
         for sequence in request.sequences:
@@ -154,31 +154,31 @@ class ReplicaTable:
         return set()
 
     def release(self, request: Request) -> None:
-        """Its caches are no longer wanted."""
+        """Drop all caches of a request."""
         for sequence in request.sequences:
             self.drop(sequence)
 
     def drop(self, sequence: SequenceState) -> None:
-        """Forget this cache; its engine learns it with the next step that it gets."""
+        """Drop this sequence's cache; the engine frees it with its next step."""
         if sequence.replica_id in self.replicas:
             self.freed[sequence.replica_id].append(sequence.sequence_id)
         sequence.forget()
 
     def take_freed(self) -> dict[str, list[str]]:
-        """What the replicas that answer have to be told; the others are told when they answer again."""
-        told = {r: ids for r, ids in self.freed.items() if r in self.replicas and self.replicas[r].healthy}
-        for replica_id in told:
+        """Freed sequences to send to the healthy replicas; those of the others wait until they answer again."""
+        sent = {r: ids for r, ids in self.freed.items() if r in self.replicas and self.replicas[r].healthy}
+        for replica_id in sent:
             del self.freed[replica_id]
-        return told
+        return sent
 
     def give_back_freed(self, replica_id: str, sequence_ids: Sequence[str]) -> None:
-        """It could not be told."""
+        """They could not be sent; send them again later."""
         if replica_id in self.replicas:
             self.freed[replica_id] = [*sequence_ids, *self.freed[replica_id]]
 
 
 def could_hold(replicas: Mapping[str, Sequence[Replica]], request: Request) -> bool:
-    """Whether these replicas, by model, could ever hold all its sequences, were they empty."""
+    """Whether these replicas, by model, could hold all sequences of the request if they were empty."""
     lengths: dict[str, list[int]] = defaultdict(list)
     for sequence in request.sequences:
         lengths[sequence.model].append(request.num_tokens(sequence))
@@ -186,25 +186,25 @@ def could_hold(replicas: Mapping[str, Sequence[Replica]], request: Request) -> b
 
 
 def longest_output(replicas: Sequence[Replica], prompts: Sequence[int], wanted: int) -> int:
-    """Tokens, at most as many as are wanted, that sequences with so many prompt tokens each can grow by together."""
+    """Output tokens, up to `wanted`, for which sequences with these prompt lengths all fit at once."""
     return bisect_left(range(1, wanted + 1), True, key=lambda n: not _fit(replicas, [p + n for p in prompts]))
 
 
 def _fit(replicas: Sequence[Replica], lengths: Sequence[int]) -> bool:
-    """Whether sequences of so many tokens find room in these replicas together, were they empty."""
+    """Whether sequences of these lengths all fit at once if the replicas were empty."""
     return assign(replicas, lengths, [0] * len(replicas)) is not None
 
 
 def assign(replicas: Sequence[Replica], lengths: Sequence[int], used: Sequence[int] | None) -> list[int] | None:
-    """An index of a replica for each sequence: the longest first, to whichever has most of its budget free.
+    """A replica's index for each sequence: the longest first, to the replica with most of its budget free.
 
     Args:
         replicas: of one model.
         lengths: tokens of each sequence.
-        used: blocks of each replica that are promised already; None to place by load alone, budget or not.
+        used: blocks already reserved on each replica; None to place by load alone, regardless of budget.
 
     Returns:
-        None when some sequence finds no replica.
+        None when a sequence fits on no replica.
     """
     blocks = [replica.blocks for replica in replicas] if used is None else list(used)
     chosen = [-1] * len(lengths)

@@ -1,8 +1,8 @@
-"""A request while it is decoded: its tokens, and how far each model's cache has followed them.
+"""A request while it is decoded: its tokens, and how many of them each model's cache has.
 
-The coordinator owns the tokens; a `SequenceState` only remembers which replica holds a cache of them and how much of
-it, so losing that cache (eviction, preemption, a dead replica) costs work and never a token. After the output there may
-be draft tokens, which the models compute like tokens and which are as easily dropped.
+The coordinator owns the tokens; a `SequenceState` only records which replica has a cache of them and of how many, so
+losing that cache (eviction, preemption, a dead replica) costs work and never a token. After the output there may be
+draft tokens, which the models compute like other tokens and which can be dropped at any time.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from eft_serve.types import Combination, GenerationRequest, ModelUsage, Sequence
 
 @dataclass(slots=True, eq=False)
 class SequenceState:
-    """One model's view of a request, for one term of the combination."""
+    """One model's sequence of a request, for one term of the combination."""
 
     sequence_id: str
     term: Term
     prompt_token_ids: list[int]
     replica_id: str | None = None  # None: not placed
-    num_computed_tokens: int = 0  # tokens that the replica holds, as far as we know
+    num_computed_tokens: int = 0  # tokens in the replica's cache, as far as is known
     rows: Tensor | None = None  # [positions, vocab_size], logits after the output and each draft token
-    usage: ModelUsage | None = None  # so far, the output aside; None: it has not begun
+    usage: ModelUsage | None = None  # so far, without the output; None: not started
 
     @property
     def model(self) -> str:
@@ -40,7 +40,7 @@ class SequenceState:
         return 0 if self.rows is None else self.rows.shape[0]
 
     def count(self, step: SequenceStep, output: StepOutput) -> None:
-        """Account for an answer: tokens that a cache had were not computed, and the draft tokens but the last were."""
+        """Count an answer's computed tokens: cached tokens were not computed, all draft tokens but the last were."""
         num_drafted = max(0, len(output.drafted) - 1)
         end = step.position + len(step.token_ids) if output.num_computed_tokens is None else output.num_computed_tokens
         num_computed = max(0, end - step.position - output.num_cached_tokens) + num_drafted
@@ -61,17 +61,17 @@ class Request:
 
     generation: GenerationRequest
     timeline: Timeline
-    last_progress: float  # monotonic seconds; since then it waits for a model and not only for its turn
+    last_progress: float  # monotonic seconds; since then it waits for a model, not just for its turn
     speculation: Speculation
-    max_tokens: int  # asked for, or what the shortest context leaves
-    num_ids: int  # vocabulary that its models share; what follows is padding
+    max_tokens: int  # as requested, or what the shortest context leaves
+    num_ids: int  # size of the vocabulary that its models share; higher ids are padding
     output_token_ids: list[int] = field(default_factory=list)
     draft_token_ids: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
 
     @property
     def combination(self) -> Combination:
-        """What it runs."""
+        """The combination that it runs."""
         return self.generation.combination
 
     @property
@@ -86,7 +86,7 @@ class Request:
 
     @property
     def models(self) -> set[str]:
-        """Those that it needs."""
+        """The models that it needs."""
         return {sequence.model for sequence in self.sequences}
 
     @property
@@ -95,19 +95,19 @@ class Request:
 
     @property
     def is_forced(self) -> bool:
-        """Its output is known, and only scored."""
+        """Whether its output is given and only scored."""
         return self.generation.forced_token_ids is not None
 
     @property
     def cache_salt(self) -> str:
-        """Requests of equal salt may reuse one another's caches, and could tell by the time whether they did."""
+        """Requests with equal salt may share cached prefixes, and could see by timing whether they did."""
         return self.generation.tenant
 
     @property
     def is_prefilling(self) -> bool:
-        """Some model has more to compute than the newest token."""
+        """Whether a model has more to compute than the newest token."""
         num_output = len(self.output_token_ids)
-        for sequence in self.sequences:  # written out: asked for many times a step
+        for sequence in self.sequences:  # written out: called many times per step
             if len(sequence.prompt_token_ids) + num_output - sequence.num_computed_tokens > 1:
                 return True
         return False
@@ -119,7 +119,7 @@ class Request:
 
     @classmethod
     def create(cls, generation: GenerationRequest, now: float) -> Request:
-        """A request that has not begun; raises as `check_request`."""
+        """A new request; raises as `check_request`."""
         check_request(generation)
         sequences = tuple(
             SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name])
@@ -137,7 +137,7 @@ class Request:
         )
 
     def check_forced(self) -> None:
-        """Refuse an output that no models of this vocabulary can score.
+        """Refuse a forced output that models of this vocabulary cannot score.
 
         Raises:
             InvalidRequestError: it is empty, or a token is not among the `num_ids`.
@@ -153,7 +153,7 @@ class Request:
             )
 
     def limit(self, room: int) -> None:
-        """There is room for so many tokens of output; raises `ContextLengthError` when more are given."""
+        """Limit `max_tokens` to the room for output; raises `ContextLengthError` when more tokens are forced."""
         if self.is_forced and room < self.max_tokens:
             raise ContextLengthError(
                 f"completion: has {self.max_tokens} tokens, and after the prompt there is room for {room}; "
@@ -163,18 +163,18 @@ class Request:
         self.max_tokens = min(self.max_tokens, room)
 
     def next_forced(self, count: int) -> list[int]:
-        """So many of the forced tokens, or as many as are left."""
+        """The next `count` forced tokens, or as many as are left."""
         assert self.generation.forced_token_ids is not None
         start = len(self.output_token_ids)
         return self.generation.forced_token_ids[start : start + count]
 
     @property
     def num_rows(self) -> int:
-        """Rows that all its models have: those that can be combined."""
+        """Rows that all its models have given, and that can be combined."""
         return min(sequence.num_rows for sequence in self.sequences)
 
     def rows(self) -> RequestRows:
-        """What the sampling pipeline takes of it: the rows that all its models have."""
+        """The rows that all its models have given, for the sampling pipeline."""
         num_rows = self.num_rows
         return RequestRows(
             logits=[sequence.rows for sequence in self.sequences if sequence.rows is not None],
@@ -199,15 +199,15 @@ class Request:
         )
 
     def num_tokens(self, sequence: SequenceState) -> int:
-        """Tokens that this model has to hold before the next one can be drawn."""
+        """Tokens that this model has to compute before the next one can be sampled."""
         return len(sequence.prompt_token_ids) + len(self.output_token_ids)
 
     def num_reserved(self, sequence: SequenceState) -> int:
-        """Tokens that it may come to hold in the next step."""
+        """Tokens that its cache may have after the next step."""
         return self.num_tokens(sequence) + len(self.draft_token_ids) + self.speculation.num_requested
 
     def tokens_between(self, sequence: SequenceState, start: int, end: int) -> list[int]:
-        """Tokens `start:end` of prompt, output and draft tokens together."""
+        """Tokens `start:end` of prompt, output and draft tokens, concatenated."""
         num_prompt_tokens = len(sequence.prompt_token_ids)
         follows = [*self.output_token_ids, *self.draft_token_ids] if self.draft_token_ids else self.output_token_ids
         if start >= num_prompt_tokens:
@@ -216,7 +216,7 @@ class Request:
         return head + follows[: max(0, end - num_prompt_tokens)]
 
     def usage(self, completion_tokens: int, now: float) -> Usage:
-        """What it has taken until now, with so many tokens of output."""
+        """Usage so far, with this many output tokens."""
         models: dict[str, ModelUsage] = {}
         for sequence in self.sequences:
             name = sequence.term.adapter or sequence.model
@@ -225,7 +225,7 @@ class Request:
         return Usage(models=models, seconds=now - self.arrival, spec_decode=self.speculation.stats)
 
     def take(self, token_ids: list[int]) -> None:
-        """More output; draft tokens and rows beyond it are kept when the output is what was drafted."""
+        """Append output tokens; draft tokens and rows after them are kept if the output equals what was drafted."""
         count = len(token_ids)
         self.output_token_ids += token_ids
         if self.draft_token_ids[:count] != token_ids:
@@ -237,7 +237,7 @@ class Request:
             sequence.rows = left.clone() if left is not None and len(left) else None  # the buffer is not ours
 
     def drop_draft_tokens(self, kept: int = 0) -> None:
-        """Go on from the output and so many of the draft tokens; what was computed of any is overwritten."""
+        """Keep the output and `kept` draft tokens; what was computed of the others is overwritten."""
         del self.draft_token_ids[kept:], self.speculation.confidences[kept:]
         for sequence in self.sequences:
             sequence.rows = None

@@ -1,4 +1,4 @@
-"""Requests that wait to be decoded, in the order in which they are to be admitted; knows requests and no replicas."""
+"""Requests that wait to be decoded, in order of admission; knows requests and no replicas."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from eft_serve.coordinator.request import Request
 
 
 class RequestQueue(Protocol):
-    """Who waits, and who is next."""
+    """Waiting requests, in an order of their own."""
 
     def add(self, request: Request) -> None:
-        """One more; also one that was preempted and waits again."""
+        """Add a request, new or preempted."""
         ...
 
     def peek(self) -> Request:
-        """The next to be admitted; raises IndexError when nobody waits."""
+        """The next request to admit; raises IndexError when the queue is empty."""
         ...
 
     def pop(self) -> Request:
-        """Take the next one out; raises IndexError when nobody waits."""
+        """Remove and return the next request; raises IndexError when the queue is empty."""
         ...
 
     def remove(self, request: Request) -> None:
-        """Take this one out; raises ValueError when it does not wait."""
+        """Remove this request; raises ValueError when it is not in the queue."""
         ...
 
     def __iter__(self) -> Iterator[Request]:
-        """All of them, the next one first; the queue may be changed meanwhile."""
+        """All requests, the next one first; the queue may change during iteration."""
         ...
 
     def __len__(self) -> int: ...
 
 
 class FirstComeFirstServed:
-    """By arrival. A preempted request came before most, and so waits before them."""
+    """By arrival. A preempted request arrived before most others, so it is ahead of them."""
 
     def __init__(self) -> None:
         self._requests: list[Request] = []

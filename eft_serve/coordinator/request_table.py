@@ -1,7 +1,7 @@
-"""The open requests of a coordinator: their outputs, their ends, and the deltas that wait to be emitted.
+"""The open requests of a coordinator: their outputs, how they end, and the deltas to emit.
 
-A request ends once, here, for whatever reason, and its end gives one `RequestEnd`. This module knows neither replicas
-nor steps.
+A request ends once, here, whatever the reason, and gives one `RequestEnd`. This module knows neither replicas nor
+steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OnEnd = Callable[[Request, RequestEnd], None]
 
 
 class RequestTable:
-    """Every request from its arrival to its end.
+    """Every request, from its arrival to its end.
 
     Args:
         on_end: called once for each request, after it has left the table.
@@ -33,7 +33,7 @@ class RequestTable:
     def __init__(self, on_end: OnEnd) -> None:
         self._on_end = on_end
         self._open: dict[str, tuple[Request, OutputStream]] = {}
-        self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # not emitted yet, nor even detokenized
+        self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # neither emitted nor detokenized yet
 
     def __len__(self) -> int:
         return len(self._open)
@@ -43,11 +43,11 @@ class RequestTable:
 
     @property
     def has_deltas(self) -> bool:
-        """Whether something was not emitted yet."""
+        """Whether there are deltas to emit."""
         return bool(self._deltas)
 
     def add(self, request: Request, vocabularies: list[Vocabulary]) -> None:
-        """One more.
+        """Add a request.
 
         Args:
             vocabularies: of its terms, in their order.
@@ -55,7 +55,7 @@ class RequestTable:
         self._open[request.request_id] = (request, OutputStream.of(request, vocabularies))
 
     def take(self, request: Request, drawn: SamplerOutput, now: float) -> int:
-        """Give it tokens, and end it where they do; returns how many became output."""
+        """Append sampled tokens, and end the request where they end it; returns how many became output."""
         if not request.output_token_ids:
             request.timeline.add(EventKind.FIRST_TOKEN, now)
         request.take(drawn.token_ids)
@@ -68,7 +68,7 @@ class RequestTable:
         return len(token_ids)
 
     def refuse(self, request: Request, error: EftServeError) -> None:
-        """End a request that cannot be served at all."""
+        """End a request that cannot be served."""
         self._account(request, 0, FinishReason.ERROR, error)
         self._deltas.append((request.request_id, partial(failed, error)))
 
@@ -78,18 +78,18 @@ class RequestTable:
         self._deltas.append((request.request_id, partial(failed, error)))
 
     def abort(self, request_id: str) -> None:
-        """End it without a word to its reader, who has gone; unknown ids are ignored."""
+        """End it without a delta, because its reader is gone; unknown ids are ignored."""
         if request_id in self._open:
             self.end(self._open[request_id][0], FinishReason.ABORT)
         self._deltas = [delta for delta in self._deltas if delta[0] != request_id]
 
     def end(self, request: Request, reason: FinishReason, error: EftServeError | None = None) -> RequestEnd:
-        """Take it out; what its reader is told is up to the caller."""
+        """Remove it; the caller adds the last delta, if any."""
         _, output = self._open.pop(request.request_id)
         return self._account(request, output.num_tokens, reason, error)
 
     def end_overdue(self, now: float) -> None:
-        """End those whose time is over."""
+        """End requests past their deadline."""
         for request in self._requests():
             if now > request.deadline:
                 self.fail(request, DeadlineError(f"the request took longer than {request.generation.timeout_s:g} s"))
@@ -100,7 +100,7 @@ class RequestTable:
             self.fail(request, error)
 
     def take_deltas(self) -> list[tuple[str, Delta]]:
-        """What was not emitted yet, by request id and in order."""
+        """The deltas not emitted yet, by request id and in order."""
         deltas, self._deltas = self._deltas, []
         return [(request_id, self._detokenized(request_id, delta)) for request_id, delta in deltas]
 
@@ -110,7 +110,7 @@ class RequestTable:
     def _detokenized(self, request_id: str, detokenize: Callable[[], Delta]) -> Delta:
         try:
             return detokenize()
-        except Exception as cause:  # a tokenizer's: this request's end, and nobody else's
+        except Exception as cause:  # a tokenizer's error ends this request only
             logger.exception("the text of request %s cannot be decoded", request_id)
             error = EngineError(f"request {request_id}: its text cannot be decoded: {cause}")
             if request_id in self._open:

@@ -1,6 +1,6 @@
 """The next tokens of each request whose models have all answered: combine → process → sample → verify → describe.
 
-It knows requests and backends for the arithmetic, and not how logits come or where tokens go.
+It knows requests and the backends for the arithmetic. It does not know where logits come from or where tokens go.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Seconds = dict[str, float]  # by phase
 
 @dataclass(frozen=True, slots=True)
 class SamplerOutput:
-    """A request's next tokens, at least one, and their components where they are wanted."""
+    """A request's next tokens, at least one, and their components if requested."""
 
     token_ids: list[int]
     components: list[TokenComponents] | None = None
 
 
 class Sampler:
-    """Takes requests through the pipeline, tile by tile: a tile's logits stay in the cache until its tokens are drawn.
+    """Runs the pipeline tile by tile: a tile's logits stay in the CPU cache until its tokens are drawn.
 
     Args:
         backend: combines and draws.
-        num_threads: tiles at a time.
-        observe: told the seconds that each phase of a step took.
+        num_threads: number of tiles processed in parallel.
+        observe: called with the seconds of each phase of a step.
     """
 
     def __init__(self, backend: SamplingBackend, num_threads: int, observe: Callable[[str, float], None]) -> None:
@@ -53,7 +53,7 @@ class Sampler:
         self._observe = observe
 
     def sample(self, requests: Sequence[Request]) -> list[SamplerOutput | EftServeError]:
-        """The next tokens of each request; an error for one whose distribution does not exist.
+        """The next tokens of each request, or an error where its distribution does not exist.
 
         Args:
             requests: their sequences' rows follow the output and each draft token that all have computed.
@@ -66,7 +66,7 @@ class Sampler:
             return self._guarded(rows[part.start : part.stop], requests[part.start : part.stop])
 
         done = list(map(run, parts) if self._threads is None or len(parts) == 1 else self._threads.map(run, parts))
-        for phase in PHASES:  # of all threads together, as far as they were busy side by side
+        for phase in PHASES:  # summed over threads, divided by how many ran in parallel
             spent = sum(seconds[phase] for _, seconds in done)
             self._observe(phase, spent / min(self._num_threads, max(1, len(parts))))
         return [output for outputs, _ in done for output in outputs]
@@ -74,10 +74,10 @@ class Sampler:
     def _guarded(
         self, rows: Sequence[RequestRows], requests: Sequence[Request]
     ) -> tuple[list[SamplerOutput | EftServeError], Seconds]:
-        """A tile; where it fails as a whole, each of its requests by itself, so that only the one at fault ends."""
+        """Sample a tile; if it fails, each of its requests by itself, so that only the one at fault ends."""
         try:
             return self._run(RowBatch(rows), requests)
-        except Exception as error:  # whatever logits, a device or a processor can do
+        except Exception as error:  # whatever logits, a device or a processor may raise
             if len(requests) == 1:
                 logger.exception("request %s cannot be sampled", requests[0].request_id)
                 failure = EngineError(f"request {requests[0].request_id}: cannot be sampled: {error}")
@@ -105,10 +105,10 @@ class Sampler:
 
 
 def process(batch: RowBatch, combined: Tensor) -> Tensor:
-    """The logits that are drawn from: the combined ones, changed by the requests' processors; themselves untouched.
+    """The logits to sample from: the combined logits, changed by the requests' processors on a copy.
 
     Raises:
-        ValueError: a processor has left NaN, +inf or no possible token.
+        ValueError: a processor's result has NaN, +inf or no possible token.
     """
     if not any(request.processors for request in batch.requests):
         return combined
@@ -130,7 +130,7 @@ def _described(
         return SamplerOutput(token_ids)
     try:
         return SamplerOutput(token_ids, describe(request, rows, token_ids, combined))
-    except ValueError as error:  # a term of coefficient 0 that holds no numbers
+    except ValueError as error:  # a term of coefficient 0 whose logits are not finite
         return EngineError(f"request {request.request_id}: {error}")
 
 

@@ -1,9 +1,9 @@
 """What each replica computes in the next step.
 
 There are no prefill and decode modes: every sequence's computed count catches up with its token count, under one token
-budget per replica and step. Requests that need one token each go first; a long prompt is prefilled beside them, and
-forced tokens are scored, in chunks that do not hold them up for long. When a KV budget runs out, the youngest request
-there is preempted and computed again later.
+budget per replica and step. Requests that need one token each go first; long prompts are prefilled and forced tokens
+scored beside them, in chunks that do not delay them for long. When a KV budget runs out, the youngest request on that
+replica is preempted and computed again later.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from eft_serve.coordinator.request import Request, SequenceState
 from eft_serve.coordinator.request_queue import FirstComeFirstServed, RequestQueue
 from eft_serve.types import Draft, EventKind, SequenceStep, StepBatch
 
-FORCED_ROWS = 32  # forced tokens that a step scores of one request
+FORCED_ROWS = 32  # forced tokens scored per request and step
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """Whose step it is; parallel to the steps that a replica gets."""
+    """A step with its request and sequence; parallel to the steps that a replica gets."""
 
     request: Request
     sequence: SequenceState
@@ -33,16 +33,16 @@ class ScheduledStep:
 
 @dataclass(slots=True)
 class SchedulerOutput:
-    """One decode step: entries by replica, and the requests whose next token it makes possible."""
+    """One decode step: entries by replica, and the requests that can be sampled after it."""
 
     entries: dict[str, list[ScheduledStep]] = field(default_factory=dict)
     freed: dict[str, list[str]] = field(default_factory=dict)
     to_sample: list[Request] = field(default_factory=list)
-    num_prefill_tokens: int = 0  # on the replica that has most
-    maybe_cached: bool = False  # so that nobody knows how many of them are computed
+    num_prefill_tokens: int = 0  # on the replica that has the most
+    maybe_cached: bool = False  # so the number of computed tokens is not known
 
     def batches(self) -> dict[str, StepBatch]:
-        """What every replica is sent."""
+        """The batch for each replica."""
         return {
             replica_id: StepBatch(
                 steps=[entry.step for entry in self.entries.get(replica_id, ())],
@@ -79,7 +79,7 @@ class Scheduler:
         self.waiting.add(request)
 
     def finish(self, request: Request) -> None:
-        """It leaves, for whatever reason; one that was never added is no error."""
+        """Remove a request, whatever the reason; not an error if it was never added."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -87,9 +87,9 @@ class Scheduler:
         self.replicas.release(request)
 
     def schedule(self, now: float) -> SchedulerOutput:
-        """The next step. Empty when nobody can be stepped."""
+        """The next step. Empty when no request can be stepped."""
         self._place_lost()
-        self._request_drafts()
+        self._ask_for_drafts()
         self._make_room(now)
         self._admit(now)
         scheduled = SchedulerOutput(freed=self.replicas.take_freed())
@@ -100,7 +100,7 @@ class Scheduler:
                 prefills.append(request)
             else:
                 self._schedule(request, scheduled, budgets, now)
-        if scheduled.entries:  # somebody's next token waits for this step
+        if scheduled.entries:  # a decoding request waits for this step
             budgets = {replica_id: min(budget, self.pacer.chunk) for replica_id, budget in budgets.items()}
         left = dict(budgets)
         for request in prefills:
@@ -110,17 +110,17 @@ class Scheduler:
         return scheduled
 
     def observe(self, scheduled: SchedulerOutput, seconds: float) -> None:
-        """A planned step took so long, from the first send to the last answer."""
+        """Record the time of a scheduled step, from the first send to the last answer."""
         self.pacer.observe(seconds, scheduled.num_prefill_tokens, maybe_cached=scheduled.maybe_cached)
 
     def lose_replica(self, replica_id: str, now: float) -> None:
-        """It failed or is gone: whatever it held has to be computed again, there or elsewhere."""
+        """A replica failed or is gone: its caches have to be computed again, there or elsewhere."""
         if replica := self.replicas.replicas.get(replica_id):
             replica.fail(now)
         for request in self.running:
             if _is_on(request, replica_id):
                 request.timeline.add(EventKind.LOST, now)
-                request.last_progress = now  # the time to recover begins with the loss
+                request.last_progress = now  # the recovery timeout starts now
             for sequence in request.sequences:
                 if sequence.replica_id == replica_id:
                     self.replicas.drop(sequence)
@@ -129,7 +129,7 @@ class Scheduler:
                 request.last_progress = now
 
     def find_stalled(self, now: float, timeout_s: float) -> list[Request]:
-        """Requests that have waited so long for a model that does not come, rather than for their turn."""
+        """Requests that have waited longer than the timeout for a model, not just for their turn."""
         healthy = self.replicas.healthy()
         for request in self.waiting:
             if could_hold(healthy, request):
@@ -143,26 +143,29 @@ class Scheduler:
         for request in lost:
             self.replicas.place(request, within_budget=False)
 
-    def _request_drafts(self) -> None:
-        """Forced tokens stand in for draft tokens: the last of them is not computed, only its logits are wanted."""
+    def _ask_for_drafts(self) -> None:
+        """Set what is drafted in this step.
+
+        Forced tokens take the place of draft tokens; the last one is not computed, only scored.
+        """
         decoding = [request for request in self.running if not request.is_prefilling]
         num_drawn = sum(not request.is_forced for request in decoding)
         for request in self.running:
             if request.is_prefilling:
-                _request_no_draft(request)
+                _drop_drafts(request)
             elif request.is_forced:
                 request.draft_token_ids = request.next_forced(FORCED_ROWS)[:-1]
             else:
                 request.speculation.request(len(request.draft_token_ids), request.num_left, num_drawn)
 
     def _make_room(self, now: float) -> None:
-        """Draft tokens give way first, then the youngest requests."""
+        """Drop draft tokens first, then preempt the youngest requests."""
         self.replicas.count_blocks(self.running)
         for replica_id, replica in self.replicas.replicas.items():
             if replica.blocks > replica.capacity_blocks:
                 for request in self.running:
                     if _is_on(request, replica_id):
-                        _request_no_draft(request)
+                        _drop_drafts(request)
                 self.replicas.count_blocks(self.running)
             while replica.blocks > replica.capacity_blocks:
                 self._preempt(next(r for r in reversed(self.running) if _is_on(r, replica_id)), now)
@@ -177,7 +180,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _admit(self, now: float) -> None:
-        """First come, first served, for each model by itself: who waits for one holds up only those who want it too."""
+        """First come, first served for each model: a waiting request blocks only requests that need the same model."""
         short: set[str] = set()
         for request in self.waiting:
             if len(self.running) == self.config.max_num_seqs:
@@ -188,7 +191,7 @@ class Scheduler:
                     self.waiting.remove(request)
                     self.running.append(request)
                     request.timeline.add(EventKind.SCHEDULED, now)
-                elif could_hold(self.replicas.healthy(), request):  # else nobody waits for it
+                elif could_hold(self.replicas.healthy(), request):  # otherwise it blocks no other request
                     short |= missing
             else:
                 short |= request.models
@@ -209,7 +212,7 @@ class Scheduler:
             request.last_progress = now  # it only waits for its turn
         num_draft_tokens = len(request.draft_token_ids)
         for sequence, replica_id in placed:
-            # The last token waits for the slowest prefill: its logits are wanted from all models in the same step.
+            # The last token waits for the slowest prefill: all models give its logits in the same step.
             pending = request.num_tokens(sequence) + num_draft_tokens - sequence.num_computed_tokens - (not final)
             count = min(pending, budgets[replica_id])
             if count <= 0:
@@ -227,7 +230,7 @@ class Scheduler:
 
 
 def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> dict[str, int]:
-    """Tokens that each replica computes in its final step: one may hold several of its sequences."""
+    """Tokens that each replica computes in the final step; it may have several sequences of the request."""
     wanted: dict[str, int] = {}
     num_draft_tokens = len(request.draft_token_ids)
     for sequence, replica_id in placed:
@@ -239,14 +242,14 @@ def _wanted(request: Request, placed: Sequence[tuple[SequenceState, str]]) -> di
 def _num_affordable(
     request: Request, placed: Sequence[tuple[SequenceState, str]], wanted: Mapping[str, int], budgets: Mapping[str, int]
 ) -> int:
-    """Draft tokens that are left when none takes more than the budgets: each takes a token of every sequence."""
+    """Draft tokens that fit into the budgets: each takes one token per sequence."""
     num_sequences = Counter(replica_id for _, replica_id in placed)
     excess = max(-(-(wanted[r] - budgets[r]) // num_sequences[r]) for r in num_sequences)
     return max(0, len(request.draft_token_ids) - excess)
 
 
 def _draft(request: Request, sequence: SequenceState, budget: int) -> Draft | None:
-    """What this sequence is asked to draft; every draft token but the last is computed and takes of the budget."""
+    """What this sequence is asked to draft; each draft token but the last is computed and counts in the budget."""
     count = min(request.speculation.num_requested, budget + 1)
     if sequence.term.name != request.speculation.drafter or not count:
         return None
@@ -267,7 +270,7 @@ def _step(
             num_logits,
             draft=draft,
         )
-    # All of them are shown, however few may be computed: the engine finds what it has of them in one step.
+    # All pending tokens are sent, however few may be computed: the engine looks up its cached prefix in one step.
     return SequenceStep(
         sequence.sequence_id,
         position=0,
@@ -280,8 +283,8 @@ def _step(
     )
 
 
-def _request_no_draft(request: Request) -> None:
-    """Neither draft tokens that there are nor draft tokens to come."""
+def _drop_drafts(request: Request) -> None:
+    """Drop the request's draft tokens and ask for none."""
     request.speculation.num_requested = 0
     request.drop_draft_tokens()
 

@@ -1,7 +1,7 @@
-"""A request's speculative decoding: who drafts its next tokens, and how many were accepted so far.
+"""A request's speculative decoding: which model drafts its next tokens, and how many were accepted so far.
 
-Drafting is part of the ordinary step: the model that drafts goes on by itself from its own logits while the others
-compute the draft tokens of the step before. So a step without draft tokens is plain decoding, and none costs another.
+Drafting is part of the ordinary step: the drafter goes on from its own logits while the other models compute the draft
+tokens of the step before. So a step without draft tokens is plain decoding, and drafting adds no step.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from eft_serve.types import Draft, GenerationRequest, SpecDecodeStats, Speculati
 
 @dataclass(slots=True)
 class Speculation:
-    """One request's."""
+    """Speculative decoding of one request."""
 
-    drafter: str | None  # name of the term whose model drafts; None: nobody
+    drafter: str | None  # name of the term whose model drafts; None: no drafting
     settings: Speculative
-    num_requested: int = 0  # draft tokens that the drafter is asked for in the present step
-    confidences: list[float] = field(default_factory=list)  # of the request's draft tokens, as its drafter sees them
+    num_requested: int = 0  # draft tokens that the drafter is asked for in this step
+    confidences: list[float] = field(default_factory=list)  # the drafter's probability of each draft token
     stats: SpecDecodeStats = field(default_factory=SpecDecodeStats)
 
     @classmethod
     def of(cls, generation: GenerationRequest) -> Speculation:
-        """Nobody drafts tokens that are forced."""
+        """Forced tokens are not drafted."""
         asked = generation.speculative if generation.forced_token_ids is None else None
         settings = asked or Speculative(draft="none")
         return cls(_drafter(settings.draft, generation.combination.terms), settings)
@@ -34,11 +34,11 @@ class Speculation:
         self.stats += SpecDecodeStats(num_drafted=count)
 
     def count(self, num_accepted: int) -> None:
-        """A step has given the request tokens, so many of them drafted."""
+        """Count a step that gave the request tokens, with its accepted draft tokens."""
         self.stats += SpecDecodeStats(num_accepted=num_accepted, num_passes=1)
 
     def request(self, num_drafted: int, num_left: int, batch_size: int) -> None:
-        """Say how many tokens the drafter is asked for in this step.
+        """Set how many tokens the drafter is asked for in this step.
 
         Args:
             num_drafted: draft tokens that are still to be verified.
@@ -50,12 +50,12 @@ class Speculation:
         self.num_requested = max(0, min(self.settings.num_tokens, num_left - num_drafted)) if may_draft else 0
 
     def draft(self, generation: GenerationRequest, count: int, position: int, num_ids: int) -> Draft:
-        """What its drafter is sent.
+        """The drafting instruction for the drafter's step.
 
         Args:
             count: draft tokens wanted.
             position: of the first draft token within the output.
-            num_ids: the vocabulary that all its models share.
+            num_ids: size of the vocabulary that all its models share.
         """
         return Draft(
             num_tokens=count,
@@ -68,7 +68,9 @@ class Speculation:
 
 
 def _drafter(draft: str, terms: Sequence[Term]) -> str | None:
-    """`auto` is the tuned model of the largest weight, as of several prompts of one model it is that of the largest;
-    nobody drafts for a model that runs alone."""
+    """The drafting term; `auto` is the tuned model with the largest weight. None if a model runs alone.
+
+    If one model reads several prompts, the term with the largest weight drafts.
+    """
     drafting = [t for t in terms if (t.weight > 0 if draft == "auto" else draft in (t.name, t.adapter or t.model))]
     return max(drafting, key=lambda term: term.weight).name if len(terms) > 1 and drafting else None

@@ -1,4 +1,4 @@
-"""When what happened to a request; knows clocks and nothing else."""
+"""The timeline of a request; knows clocks and nothing else."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Timeline:
     events: list[Event] = field(default_factory=lambda: [Event(EventKind.QUEUED, 0.0)])
 
     def add(self, kind: EventKind, now: float) -> None:
-        """It happens at this moment of the monotonic clock."""
+        """Record an event at this time of the monotonic clock."""
         self.events.append(Event(kind, now - self.arrival))
 
     def seconds_to(self, kind: EventKind) -> float | None:
-        """From the arrival to the first event of this kind; None: there is none."""
+        """From the arrival to the first event of this kind; None if there is none."""
         return next((event.seconds for event in self.events if event.kind == kind), None)

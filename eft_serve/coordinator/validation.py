@@ -1,7 +1,7 @@
-"""What a request must be before the loop that all share takes it in; an error here is the error of this request alone.
+"""Checks of a request before it enters the shared decode loop; an error here ends this request only.
 
-The bounds of a recipe's knobs are not checked again: the ingress holds knobs to them when it resolves them, and only
-ingresses have a key to the coordinator. Checked is what would break a step, or combine other than the request says.
+The bounds of a recipe's knobs are not checked again: the ingress checks them when it resolves the knobs, and only
+ingresses have a key to the coordinator. Checked is what would break a step or give another combination than requested.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from eft_serve.config import AppConfig
 from eft_serve.errors import InvalidRequestError, ModelNotFoundError
 from eft_serve.types import Combination, GenerationRequest
 
-MAX_FACTOR = 3.4e38  # as float32 holds it
+MAX_FACTOR = 3.4e38  # just below float32's largest number
 
 
 def check_request(generation: GenerationRequest) -> None:
@@ -22,7 +22,7 @@ def check_request(generation: GenerationRequest) -> None:
 
 
 def check_deployed(combination: Combination, config: AppConfig) -> None:
-    """Raises `ModelNotFoundError` that names the first model or adapter that no deployment of this application has."""
+    """Raises `ModelNotFoundError` that names the first model or adapter not deployed in this application."""
     for term in combination.terms:
         if term.model not in config.deployments:
             raise ModelNotFoundError(f"model {term.model!r} is not deployed", param="model")
@@ -31,7 +31,7 @@ def check_deployed(combination: Combination, config: AppConfig) -> None:
 
 
 def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
-    """Every mistake, after the field that has it."""
+    """(field, mistake) of every invalid field."""
     combination = generation.combination
     terms, names = combination.terms, [term.name for term in combination.terms]
     if not any(term.coefficient for term in terms):
@@ -40,16 +40,16 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
         yield "terms", f"a name is given twice in {names}"
     for term in terms:
         if not all(map(_is_factor, (term.coefficient, term.ratio, term.unscaled, term.weight))):
-            yield "terms", f"{term.name!r} has a coefficient or a weight that is no finite number"
+            yield "terms", f"{term.name!r} has a coefficient or a weight that is not a finite number"
         if not generation.prompts.get(term.name):
-            yield "prompts", f"there is no token for {term.name!r} to read"
+            yield "prompts", f"the prompt of {term.name!r} has no tokens"
     if not 0 <= combination.truncate_top_p <= 1:  # NaN is not
         yield "truncate_top_p", f"{combination.truncate_top_p} is not between 0 and 1"
     for reward in combination.rewards:
         if unknown := {reward.tuned, reward.reference} - set(names):
-            yield "rewards", f"{reward.name!r} is over {min(unknown)!r}, which is no term of {names}"
+            yield "rewards", f"{reward.name!r} is over {min(unknown)!r}, which is not a term of {names}"
         if not _is_factor(reward.weight):
-            yield "rewards", f"{reward.name!r} has a weight that is no finite number"
+            yield "rewards", f"{reward.name!r} has a weight that is not a finite number"
 
 
 def _is_factor(value: float) -> bool:

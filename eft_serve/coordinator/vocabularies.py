@@ -1,4 +1,4 @@
-"""The vocabularies of all deployments, and that the models of a recipe share one; knows no request."""
+"""The vocabularies of all deployments; checks that the models of a recipe share one. Knows no request."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eft_serve.errors import ConfigError
 
 
 def load_vocabularies(config: AppConfig) -> dict[str, Vocabulary]:
-    """The vocabulary of every deployment; its adapters have no other.
+    """The vocabulary of every deployment; adapters share it.
 
     Raises:
         CheckpointError: a tokenizer cannot be loaded.

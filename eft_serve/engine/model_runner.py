@@ -52,7 +52,7 @@ Probes = dict[str | None, Tensor]  # logits [num_tokens, vocab_size] by adapter;
 
 
 class ForwardPath(Protocol):
-    """A way of running the model on a layout."""
+    """A backend that runs the model on a layout."""
 
     name: str
 

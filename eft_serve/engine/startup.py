@@ -70,7 +70,7 @@ def _num_blocks(name: str, config: ModelConfig, most: list[int | None]) -> int:
 
 
 def _choose_path(config: ModelConfig, group: WorkerGroup, references: Probes) -> str:
-    """The first way of running the model that gives the logits of the unsplit, uncached model and of its adapters."""
+    """The first backend that gives the logits of the unsplit, uncached model and of its adapters."""
     tried: list[str] = []
     for name in group.runner.backends():
         outcome: Probes | str = group.call("try_backend", name)[0]

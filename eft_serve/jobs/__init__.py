@@ -1,1 +1,1 @@
-"""Work that runs against a served application: batch inference."""
+"""Jobs that run against a served application: batch inference."""

@@ -1,8 +1,7 @@
 """Batch inference against a running server: `python -m eft_serve.jobs.batch --input in.jsonl --output out.jsonl`.
 
-Files in OpenAI's batch format, answers in the order in which they come. Started again after it was stopped, however it
-was stopped, it goes on where it was. Knows the HTTP API only, so it runs anywhere: a shell, a Ray job, a Kubernetes
-Job.
+Files in OpenAI's batch format; answers are written in order of completion. Started again after it was stopped for any
+reason, it resumes. Knows the HTTP API only, so it runs anywhere: a shell, a Ray job, a Kubernetes Job.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
 
 @dataclass(slots=True)
 class Summary:
-    """What came of a batch."""
+    """Counts of a batch."""
 
     lines: int = 0  # in the input
     kept: int = 0  # answered by an earlier run
     succeeded: int = 0  # answered now, with status 200
     failed: int = 0  # answered now, with another status
-    invalid: int = 0  # no request at all
+    invalid: int = 0  # not a request
     unreached: int = 0  # no answer in time
     seconds: float = 0.0
 
@@ -81,7 +80,7 @@ async def _work(
     summary: Summary,
     unreached: list[dict[str, Any]],
 ) -> None:
-    """Take lines until there are none."""
+    """Process lines until there are none."""
     for line in lines:
         if line.mistake is not None:
             output.append(failure(line, INVALID_LINE, line.mistake))
@@ -103,7 +102,7 @@ def _body(response: httpx.Response) -> Any:
     try:
         return response.json()
     except ValueError:
-        return response.text  # a proxy's own words
+        return response.text  # a proxy's own error page
 
 
 async def _main(
@@ -111,7 +110,7 @@ async def _main(
 ) -> Summary:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx.Limits(max_connections=concurrency)
-    # No proxy from the environment: the key goes to this server alone. The deadline is `ask`'s.
+    # No proxy from the environment: the key goes to this server only. `ask` has the deadline.
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=None, limits=limits, trust_env=False) as client:  # noqa: S113
         return await run_batch(input_file, output_file, client, concurrency=concurrency, timeout_s=timeout_s)
 
@@ -127,19 +126,19 @@ def _check_url(base_url: str) -> None:
 
 def _key(variable: str) -> str | None:
     key = os.environ.get(variable)
-    if key and not all("!" <= c <= "~" for c in key):  # sent, it would be repeated in the error message
-        raise ConfigError(f"{variable}: a blank, a newline or another character that no key has; set it anew")
+    if key and not all("!" <= c <= "~" for c in key):  # if sent, the error message would repeat it
+        raise ConfigError(f"{variable}: contains a blank, a newline or another invalid character; set it again")
     return key
 
 
 @app.command()
 def main(
-    input_file: Annotated[Path, typer.Option("--input", help="Requests, one a line.")],
+    input_file: Annotated[Path, typer.Option("--input", help="Requests, one per line.")],
     output_file: Annotated[Path, typer.Option("--output", help="Answers; resumed when it exists.")],
     base_url: Annotated[
-        str, typer.Option(envvar="EFT_SERVE_URL", help="Of the server, without /v1.")
+        str, typer.Option(envvar="EFT_SERVE_URL", help="URL of the server, without /v1.")
     ] = "http://127.0.0.1:8000",
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 16,
     api_key_env: Annotated[str, typer.Option(help="The environment variable with the key.")] = "EFT_SERVE_API_KEY",
     timeout_s: Annotated[float, typer.Option(min=0.001, help="Per request, retries included.")] = 600.0,
 ) -> None:

@@ -1,4 +1,4 @@
-"""Asks the server again until it answers or the deadline comes; knows no files."""
+"""Retries a request until the server answers or the deadline passes; knows no files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MAX_BACKOFF_S = 15.0
 
 
 class UnreachedError(Exception):
-    """No answer before the deadline; the message says what the last attempt met."""
+    """No answer before the deadline; the message has the last attempt's failure."""
 
 
 async def ask(client: httpx.AsyncClient, url: str, body: bytes, timeout_s: float) -> httpx.Response:
-    """The server's answer, of any status but 429 and 503.
+    """The server's answer, with any status but 429 and 503.
 
     Args:
         client: with the server's base URL and headers.
@@ -29,7 +29,7 @@ async def ask(client: httpx.AsyncClient, url: str, body: bytes, timeout_s: float
         timeout_s: for all attempts and the waits between them.
 
     Raises:
-        UnreachedError: none came in time, or the server asks to wait for longer than that.
+        UnreachedError: no answer in time, or the server asks to wait for longer than that.
     """
     deadline = time.monotonic() + timeout_s
     backoff_s = FIRST_BACKOFF_S
@@ -56,7 +56,7 @@ async def ask(client: httpx.AsyncClient, url: str, body: bytes, timeout_s: float
 
 
 def retry_after_s(value: str | None) -> float:
-    """Seconds to wait by a `Retry-After` header (RFC 9110: seconds or a date); 0 when it says nothing."""
+    """Seconds to wait by a `Retry-After` header (RFC 9110: seconds or a date); 0 if it is missing or invalid."""
     if value is None:
         return 0.0
     if value.strip().isdecimal():

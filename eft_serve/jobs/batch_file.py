@@ -1,6 +1,6 @@
-"""OpenAI's batch file format: a request a line in, an answer a line out; knows no HTTP.
+"""OpenAI's batch file format: one request per input line, one answer per output line; knows no HTTP.
 
-A line that is no request gets an answer too: one with an error. Blank lines are skipped.
+An invalid line gets an answer with an error. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNREACHED = "unreached"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the input: a request, or why it is none."""
+    """One line of the input: a request, or the reason why it is invalid."""
 
     number: int  # from 1
     custom_id: str | None
@@ -34,7 +34,7 @@ class Line:
 
     @property
     def key(self) -> str:
-        """What ties the answer to it, also where there is no custom_id."""
+        """The key that links the answer to it, even without a custom_id."""
         return self.custom_id if self.custom_id is not None else f"line {self.number}"
 
 
@@ -54,10 +54,10 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def parse_line(number: int, raw: bytes) -> Line:
-    """One line; every mistake of it is in `mistake`."""
+    """One line; `mistake` has all of its mistakes."""
     try:
         data = json.loads(raw)
-        json.dumps(data, allow_nan=False)  # Python reads NaN, Infinity and 1e999; JSON has none of them
+        json.dumps(data, allow_nan=False)  # Python accepts NaN, Infinity and 1e999; JSON does not
     except (ValueError, RecursionError) as error:
         return Line(number, None, mistake=f"line {number} is not JSON: {error}")
     if not isinstance(data, dict):
@@ -85,10 +85,10 @@ def _mistakes(data: dict[str, Any]) -> Iterator[str]:
 
 
 def input_keys(path: Path) -> set[str]:
-    """Keys of all lines.
+    """The keys of all lines.
 
     Raises:
-        ConfigError: the file cannot be read, or two lines have one custom_id.
+        ConfigError: the file cannot be read, or two lines have the same custom_id.
     """
     numbers: dict[str, int] = {}
     for line in read_lines(path):
@@ -99,7 +99,7 @@ def input_keys(path: Path) -> set[str]:
 
 
 def answer(line: Line, status: int, request_id: str | None, body: Any) -> dict[str, Any]:
-    """The output line of a request that the server answered, whatever it said."""
+    """The output line of a request that the server answered, with any status."""
     response = {"status_code": status, "request_id": request_id, "body": body}
     return {"id": f"line-{line.number}", "custom_id": line.custom_id, "response": response, "error": None}
 
@@ -111,17 +111,17 @@ def failure(line: Line, code: str, message: str) -> dict[str, Any]:
 
 
 class OutputFile:
-    """The answers so far, each on disk before the next is asked to be; held by one process at a time.
+    """The output file: each answer is on disk before the next is written; locked by one process at a time.
 
-    Requests that could not be reached come last, when everything else is done, so that a later run can cut them off
-    and try again.
+    Unreached requests are written last, when everything else is done, so that a later run can cut them off and try
+    again.
     """
 
     def __init__(self, path: Path, keys: set[str]) -> None:
-        """Open or resume.
+        """Open the file, or resume it.
 
         Raises:
-            ConfigError: it cannot be opened, another process writes it, or it answers another input.
+            ConfigError: it cannot be opened, another process writes it, or it belongs to another input.
         """
         self.path = path
         try:
@@ -151,20 +151,20 @@ class OutputFile:
         self._file.close()
 
     def _resume(self, keys: set[str]) -> set[str]:
-        """Keys that have an answer; cuts off what follows the last of them."""
+        """Keys that have an answer; truncates the file after the last of them."""
         done: set[str] = set()
         end = tail = 0
         self._file.seek(0)
         for number, raw in enumerate(self._file, start=1):
             tail += len(raw)
             if not raw.endswith(b"\n"):
-                break  # torn when the last run was killed
+                break  # incomplete when the last run was killed
             key, unreached = self._parse(number, raw)
             if unreached:
                 continue
             if end + len(raw) != tail or key in done or key not in keys:
                 raise ConfigError(
-                    f"--output: line {number} of {self.path} ({key!r}) is no answer to this input; name another file"
+                    f"--output: line {number} of {self.path} ({key!r}) is not an answer to this input; use another file"
                 )
             done.add(key)
             end = tail
@@ -172,10 +172,10 @@ class OutputFile:
         return done
 
     def _parse(self, number: int, raw: bytes) -> tuple[str, bool]:
-        """(key, whether the request was not reached) of an output line."""
+        """(key, whether the request was unreached) of an output line."""
         try:
             data = json.loads(raw)
             key = data["custom_id"] if data["custom_id"] is not None else data["id"].replace("-", " ")
             return str(key), data["error"] is not None and data["error"]["code"] == UNREACHED
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"--output: line {number} of {self.path} is no answer; name another file") from error
+            raise ConfigError(f"--output: line {number} of {self.path} is not an answer; name another file") from error

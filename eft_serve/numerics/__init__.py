@@ -1,1 +1,1 @@
-"""From several models' logits to a token: pure functions of tensors, nothing of the project."""
+"""From several models' logits to a token: pure functions of tensors."""

@@ -1,4 +1,4 @@
-"""Where a batch of rows is combined and drawn: compiled kernels on a CPU, torch operations on a GPU.
+"""Backends that combine and sample a batch of rows: compiled kernels on a CPU, torch operations on a GPU.
 
 Both give the same bits and the same tokens. They know rows, and neither requests nor where logits come from.
 """
@@ -24,9 +24,9 @@ from eft_serve.numerics.sampling_rows import SamplingRows
 from eft_serve.numerics.truncate import truncate_weights
 from eft_serve.types import SamplingParams
 
-Errors = dict[int, str]  # by index of the request in its batch: why it has no distribution
+Errors = dict[int, str]  # by index of the request in its batch: why it cannot be sampled
 
-CPU_TILE_ELEMENTS = 1 << 19  # logits that are combined, processed and drawn before they leave the cache
+CPU_TILE_ELEMENTS = 1 << 19  # logits that are combined, processed and sampled while they are in the cache
 GPU_TILE_ELEMENTS = 1 << 26
 
 _KINDS = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16, torch.float16: kernels.FLOAT16}
@@ -38,19 +38,19 @@ _FAULTS = {
 
 
 class SamplingBackend(Protocol):
-    """Combines and draws rows; used by several threads at once."""
+    """Combines and samples rows; thread-safe."""
 
-    tile_elements: int  # logits that it likes to get at a time
+    tile_elements: int  # preferred number of logits at a time
 
     def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
-        """Combined logits, [num_rows, batch.vocab_size] float32, not normalised; undefined from a row's vocabulary on.
+        """Combined logits, [num_rows, batch.vocab_size] float32, not normalised; undefined beyond a row's vocabulary.
 
         Rows of a request with an error hold 0.
         """
         ...
 
     def sample(self, batch: RowBatch, logits: Tensor) -> list[int]:
-        """A token for each row; the logits are as `combine` gives them."""
+        """A token for each row of logits from `combine`."""
         ...
 
 
@@ -68,7 +68,7 @@ def choose_backend(device: Literal["auto", "cpu", "cuda"]) -> SamplingBackend:
 
 
 class CpuBackend:
-    """Every logit is read once, in the dtype that it came in."""
+    """Every logit is read once, in its own dtype."""
 
     tile_elements = CPU_TILE_ELEMENTS
 
@@ -76,7 +76,7 @@ class CpuBackend:
         self._compile()
 
     def _compile(self) -> None:
-        """Before the first request: it takes seconds where no compiled code is kept yet."""
+        """Compile before the first request: it takes seconds without cached code."""
         sampling = SamplingParams(top_p=0.9)
         rows = RequestRows(logits=[torch.zeros(1, 2)], coefficients=[1.0], num_rows=1, vocab_size=2, sampling=sampling)
         batch = RowBatch([rows])
@@ -129,7 +129,7 @@ class CpuBackend:
 
 
 class TorchBackend:
-    """Logits go to the device once, through pinned memory, and are combined there.
+    """Logits are copied to the device once, through pinned memory, and combined there.
 
     Args:
         device: any of torch's.
@@ -157,7 +157,7 @@ class TorchBackend:
         return token_ids
 
     def _combine_group(self, batch: RowBatch, indices: Sequence[int], out: Tensor, errors: Errors) -> None:
-        """Requests whose terms have the same dtypes and one vocabulary; where one is at fault, each by itself."""
+        """Combine requests with the same dtypes and vocabulary; if one is at fault, each request by itself."""
         requests = [batch.requests[index] for index in indices]
         rows = [row for index in indices for row in range(batch.starts[index], batch.starts[index + 1])]
         coefficients = torch.tensor([r.coefficients for r in requests for _ in range(r.num_rows)]).T
@@ -175,7 +175,7 @@ class TorchBackend:
                 self._combine_group(batch, [index], out, errors)
 
     def _moved(self, blocks: Sequence[Tensor]) -> Tensor:
-        """One after the other on the device, in the dtype that they came in."""
+        """Concatenated on the device, in their own dtype."""
         if self._device.type != "cuda":
             return torch.cat([*blocks])
         shape = (sum(len(block) for block in blocks), blocks[0].shape[1])
@@ -185,12 +185,12 @@ class TorchBackend:
 
 
 def _rows_of(term: Tensor) -> tuple[int, int, int]:
-    """Where the first row begins in memory, bytes from one to the next, and how numbers are stored."""
+    """Address of the first row, row stride in bytes, and kind of dtype."""
     return term.data_ptr(), term.stride(0) * term.dtype.itemsize, _KINDS[term.dtype]
 
 
 def _flaws(batch: RowBatch) -> Errors:
-    """Requests whose terms are not what they should be: addresses are read as they are, so nothing else guards them."""
+    """Requests with malformed terms. The kernels read raw addresses, so this is the only check."""
     errors: Errors = {}
     for index, request in enumerate(batch.requests):
         for place, term in enumerate(request.logits):
@@ -216,7 +216,7 @@ def _truncate(batch: RowBatch, out: Tensor, flawed: Errors) -> Errors:
                     torch.tensor([truncation.ratio] * n).T,
                     torch.full((n,), truncation.top_p, device=out.device),
                 )
-                require_possible(combined)  # each part may be possible, and both together not
+                require_possible(combined)  # both parts may have possible tokens, but none in common
                 out[rows, : request.vocab_size] = combined
             except ValueError as error:
                 errors[index] = str(error)
@@ -224,7 +224,7 @@ def _truncate(batch: RowBatch, out: Tensor, flawed: Errors) -> Errors:
 
 
 def _without(batch: RowBatch, out: Tensor, errors: Errors) -> Tensor:
-    """The rows, those of requests with an error at 0."""
+    """`out` with the rows of requests with an error set to 0."""
     for index in errors:
         out[batch.starts[index] : batch.starts[index + 1]] = 0
     return out

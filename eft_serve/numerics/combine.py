@@ -1,6 +1,6 @@
-"""The EFT combination (arXiv 2310.12962, eq. 5): several models' logits become one; knows nothing of drawing.
+"""The EFT combination (arXiv 2310.12962, eq. 5): several models' logits become one; knows nothing of sampling.
 
-Raw logits are enough: what a model's log-softmax would subtract is one constant a row, which normalising takes out.
+Raw logits are enough: a model's log-softmax would subtract one constant per row, which normalising removes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 def combine(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> Tensor:
     """Σ_t coefficients[t, row] · logits[t][row], [num_rows, vocab_size] float32, not normalised.
 
-    A token that any term with a non-zero coefficient calls impossible (−inf) is impossible. A term contributes nothing,
-    whatever it holds, to the rows where its coefficient is 0.
+    A token is impossible (−inf) if it is so for any term with a non-zero coefficient. A term contributes nothing,
+    whatever its logits, to the rows where its coefficient is 0.
 
     Args:
-        logits: num_terms times [num_rows, vocab_size], floating; padding of the output heads cut or masked already.
+        logits: num_terms times [num_rows, vocab_size], floating; padding of the output heads is already cut or masked.
         coefficients: [num_terms, num_rows], finite.
 
     Raises:
@@ -29,7 +29,7 @@ def combine(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> Tensor:
     _check_shapes(logits, coefficients)
     factors = coefficients.to(device=logits[0].device, dtype=torch.float32)
     total = _accumulate(logits, factors)
-    # NaN and infinities stay in a sum whatever is added to them, so a row whose total is finite had none anywhere.
+    # NaN and infinities survive any further addition, so a row with a finite total has none.
     doubtful = [row for row, value in enumerate(total.sum(dim=-1).tolist()) if not math.isfinite(value)]
     if doubtful:
         total[doubtful] = _with_care([logits[t][doubtful] for t in range(len(logits))], factors[:, doubtful], doubtful)
@@ -51,15 +51,15 @@ def _check_shapes(logits: Tensor | Sequence[Tensor], coefficients: Tensor) -> No
             f"coefficients: {tuple(coefficients.shape)} for {len(logits)} terms of {shape[0]} rows; "
             "give one for every term and row"
         )
-    if not np.isfinite(coefficients.numpy(force=True)).all():  # a tenth of what torch takes for so few
+    if not np.isfinite(coefficients.numpy(force=True)).all():  # ten times faster than torch for so few
         raise ValueError("coefficients: NaN or infinite; give finite numbers")
 
 
 def _accumulate(logits: Tensor | Sequence[Tensor], factors: Tensor) -> Tensor:
-    """Σ_t factors[t, row] · logits[t][row], whatever comes of it.
+    """Σ_t factors[t, row] · logits[t][row], without checks.
 
-    Multiplied and added in two exact steps, not by a fused multiply-add: a row's bits must not depend on where in the
-    batch it stands. Where all factors are ±1 there is nothing to multiply, and the bits are the same.
+    Multiply and add are rounded separately, not fused: a row's bits must not depend on its place in the batch. Where
+    all factors are ±1 the multiplication is skipped, and the bits are the same.
     """
     total = out = torch.empty(logits[0].shape, dtype=torch.float32, device=logits[0].device)
     for term, signs in enumerate(map(set, factors.tolist())):
@@ -73,7 +73,7 @@ def _accumulate(logits: Tensor | Sequence[Tensor], factors: Tensor) -> Tensor:
 
 
 def _with_care(logits: Sequence[Tensor], factors: Tensor, row_ids: Sequence[int]) -> Tensor:
-    """The combination of rows that may hold anything; bit for bit what `_accumulate` gives where all is finite."""
+    """The combination of rows with any values; bit for bit as `_accumulate` where all values are finite."""
     impossible = torch.zeros(logits[0].shape, dtype=torch.bool, device=logits[0].device)
     possible = []
     for term, (rows, factor) in enumerate(zip(logits, factors, strict=True)):
@@ -81,7 +81,7 @@ def _with_care(logits: Sequence[Tensor], factors: Tensor, row_ids: Sequence[int]
         if (bad := (running.isnan() | running.isposinf()).any(dim=-1)).any():
             raise ValueError(f"logits: term {term} has NaN or +inf in rows {_chosen(row_ids, bad)}")
         impossible |= running.isneginf()
-        possible.append(running.masked_fill(running.isneginf(), 0.0))  # a second −inf would make NaN of it
+        possible.append(running.masked_fill(running.isneginf(), 0.0))  # adding another −inf could give NaN
     total = _accumulate(possible, factors)
     if not total.isfinite().all():
         raise ValueError("coefficients: the combination overflows float32; use smaller ones")

@@ -1,7 +1,7 @@
-"""Drawing tokens in torch operations, for accelerators: the tokens of `kernels`, by other means.
+"""Sampling in torch operations, for accelerators; gives the same tokens as `kernels`.
 
-Filters count mass in integers, and noise is the same hash, so both give the same tokens; the last bit of a double
-precision logarithm is all that may differ.
+Filters count mass in integers, and the noise is the same hash, so only the last bit of a double precision logarithm may
+differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from eft_serve.numerics import filters
 from eft_serve.numerics.keyed_noise import gumbel
 from eft_serve.numerics.sampling_rows import SamplingRows
 
-_MAX_ELEMENTS = 1 << 24  # of one block of rows: the noise takes eight bytes of each
+_MAX_ELEMENTS = 1 << 24  # of one block of rows: the noise takes eight bytes per element
 
 
 def sample_rows(logits: Tensor, widths: NDArray[np.int64], rows: SamplingRows) -> Tensor:
@@ -45,7 +45,7 @@ def filtered_logits(logits: Tensor, rows: SamplingRows) -> Tensor:
 
     Args:
         logits: [num_rows, vocab_size] float32, −inf is impossible.
-        rows: how each is drawn.
+        rows: how each is sampled.
     """
     # Shifting first keeps a tiny temperature from overflowing the most likely token.
     shifted = logits - logits.amax(dim=-1, keepdim=True)
@@ -58,6 +58,6 @@ def filtered_logits(logits: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def _first_largest(rows: Tensor) -> Tensor:
-    """The lowest index of each row's largest, which `argmax` promises nowhere."""
+    """The lowest index of each row's maximum, which `argmax` does not guarantee."""
     columns = torch.arange(rows.shape[1], device=rows.device)
     return columns.where(rows == rows.amax(dim=-1, keepdim=True), rows.shape[1]).amin(dim=-1)

@@ -1,8 +1,8 @@
 """Top-k and top-p as one threshold a row, in torch operations: a token survives when its logit reaches it.
 
-Tokens exactly as likely as the last one kept are kept too, so that the result depends on the distribution alone and not
-on a sort's order. Mass is counted in integers, whose sums are the same in any order and on any device. Full-vocabulary
-sorts are a last resort: a window of the largest logits decides whenever it holds what is asked for.
+Tokens exactly as likely as the last one kept are kept too, so that the result depends only on the distribution and not
+on a sort's order. Mass is counted in integers, whose sums are the same in any order and on any device. The full
+vocabulary is sorted only where a window of the largest logits does not contain the threshold.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from eft_serve.numerics.exponential import LEAST, LOG_2_HIGH, LOG_2_LOW, MASS_BITS, NO_FRACTIONS, PER_LOG_2, TAYLOR
 
-WINDOWS = (256, 4096)  # how many of the largest logits are looked at before all are
+WINDOWS = (256, 4096)  # number of largest logits tried before the full sort
 
 
 def mass(x: Tensor) -> Tensor:
     """exp(x) of x ≤ 0, int64 in units of 2⁻⁴⁰, in the shape of `x`; no mass for less than that.
 
-    The very roundings of `kernels`: products and sums one by one, in float32.
+    Rounded as in `kernels`: every product and sum separately, in float32.
     """
     x = x.clamp(min=LEAST)
     y = x * _f32(PER_LOG_2, x) + NO_FRACTIONS
@@ -33,12 +33,12 @@ def mass(x: Tensor) -> Tensor:
 
 
 def _f32(number: float, like: Tensor) -> Tensor:
-    """A constant that is rounded before it is used, as a compiled kernel has it."""
+    """A constant rounded before use, as in a compiled kernel."""
     return torch.tensor(number, dtype=torch.float32, device=like.device)
 
 
 def threshold(shifted: Tensor, top_p: Tensor, top_k: Tensor | None = None) -> Tensor:
-    """The least logit that survives top-k and then top-p of what top-k left; [num_rows], −inf where both are off.
+    """The smallest logit that survives top-k and then top-p among the rest; [num_rows], −inf where both are off.
 
     Top-p keeps a token while the tokens before it hold less than `top_p`; the most likely token always survives.
 
@@ -60,7 +60,7 @@ def threshold(shifted: Tensor, top_p: Tensor, top_k: Tensor | None = None) -> Te
 
 
 def _within_window(rows: Tensor, width: int, top_p: Tensor, top_k: Tensor) -> tuple[Tensor, Tensor]:
-    """Thresholds of these rows, and whether the `width` largest logits were enough to know them."""
+    """Thresholds of these rows, and whether the `width` largest logits were enough to find them."""
     top_p, top_k = top_p.double()[:, None], top_k.clamp(max=width)[:, None]
     values = _largest(rows, width)
     kth = values.gather(1, (top_k - 1).clamp(min=0)).where(top_k > 0, -torch.inf)
@@ -80,7 +80,7 @@ def _within_window(rows: Tensor, width: int, top_p: Tensor, top_k: Tensor) -> tu
 
 
 def _largest(rows: Tensor, width: int) -> Tensor:
-    """The `width` largest of each row, falling; [num_rows, width]."""
+    """The `width` largest of each row, in descending order; [num_rows, width]."""
     if rows.device.type != "cpu":
         return rows.topk(width).values
     start = rows.shape[1] - width  # numpy's vectorised sort takes a tenth of torch's time

@@ -2,7 +2,7 @@
 
 A counter-based generator (SplitMix64's finaliser, Steele et al. 2014) in wrapping 64-bit arithmetic: no state, so the
 same triple gives the same noise in any process and any batch, whichever other tokens survive. Here it is computed by
-torch, on any device; `kernels.drawing` computes it for few tokens, compiled.
+torch, on any device; `kernels.drawing` has a compiled version for few tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Bits = NDArray[np.uint64]
-Integers = NDArray[np.int64]  # any shape but none: numpy warns of scalars that wrap
+Integers = NDArray[np.int64]  # not a scalar: numpy warns of scalars that wrap
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -52,7 +52,7 @@ def gumbel(keys: Bits, token_ids: Tensor) -> Tensor:
 
 
 def _shifted(bits: Tensor, count: int) -> Tensor:
-    """To the right, zeros from the left."""
+    """Logical shift to the right."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 

@@ -21,7 +21,7 @@ def log_softmax(logits: Tensor) -> Tensor:
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Those of some tokens of each row, float32, in the shape of `token_ids`.
+    """Log-probabilities of some tokens of each row, float32, in the shape of `token_ids`.
 
     Args:
         logits: [num_rows, vocab_size], floating.

@@ -1,7 +1,7 @@
 """The batch that goes through the sampling pipeline: rows of logits, request by request.
 
-A row is one position of one request: what every term says of the next token there. This module knows how rows belong
-together and what is asked of each. It does not know how they are combined or drawn.
+A row is one position of one request: every term's logits of the next token there. This module knows how rows belong
+together and how each is to be sampled. It does not know how they are combined or sampled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from eft_serve.types import SamplingParams
 
 
 class LogitsProcessor(Protocol):
-    """Changes what may be drawn: a bias, a penalty, a mask."""
+    """Changes the logits before sampling: a bias, a penalty, a mask."""
 
     def __call__(self, token_ids: Sequence[int], logits: Tensor) -> None:
         """Change the logits of one row in place.
@@ -35,37 +35,37 @@ class Truncation:
 
     top_p: float
     unscaled: Sequence[float]  # of each term, its coefficient outside the nucleus
-    ratio: Sequence[float]  # of each term, what it has besides inside
+    ratio: Sequence[float]  # of each term, the rest of its coefficient, inside the nucleus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRows:
-    """One request's rows, for successive positions; each but possibly the last has a draft token to verify."""
+    """One request's rows, for successive positions; each, except possibly the last, has a draft token to verify."""
 
     logits: Sequence[Tensor]  # of each term, [at least num_rows, at least vocab_size], floating
     coefficients: Sequence[float]  # of each term
     num_rows: int
-    vocab_size: int  # tokens that all terms know; what follows in a row is padding
+    vocab_size: int  # tokens that all terms have; the rest of a row is padding
     sampling: SamplingParams
     output_token_ids: Sequence[int] = ()  # before the first row
-    draft_token_ids: Sequence[int] = ()  # of the rows, in their order; not more than rows
-    forced_token_ids: Sequence[int] | None = None  # one for each row; None: they are drawn
+    draft_token_ids: Sequence[int] = ()  # of the rows, in their order; at most one per row
+    forced_token_ids: Sequence[int] | None = None  # one for each row; None: they are sampled
     truncation: Truncation | None = None
     processors: Sequence[LogitsProcessor] = ()
 
     @property
     def positions(self) -> range:
-        """Of each row, within the output."""
+        """Of each row's token within the output."""
         start = len(self.output_token_ids)
         return range(start, start + self.num_rows)
 
 
 @dataclass(frozen=True, slots=True)
 class RowBatch:
-    """Rows of several requests, one request after the other; what the pipeline takes at a time."""
+    """Rows of several requests, one request after the other; the pipeline's unit of work."""
 
     requests: Sequence[RequestRows]
-    starts: Sequence[int] = field(init=False)  # of each request, its first row; and the number of rows
+    starts: Sequence[int] = field(init=False)  # first row of each request, and the number of rows at the end
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "starts", list(accumulate((r.num_rows for r in self.requests), initial=0)))
@@ -76,17 +76,17 @@ class RowBatch:
 
     @property
     def vocab_size(self) -> int:
-        """The largest of any request."""
+        """The largest vocabulary of any request."""
         return max(request.vocab_size for request in self.requests)
 
     def __iter__(self) -> Iterator[tuple[RequestRows, slice]]:
-        """Every request, and where its rows are."""
+        """Every request, and the range of its rows."""
         for request, start in zip(self.requests, self.starts, strict=False):
             yield request, slice(start, start + request.num_rows)
 
 
 def tiles(requests: Sequence[RequestRows], max_elements: int) -> Iterator[range]:
-    """Split a batch, between requests, into parts of at most so many logits or one request; ranges of indices."""
+    """Split a batch, between requests, into ranges of at most this many logits, or of one request."""
     first = num_rows = width = 0
     for index, request in enumerate(requests):
         width_now = max(width, request.vocab_size)

@@ -1,7 +1,7 @@
 """From combined logits to tokens: per-row temperature, top-k, top-p and min-p, in this order, then a keyed draw.
 
-It knows rows and not requests. A row's token depends on its own logits and parameters alone, never on its neighbours,
-on the number of threads or on the device.
+It knows rows and not requests. A row's token depends only on its own logits and parameters, never on its neighbours,
+the number of threads or the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
 
     Args:
         logits: [num_rows, vocab_size], floating, unnormalised; −inf is impossible.
-        params: how each row is drawn.
+        params: how each row is sampled.
         positions: of each row's token within the output.
 
     Raises:
@@ -39,12 +39,12 @@ def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence
 
 
 def sample_rows(logits: Tensor, widths: NDArray[np.int64], rows: SamplingRows) -> Tensor:
-    """As `sample`, of rows that are known to be fine: by the compiled kernel on a CPU, by torch elsewhere.
+    """As `sample`, without checks: by the compiled kernel on a CPU, by torch elsewhere.
 
     Args:
         logits: [num_rows, at least the largest width] float32, contiguous.
         widths: [num_rows], columns that count.
-        rows: how each is drawn.
+        rows: how each is sampled.
     """
     if logits.device.type != "cpu":
         return device_sampling.sample_rows(logits, widths, rows)

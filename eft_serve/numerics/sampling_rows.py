@@ -1,4 +1,4 @@
-"""How each row of a batch is drawn, as arrays; knows no logits."""
+"""How each row of a batch is sampled, as arrays; knows no logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEAST_TEMPERATURE = np.finfo(np.float32).tiny
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """How each row is drawn; every array is [num_rows]."""
+    """How each row is sampled; every array is [num_rows]."""
 
     temperature: NDArray[np.float32]  # 0 is greedy, the lowest id on ties
     top_k: NDArray[np.int64]  # 0 keeps all
@@ -26,7 +26,7 @@ class SamplingRows:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], positions: Sequence[int]) -> SamplingRows:
-        """Of one row each, and where in the output its token will be."""
+        """From each row's parameters and its token's position in the output."""
         temperature = np.array([p.temperature for p in params], np.float32)
         with np.errstate(divide="ignore"):
             log_min_p = np.log(np.array([p.min_p for p in params], np.float32))

@@ -12,9 +12,9 @@ from eft_serve.numerics.logprobs import log_softmax
 
 
 def truncate_weights(logits: Tensor | Sequence[Tensor], unscaled: Tensor, ratio: Tensor, top_p: Tensor) -> Tensor:
-    """`Σ unscaled·logits`, plus `Σ ratio·logprobs` where the former has its top-p nucleus.
+    """`Σ unscaled·logits`, plus `Σ ratio·logprobs` inside the top-p nucleus of the former.
 
-    Outside the nucleus the up-scaling ratio counts as 0: nothing is forbidden there. The ratio is of log-probabilities,
+    Outside the nucleus the up-scaling ratio counts as 0; no token is excluded. The ratio is of log-probabilities,
     because the two sides of the nucleus share no constant. With `top_p` 1 this is the plain combination.
 
     Args:

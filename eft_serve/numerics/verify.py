@@ -1,4 +1,4 @@
-"""Which draft tokens are accepted: those that plain decoding would have drawn (Gumbel coupling by keyed noise)."""
+"""Accepts the draft tokens that plain decoding would have sampled (Gumbel coupling by keyed noise)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from eft_serve.numerics.rows import RequestRows
 def verify(request: RequestRows, drawn: Sequence[int]) -> list[int]:
     """The request's next tokens: draft tokens are accepted while they equal the model's own keyed draws.
 
-    The first that is rejected, or the row without a draft token, gives the model's own. So what is taken is what plain
-    decoding draws, whoever drafted and however well.
+    The first rejected draft token is replaced by the model's own draw; the row without a draft token adds one. So the
+    output is that of plain decoding, whatever was drafted.
 
     Args:
-        request: what was drafted.
+        request: the rows with their draft tokens.
         drawn: the model's draw of each row.
     """
     if request.forced_token_ids is not None:

@@ -1,4 +1,4 @@
-"""The application graph: each model with weights its own deployment, the coordinator over them, then the ingress."""
+"""The application graph: one deployment per model with weights, then the coordinator, then the ingress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coordinator's deployment: the decode loop behind its server, told of model replicas as they come and go."""
+"""The coordinator's deployment: the decode loop behind its server, and the discovery of model replicas."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ logger = logging.getLogger(__name__)
 
 DISCOVERY_PERIOD_S = 1.0
 DISCOVERY_TIMEOUT_S = 5.0
-MAX_MISSES = 3  # rounds that a replica may stay silent while Serve still lists one that is
+MAX_MISSES = 3  # rounds without an answer before a replica is dropped, while Serve lists one that does not answer
 DRAIN_S = 8.0  # of the time that Serve gives a replica to stop
-FIRST_PROOF_S = 3.0  # a coordinator that replaces another waits so long for the models that are there
+FIRST_PROOF_S = 3.0  # how long a new coordinator waits for running models to answer a step
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What a coordinator says of its models."""
+    """A coordinator's view of its models."""
 
     missing: list[str]  # models of which no replica has answered a step
-    models: dict[str, ModelInfo]  # those that have
+    models: dict[str, ModelInfo]  # models with a replica that has
 
 
 class CoordinatorReplica:
@@ -67,12 +67,12 @@ class CoordinatorReplica:
         self.discovery = asyncio.create_task(self._discover())
 
     async def connect(self, public_key: bytes, reply_to: ReplyTo) -> Listener:
-        """Let this ingress submit requests, whose deltas go there; idempotent."""
+        """Let this ingress submit requests and receive their deltas; idempotent."""
         self.server.connect_ingress(public_key, reply_to)
         return self.listener
 
     async def status(self) -> Status:
-        """Which models are ready, as this coordinator sees them."""
+        """Which models are ready, as seen by this coordinator."""
         infos = {model: next(iter(e.values())).info for model, e in self.endpoints.items() if e}
         return Status(missing=self.decode_loop.missing_models, models=infos)
 
@@ -96,7 +96,7 @@ class CoordinatorReplica:
         self.server.close()
 
     async def _meet_models(self) -> None:
-        """Know the models that are there before the first request comes; those that still load are found later."""
+        """Connect to the running models before the first request; models still loading are found later."""
         await self._discover_once()
         deadline = time.monotonic() + FIRST_PROOF_S
         while time.monotonic() < deadline:
@@ -106,7 +106,7 @@ class CoordinatorReplica:
             await asyncio.sleep(0.02)
 
     async def _discover(self) -> None:
-        """Ask every model deployment for its replicas, again and again; the decode loop takes it from there."""
+        """Ask every model deployment for its replicas periodically, and pass them to the decode loop."""
         while True:
             await self._discover_once()
             await asyncio.sleep(DISCOVERY_PERIOD_S)
@@ -116,10 +116,10 @@ class CoordinatorReplica:
         self.decode_loop.set_replicas({r: e for found in self.endpoints.values() for r, e in found.items()})
 
     async def _find(self, model: str) -> None:
-        """Note the replicas of one model that answer now.
+        """Update the replicas of one model.
 
-        One that did not answer, or could not be asked, is kept for a few rounds: a hiccup of the control plane costs no
-        cache, and whether the replica computes is the data plane's own to find out.
+        A replica that did not answer is kept for a few rounds: a hiccup of the control plane must cost no cache, and
+        the data plane itself finds out whether the replica computes.
         """
         try:
             answers = await (

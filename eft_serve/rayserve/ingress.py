@@ -1,4 +1,4 @@
-"""The ingress's deployment: the FastAPI app over this application's handles."""
+"""The ingress's deployment: the FastAPI app over this application's deployment handles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class IngressReplica:
         self.watch = asyncio.create_task(self.service.watch())
 
     def check_health(self) -> None:
-        """Raises when tokens no longer arrive or nobody looks for coordinators: Serve replaces the replica."""
+        """Raises when the receiver or the watch over the coordinators has died, so that Serve replaces the replica."""
         self.service.client.check()
         if self.watch.done() and (error := self.watch.exception()):
             raise RuntimeError("the watch over the coordinators died") from error
@@ -40,6 +40,6 @@ class IngressReplica:
 
 
 def _require_tenants_behind_haproxy(config: AppConfig) -> None:
-    """HAProxy says nothing of whom it forwards, so that everybody would look like a loopback client."""
+    """Require tenants with HAProxy: it does not forward the client's address, so every client looks like loopback."""
     if config.server.tenants_file is None and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         raise ConfigError("server.tenants_file: needed with RAY_SERVE_ENABLE_HA_PROXY=1", param="server.tenants_file")

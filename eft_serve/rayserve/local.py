@@ -1,4 +1,4 @@
-"""A cluster on this machine for as long as a `with` block lasts: started, made ready, and cleared away."""
+"""A cluster on this machine for the duration of a `with` block: started, made ready, and stopped."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class LocalApp:
     """A served application."""
 
     url: str  # of the HTTP API
-    dashboard_url: str | None  # where `ray job submit` goes; None when it was not asked for
+    dashboard_url: str | None  # address for `ray job submit`; None without a dashboard
 
 
 def free_port() -> int:
-    """A TCP port that nobody had a moment ago."""
+    """A TCP port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -47,7 +47,7 @@ def free_port() -> int:
 
 @contextmanager
 def local_cluster(*, host: str, port: int, dashboard: bool) -> Iterator[str | None]:
-    """Ray and Serve's HTTP proxy, without an application; gives the dashboard's URL if one was asked for.
+    """Ray and Serve's HTTP proxy, without an application; yields the dashboard's URL, if any.
 
     `eft_serve.rayserve.environment.prepare` must have run.
     """
@@ -68,12 +68,12 @@ def local_cluster(*, host: str, port: int, dashboard: bool) -> Iterator[str | No
 
 
 def _shut_down() -> None:
-    """Stop Ray and return when its processes are gone: `ray.shutdown` leaves some to end by themselves."""
+    """Stop Ray and return when its processes are gone: `ray.shutdown` does not wait for all of them."""
     started = [process for process in psutil.Process().children(recursive=True) if _is_rays(process)]
     ray.shutdown()
     _, alive = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
     for process in alive:
-        logger.warning("process %d of Ray does not end by itself; it is killed", process.pid)
+        logger.warning("Ray's process %d does not end by itself; killing it", process.pid)
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
@@ -105,11 +105,11 @@ def local_app(
             wait_ready(url, deadline)
             yield LocalApp(url, dashboard_url)
         finally:
-            serve.delete(APP_NAME)  # replicas close by themselves: sockets, ranks, shared memory
+            serve.delete(APP_NAME)  # replicas close their sockets, ranks and shared memory
 
 
 def _unwind_on_signals() -> None:
-    """SIGTERM unwinds like Ctrl-C, and Ctrl-C also where a shell had it ignored; after Ray, which takes the first."""
+    """Unwind on SIGTERM as on Ctrl-C, even if a shell ignored Ctrl-C; set after Ray, which installs its own."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -119,7 +119,7 @@ def _unwind_on_signals() -> None:
 
 
 def _run(config: AppConfig, deadline: float) -> None:
-    """Deploy, and return when everything runs; a model that finds no node would otherwise be waited for without end."""
+    """Deploy, and return when everything runs; a model that fits no node ends this at its deadline."""
     serve.run_many([RunTarget(build(config), name=APP_NAME)], wait_for_applications_running=False)
     while (app := serve.status().applications[APP_NAME]).status != ApplicationStatus.RUNNING:
         why = "\n".join(f"{name}: {d.message}" for name, d in app.deployments.items() if d.status != "HEALTHY")
@@ -134,7 +134,7 @@ def wait_ready(url: str, deadline: float) -> None:
     """Return when every model has answered a step.
 
     Raises:
-        DeadlineError: not before `deadline`, in monotonic seconds; the message says what is missing.
+        DeadlineError: not ready by `deadline`, in monotonic seconds; the message says what is missing.
     """
     while True:
         try:
@@ -151,6 +151,6 @@ def wait_ready(url: str, deadline: float) -> None:
 
 
 def _reachable(host: str) -> str:
-    """Where a server that listens on `host` can be asked from here."""
+    """The address by which a server that listens on `host` is reached from this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
     return f"[{host}]" if ":" in host else host

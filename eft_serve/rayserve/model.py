@@ -1,7 +1,7 @@
 """A model's deployment: an engine, and the socket through which coordinators step it.
 
-Ray carries only what is rare: `connect` hands out the endpoint and takes the caller's public key. Tokens and logits
-never pass through here.
+Ray carries rare calls only: `connect` returns the endpoint and takes the caller's public key. Tokens and logits never
+pass through here.
 """
 
 from __future__ import annotations

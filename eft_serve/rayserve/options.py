@@ -10,18 +10,18 @@ HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
 GRACEFUL_SHUTDOWN_S = 10.0
 REPLICA_ENVIRONMENT = {
-    # Idle math threads must sleep: spinning they take the cores that a busy model on the same node needs.
+    # Idle math threads must sleep: spinning takes cores from a busy model on the same node.
     "OMP_WAIT_POLICY": "PASSIVE",
     "TOKENIZERS_PARALLELISM": "false",
-    # Logits are megabytes, and glibc would map and fault their pages anew in every step.
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),  # the most that glibc takes
+    # Logits are megabytes; by default glibc would map and fault in their pages in every step.
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),  # glibc's maximum
     "MALLOC_TRIM_THRESHOLD_": str(256 * 1024**2),
 }
-UNBOUNDED = 100_000  # Serve's own back-pressure is only the backstop: admission is the app's
+UNBOUNDED = 100_000  # Serve's back-pressure is only the backstop: the app does admission
 
 
 def deployment_options(resources: Resources, *, num_replicas: int = 1) -> dict[str, Any]:
-    """Options of any of our deployments."""
+    """Options of any deployment."""
     actor: dict[str, Any] = {
         "num_cpus": resources.num_cpus,
         "num_gpus": resources.num_gpus,

@@ -1,4 +1,4 @@
-"""`eft-serve serve`: check, start, say where it is, stay until Ctrl-C, leave nothing."""
+"""`eft-serve serve`: check, start, print the address, run until Ctrl-C, clean up."""
 
 from __future__ import annotations
 

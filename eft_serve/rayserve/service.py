@@ -1,4 +1,4 @@
-"""The API's `Service` over Serve handles, which say who is there; requests and deltas travel on the data plane."""
+"""The API's `Service` over Serve handles, which list the replicas; requests and deltas travel on the data plane."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DISCOVERY_TIMEOUT_S = 5.0
 
 
 class ServeService:
-    """One ingress's view of the application; made and used on one event loop."""
+    """One ingress's view of the application; created and used on one event loop."""
 
     def __init__(
         self, config: AppConfig, coordinator: DeploymentHandle[Any], models: dict[str, DeploymentHandle[Any]]
@@ -40,7 +40,7 @@ class ServeService:
         self.client = GenerationClient(host=ray.util.get_node_ip_address())
 
     def close(self) -> None:
-        """Neither send nor listen any longer."""
+        """Close all sockets."""
         self.client.close()
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[Delta, None]:
@@ -60,14 +60,14 @@ class ServeService:
             raise UnavailableError("no coordinator answers yet")
         for status in statuses:
             self.infos |= status.models
-        fewest = min((status.missing for status in statuses), key=len)  # one that can serve is enough
+        fewest = min((status.missing for status in statuses), key=len)  # one ready coordinator is enough
         if not self.client.ready:
             raise UnavailableError("no coordinator is connected yet")
         if fewest:
             raise UnavailableError(f"no replica has answered a step yet of: {', '.join(sorted(fewest))}")
 
     async def watch(self, period_s: float = 1.0) -> None:
-        """Keep up with the coordinators, and learn what the models are; to be run as a task."""
+        """Keep the coordinators and the models' state up to date; runs as a task."""
         while True:
             await self._discover()
             if self.infos.keys() != self.models.keys():
@@ -78,16 +78,16 @@ class ServeService:
             await asyncio.sleep(period_s)
 
     async def _discover(self) -> None:
-        """Connect to the coordinators that answer now.
+        """Connect to the coordinators that answer.
 
-        One that is silent, or could not be asked, is kept: its connection says whether it is there.
+        One that does not answer is kept: its connection shows whether it is alive.
         """
         try:
             answers = await self.coordinator.broadcast(
                 "connect", self.client.public_key, self.client.reply_to
             ).results_async(timeout_s=DISCOVERY_TIMEOUT_S, return_exceptions=True)
         except DeploymentUnavailableError:
-            answers = []  # Serve knows of none
+            answers = []  # Serve lists none
         except (TimeoutError, RayError) as error:
             logger.warning("the coordinators could not be asked: %r", error)
             return
@@ -96,7 +96,7 @@ class ServeService:
         self.client.set_coordinators(self.coordinators)
 
     async def metrics(self) -> bytes:
-        """Every model's and coordinator's metrics; a replica that does not answer in time is counted as silent."""
+        """Every model's and coordinator's metrics; replicas that do not answer in time are counted as silent."""
         handles = [self.coordinator, *self.models.values()]
         answers = [answer for found in await asyncio.gather(*map(_replica_metrics, handles)) for answer in found]
         num_silent = sum(not process for process, _ in answers)

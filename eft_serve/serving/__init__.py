@@ -1,1 +1,1 @@
-"""What joins the floor below without Ray: a coordinator behind its sockets, and the output that an ingress collects."""
+"""Joins coordinator and transport without Ray: a coordinator's server, and the client that an ingress uses."""

@@ -1,6 +1,6 @@
-"""A coordinator's server: requests are taken here from the ingresses, and the deltas of each go to the one that asked.
+"""A coordinator's server: takes requests from the ingresses, and sends each request's deltas to its ingress.
 
-It runs in the threads of the submission server and of the decode loop, and lends each to the other.
+Its methods run in the threads of the submission server and of the decode loop.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class Subscriber:
-    """Who wants a request's deltas."""
+    """Where a request's deltas go."""
 
     request_id: str
     client: bytes  # of the submission server
     reply_to: ReplyTo
-    num_sent: int = 0  # tokens; the decode loop's thread alone counts
+    num_sent: int = 0  # tokens; used by the decode loop's thread only
 
 
 class CoordinatorServer:
-    """Owns the decode loop and both ways to the ingresses.
+    """Owns the decode loop and the sockets to the ingresses.
 
     Args:
-        config: what may be asked for, and how many requests may be open.
+        config: the deployed models, and the limit of open requests.
         host: the interface to listen on.
     """
 
@@ -56,7 +56,7 @@ class CoordinatorServer:
         self.subscribers: dict[str, Subscriber] = {}  # by request id
         self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics, on_end=_log_end)
         self.submissions = SubmissionServer(self, host)
-        self._sender = DeltaSender()  # the decode loop's thread's
+        self._sender = DeltaSender()  # used by the decode loop's thread only
         self._ingresses: dict[str, ReplyTo] = {}  # by address
 
     # From any thread.
@@ -66,12 +66,12 @@ class CoordinatorServer:
         self.submissions.start()
 
     def connect_ingress(self, public_key: bytes, reply_to: ReplyTo) -> None:
-        """Take requests of this ingress; idempotent."""
+        """Accept requests of this ingress; idempotent."""
         self._ingresses[reply_to.address] = reply_to
         self.submissions.allow(public_key)
 
     def close(self) -> None:
-        """End what is left with an error, say so, and stop; idempotent."""
+        """End open requests with an error, notify their ingresses, and stop; idempotent."""
         self.decode_loop.close()
         self._sender.close()
         self.submissions.close()
@@ -81,10 +81,10 @@ class CoordinatorServer:
     def submit(self, client: bytes, submission: Submit) -> None:
         """See `RequestHandler.submit`."""
         generation, limits = submission.request, self.config.coordinator
-        if len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting:  # the one limit of open requests
+        if len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting:  # the only limit of open requests
             raise UnavailableError(f"more than {limits.max_waiting} requests are waiting; try again later")
         if (reply_to := self._ingresses.get(submission.reply_address)) is None:
-            raise UnavailableError("the coordinator has not met this ingress yet; try again later")
+            raise UnavailableError("the coordinator does not know this ingress yet; try again later")
         check_deployed(generation.combination, self.config)
         request = Request.create(generation, time.monotonic())
         self.subscribers[generation.request_id] = Subscriber(generation.request_id, client, reply_to)
@@ -115,7 +115,7 @@ class CoordinatorServer:
         concerned: dict[str, list[Subscriber]] = defaultdict(list)
         finished: list[Subscriber] = []
         for request_id, delta in deltas:
-            if subscriber := self.subscribers.get(request_id):  # none: its subscriber has gone away
+            if subscriber := self.subscribers.get(request_id):  # none: its subscriber is gone
                 parts[subscriber.reply_to.address].append((request_id, subscriber.num_sent, delta))
                 concerned[subscriber.reply_to.address].append(subscriber)
                 subscriber.num_sent += len(delta.token_ids)

@@ -1,6 +1,6 @@
-"""An ingress's way to the coordinators: a request goes to one of them, and its deltas come back to its reader.
+"""An ingress's client of the coordinators: sends a request to one of them, and yields its deltas.
 
-It knows where coordinators listen, and not who finds them.
+It knows where coordinators listen. It does not know how they are found.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ FIND_TIMEOUT_S = 5.0  # a coordinator may just be starting
 
 
 class GenerationClient:
-    """Made and used on one event loop.
+    """Created and used on one event loop.
 
     Args:
-        host: the interface on which deltas arrive.
+        host: the interface to receive deltas on.
     """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
@@ -47,7 +47,7 @@ class GenerationClient:
         return self._coordinators.ready
 
     def set_coordinators(self, coordinators: Mapping[str, Listener]) -> None:
-        """All coordinators that there are now, by replica id."""
+        """All current coordinators, by replica id."""
         self._coordinators.set_coordinators(coordinators)
 
     def check(self) -> None:
@@ -55,7 +55,7 @@ class GenerationClient:
         self._receiver.check()
 
     def close(self) -> None:
-        """Neither send nor listen any longer."""
+        """Close all sockets."""
         self._coordinators.close()
         self._receiver.close()
 
@@ -63,7 +63,7 @@ class GenerationClient:
         """Run a request; closing the generator, or cancelling the task that waits in it, aborts the request.
 
         Raises:
-            UnavailableError: no coordinator takes it, or tokens were lost on the way.
+            UnavailableError: no coordinator accepts it, or tokens were lost in transit.
         """
         await self._find_coordinator()
         collector = self._collectors[request.request_id] = OutputCollector()
@@ -76,20 +76,20 @@ class GenerationClient:
             self._coordinators.end(request.request_id, complete=collector.complete)
 
     async def _find_coordinator(self) -> None:
-        """Return when one is connected, or after a while: then the request is refused."""
+        """Return when a coordinator is connected, or after a timeout; then the request is refused."""
         deadline = time.monotonic() + FIND_TIMEOUT_S
         while not self.ready and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     def _fail(self, request_id: str, error: EftServeError) -> None:
-        if collector := self._collectors.get(request_id):  # none: its reader has gone away
+        if collector := self._collectors.get(request_id):  # none: its reader is gone
             collector.fail(error)
 
     def _receive(self, parts: Sequence[Part]) -> None:
-        """From the receiver's thread: one hop to the event loop for all deltas of a step."""
+        """Called in the receiver's thread: one call to the event loop for all deltas of a step."""
         self._event_loop.call_soon_threadsafe(self._deliver, parts)
 
     def _deliver(self, parts: Sequence[Part]) -> None:
         for request_id, num_before, delta in parts:
-            if collector := self._collectors.get(request_id):  # none: its reader has gone away
+            if collector := self._collectors.get(request_id):  # none: its reader is gone
                 collector.put(num_before, delta)

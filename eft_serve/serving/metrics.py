@@ -1,4 +1,4 @@
-"""One exposition of every process's metrics: each sample gets the label `process`, so that nothing is counted twice."""
+"""Merges the metrics of all processes: each sample gets the label `process`, so that nothing is counted twice."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class _Families(Collector):
 def merge(expositions: Mapping[str, str]) -> str:
     """Merge Prometheus texts, by process, into one.
 
-    Sums over `process` give the application's totals; a restarted process comes back under another name, so its
-    counters never seem to fall.
+    Sums over `process` give the application's totals; a restarted process has another name, so counters never appear
+    to decrease.
     """
     families: dict[str, Metric] = {}
     for process, text in expositions.items():
@@ -34,7 +34,7 @@ def merge(expositions: Mapping[str, str]) -> str:
 
 
 def exposition(processes: Mapping[str, str], num_silent: int) -> bytes:
-    """One Prometheus text of the processes' texts, by process, and of how many were there and how many not."""
+    """The processes' texts, by process, as one Prometheus text that also says how many processes did not answer."""
     up = "".join(f'eft_process_up{{process="{process}"}} 1\n' for process in processes)
     return (
         merge(processes)

@@ -1,4 +1,4 @@
-"""Between the thread that receives deltas and a reader on the event loop: whatever became ready since the last read."""
+"""Queues a request's deltas for a reader on the event loop; a read gives all that are ready, merged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eft_serve.types import Delta
 
 
 def merge(deltas: Sequence[Delta]) -> Delta:
-    """One delta that says what all of these say, in order."""
+    """One delta with the content of all of these, in order."""
     if len(deltas) == 1:
         return deltas[0]
     components = [each for delta in deltas for each in delta.components or ()]
@@ -25,7 +25,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
 
 
 class OutputCollector:
-    """Deltas of one request; a slow reader gets fewer and larger ones. Used on the event loop alone."""
+    """Deltas of one request; a slow reader gets fewer and larger ones. Used only on the event loop."""
 
     def __init__(self) -> None:
         self._deltas: list[Delta] = []
@@ -35,7 +35,7 @@ class OutputCollector:
         self.complete = False  # the last delta is here
 
     def put(self, num_before: int, delta: Delta) -> None:
-        """The next delta, which says how many tokens went before it."""
+        """Add the next delta; `num_before` is the number of tokens before it."""
         if num_before != self._num_tokens:
             self.fail(UnavailableError(f"tokens {self._num_tokens} to {num_before} were lost; send the request again"))
             return
@@ -45,15 +45,15 @@ class OutputCollector:
         self._ready.set()
 
     def fail(self, error: BaseException) -> None:
-        """Nothing more will come; the reader gets what came before, then this error, unless all is there."""
+        """No more deltas will come: the reader gets the earlier ones, then this error, unless they are complete."""
         self._error = self._error or error
         self._ready.set()
 
     async def read(self) -> AsyncIterator[Delta]:
-        """Until the delta that has a finish reason.
+        """Yield deltas until the one with a finish reason.
 
         Raises:
-            Whatever `fail` was given, `UnavailableError` when tokens were lost.
+            The error given to `fail`; `UnavailableError` when tokens were lost.
         """
         while True:
             await self._ready.wait()

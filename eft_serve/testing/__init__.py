@@ -1,1 +1,1 @@
-"""Oracles: slow and obvious ways to the same answers, for tests and benchmarks."""
+"""Oracles: slow and simple reference implementations, for tests and benchmarks."""

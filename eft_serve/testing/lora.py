@@ -1,4 +1,4 @@
-"""Adapters as `peft` saves them, made by hand, and what a model becomes when one is merged into it.
+"""Writes adapters as `peft` saves them, and merges one into a model.
 
 It shares no code with what it checks.
 """
@@ -36,13 +36,13 @@ def write_random_lora(
     """Write random matrices A and B for every module whose name ends in one of `targets`.
 
     Args:
-        directory: to be made.
+        directory: to be created.
         checkpoint: the model to adapt.
-        targets: last parts of modules' names.
+        targets: suffixes of module names.
         rank: of every update.
         seed: of the random matrices.
-        strength: standard deviation of an update over that of the matrix which it changes.
-        fields: more of the configuration, or others.
+        strength: standard deviation of an update over that of its matrix.
+        fields: configuration fields to add or replace.
     """
     random = torch.Generator().manual_seed(seed)
     config = CONFIG | {"r": rank, "lora_alpha": 2 * rank, "target_modules": sorted(targets)} | fields
@@ -76,7 +76,7 @@ def merge(checkpoint: Path, adapter: Path) -> PreTrainedModel:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """[num_outputs, num_inputs], a view of the module's."""
+    """[num_outputs, num_inputs], a view of the module's matrix."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(module, Conv1D) else weight

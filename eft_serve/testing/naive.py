@@ -1,4 +1,4 @@
-"""The naive reference: one process, no cache, one request, one token at a time, in as few lines as the formula allows.
+"""The naive reference: one process, no cache, one request, one token at a time, in as few lines as possible.
 
 It shares no code with what it checks: transformers' own forward, log-softmax, the formula, argmax.
 """
@@ -52,7 +52,7 @@ def emulated_logprobs(
 
 def generate_emulated(
     models: Mapping[str, PreTrainedModel],  # "base", "reference", "tuned"
-    prompt_token_ids: Sequence[int] | Mapping[str, Sequence[int]],  # one for all, or for each role its own
+    prompt_token_ids: Sequence[int] | Mapping[str, Sequence[int]],  # one for all roles, or one per role
     *,
     max_tokens: int,
     num_tokens: int,
@@ -80,7 +80,7 @@ def generate_plain(
     num_tokens: int,
     eos_token_ids: frozenset[int],
 ) -> list[int]:
-    """Greedy tokens of one model alone, the end token included."""
+    """Greedy tokens of one plain model, the end token included."""
     output: list[int] = []
     while len(output) < max_tokens and not (output and output[-1] in eos_token_ids):
         output.append(int(next_logprobs(model, [*prompt_token_ids, *output], num_tokens).argmax()))

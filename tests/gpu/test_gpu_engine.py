@@ -19,7 +19,7 @@ from eft_serve.errors import EngineError
 from eft_serve.types import SequenceStep
 
 Load = Callable[..., Engine]
-Step = tuple[int, int, int]  # sequence, tokens that are held, tokens that are added
+Step = tuple[int, int, int]  # sequence, computed tokens, added tokens
 
 RMS_FACTOR, LARGEST_FACTOR = 1.5, 3.0  # over what plain transformers gets wrong: on average, and at worst
 FLOOR = 1e-4  # of float32, in which plain transformers is the measure itself
@@ -60,15 +60,21 @@ def check_offered(device: torch.device, dtype: str, backend: str | None) -> None
 
 def num_logits(step: Step) -> int:
     """All of them, but for prompts whose beginning is cached: what logits are wanted of is computed."""
-    sequence, held, count = step
-    return count - {3: 64, 4: 112}[sequence] if held == 0 and sequence in (3, 4) else count
+    sequence, num_computed, count = step
+    return count - {3: 64, 4: 112}[sequence] if num_computed == 0 and sequence in (3, 4) else count
 
 
 def run(engine: Engine, call: list[Step]) -> list[Tensor]:
     """Each step's logits."""
     steps = [
-        SequenceStep(str(s), held, tokens_of(s)[held : held + n], num_logits((s, held, n)), None if held else "salt")
-        for s, held, n in call
+        SequenceStep(
+            str(s),
+            num_computed,
+            tokens_of(s)[num_computed : num_computed + n],
+            num_logits((s, num_computed, n)),
+            None if num_computed else "salt",
+        )
+        for s, num_computed, n in call
     ]
     found = []
     for output in engine.forward(steps):
@@ -88,8 +94,8 @@ def test_prefill_chunks_decode_rollback_and_reuse_give_the_stock_models_logits(
     )
     ours, theirs = [], []
     for call in CALLS:
-        for (s, held, count), logits in zip(call, run(engine, call), strict=True):
-            where = slice(held + count - num_logits((s, held, count)), held + count)
+        for (s, num_computed, count), logits in zip(call, run(engine, call), strict=True):
+            where = slice(num_computed + count - num_logits((s, num_computed, count)), num_computed + count)
             ours.append(logits - exact[s][where])
             theirs.append(rounded[s][where] - exact[s][where])
     mine, noise = torch.cat(ours), torch.cat(theirs)
@@ -114,12 +120,14 @@ def test_greedy_tokens_are_the_stock_models_where_rounding_does_not_decide(
     check_offered(device, dtype, backend)
     engine, model = load("llama", dtype, backend, **SETTINGS), stock("llama")
     prompts = [tokens_of(10 + i)[:length] for i, length in enumerate((3, 17, 50, 90))]
-    sequences, held = [list(prompt) for prompt in prompts], [0] * len(prompts)
+    sequences, num_computed = [list(prompt) for prompt in prompts], [0] * len(prompts)
     for _ in range(40):
-        steps = [SequenceStep(str(i), held[i], tokens[held[i] :], 1) for i, tokens in enumerate(sequences)]
+        steps = [
+            SequenceStep(str(i), num_computed[i], tokens[num_computed[i] :], 1) for i, tokens in enumerate(sequences)
+        ]
         for i, output in enumerate(engine.forward(steps)):
             assert output.logits is not None, output
-            held[i] = len(sequences[i])
+            num_computed[i] = len(sequences[i])
             sequences[i].append(int(output.logits[-1].argmax()))
     num_decided = 0
     for prompt, sequence in zip(prompts, sequences, strict=True):

@@ -163,7 +163,7 @@ def test_a_client_that_goes_away_frees_every_model(served: Served) -> None:
     drawn = served.total("eft_generated_tokens_total")
     asyncio.run(leave())
     eventually(lambda: served.total("eft_num_requests_running"), until=lambda running: running == 0)
-    eventually(lambda: served.total("eft_engine_num_sequences"), until=lambda held: held == 0)
+    eventually(lambda: served.total("eft_engine_num_sequences"), until=lambda count: count == 0)
     assert served.total("eft_requests_finished_total", reason="abort") == aborted + 1
     assert served.total("eft_generated_tokens_total") - drawn < NEVER_ENDING / 2
 

@@ -1,6 +1,6 @@
 """The combined logits of rows, compiled for a CPU; knows arrays and addresses only.
 
-Every logit is read once, where it stands and in the dtype that it has, in blocks that stay in the first-level cache.
+Every logit is read once, in place and in its own dtype, in blocks that fit the first-level cache.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from eft_serve.numerics.kernels.bits import (
     widen_float16,
 )
 
-BLOCK = 2048  # columns at a time: a few arrays of so many float32 fit the first-level cache
+BLOCK = 2048  # columns at a time: a few arrays of this many float32 fit the first-level cache
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how logits are stored
-FINE, NOT_A_NUMBER, OVERFLOW, NOTHING_POSSIBLE = 0, 1, 2, 3  # what became of a row
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # dtype of the logits
+FINE, NOT_A_NUMBER, OVERFLOW, NOTHING_POSSIBLE = 0, 1, 2, 3  # status of a row
 
 _INFINITE = np.int32(0x7F800000)  # the magnitude of an infinity; NaN's are larger
 
@@ -40,7 +40,7 @@ def combine_rows(
 ) -> None:
     """out[row] = Σ_t coefficients[t] · term t, over the terms `starts[row]` to `starts[row + 1]` of the flat arrays.
 
-    A token that any running term calls impossible (−inf) is impossible; a term of coefficient 0 contributes nothing.
+    A token is impossible (−inf) if it is so for any running term; a term of coefficient 0 contributes nothing.
 
     Args:
         addresses: [num_terms of all rows], where each term's row begins in memory.
@@ -49,7 +49,7 @@ def combine_rows(
         starts: [num_rows + 1].
         widths: [num_rows], columns.
         out: [num_rows, at least the largest width], written.
-        status: [num_rows, 2], written: FINE or what is wrong, and the flat index of the term that is at fault.
+        status: [num_rows, 2], written: FINE or the fault, and the flat index of the faulty term.
     """
     for row in range(len(widths)):
         worst = np.int32(0)
@@ -79,7 +79,7 @@ def combine_rows(
 
 @compiled
 def _add(address: int, kind: int, coefficient: np.float32, start: int, is_first: bool, out: Floats) -> None:
-    """out += coefficient · term, or = for the first; multiplied and added in two roundings.
+    """out += coefficient · term, or = for the first; multiply and add are rounded separately.
 
     Args:
         address, kind: of the term's row.
@@ -127,7 +127,7 @@ def _number(address: int, kind: int, i: int) -> np.float32:
 def _combine_with_care(
     addresses: Integers, kinds: NDArray[np.int8], coefficients: Floats, out: Floats, status: Integers
 ) -> None:
-    """A row that may hold anything; bit for bit what `combine_rows` gives where all is finite."""
+    """Combine a row with any values; bit for bit as `combine_rows` where all values are finite."""
     is_possible = False
     for i in range(len(out)):
         total, is_impossible, is_first = np.float32(0), False, True

@@ -1,8 +1,8 @@
-"""The tokens drawn from rows of combined logits, compiled for a CPU; knows arrays only.
+"""Sampling of tokens from rows of combined logits, compiled for a CPU; knows arrays only.
 
-Plain loops over blocks, which the compiler vectorises. A row's token depends on nothing but the row, so the threads
-that share a batch change nothing. What `device_sampling` does in torch operations, this does to the same tokens: every
-operation is rounded by itself, and mass is counted in integers, whose sums come out the same in any order.
+Plain loops over blocks, which the compiler vectorises. A row's token depends only on the row, so threads may share a
+batch. The tokens are the same as those of `device_sampling`, in torch: every operation is rounded separately, and mass
+is counted in integers, whose sums are the same in any order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from eft_serve.numerics.kernels.bits import (
 from eft_serve.numerics.keyed_noise import GOLDEN, MIX_1, MIX_2
 
 BLOCK = 2048  # columns at a time: they fit the first-level cache
-LANE = 64  # columns that one test passes over
+LANE = 64  # columns that one test can skip
 
 # Keyed noise; see `keyed_noise`.
 
@@ -49,19 +49,19 @@ def _gumbel(bits: np.uint64) -> float:
 
 @compiled
 def _tail(bits: np.uint64) -> np.float32:
-    """How likely uniform noise is to exceed this one, rounded down to 24 bits."""
+    """The probability that uniform noise exceeds this one, rounded down to 24 bits."""
     return np.float32(np.int32(~bits >> _S40)) * _TAIL_UNIT
 
 
 _PER_LOG_2 = np.float32(exponential.PER_LOG_2)
 _LEAST_POWER, _LARGEST_POWER = np.float32(-126), np.float32(1)
 _BIAS, _MANTISSA = np.float32(127), np.float32(1 << 23)
-_SLACK = np.float32(4096)  # of 2^23: more than float32 gets wrong of an exponent that matters
+_SLACK = np.float32(4096)  # of 2^23: more than float32's error in a relevant exponent
 
 
 @compiled
 def _reach(behind: np.float32) -> np.float32:
-    """No less than exp(behind): 2^n · (1 + f) for 2^(n + f), which lies above, and some more."""
+    """At least exp(behind): 2^n · (1 + f) instead of 2^(n + f), which is larger, plus a margin."""
     power = behind * _PER_LOG_2
     power = _LEAST_POWER if power < _LEAST_POWER else power
     power = _LARGEST_POWER if power > _LARGEST_POWER else power
@@ -104,10 +104,10 @@ def sample_rows(
     keys: NDArray[np.uint64],
     token_ids: Integers,
 ) -> None:
-    """The token of each row: the most likely one at temperature 0, else drawn with the noise of its key.
+    """The token of each row: the most likely one at temperature 0, else sampled with the noise of its key.
 
     Args:
-        logits: [num_rows, at least the largest width], finite or −inf, a finite one in each row.
+        logits: [num_rows, at least the largest width], finite or −inf, at least one finite in each row.
         widths: [num_rows], columns.
         temperature, top_k, top_p, log_min_p: [num_rows]; 0, 0, 1 and −inf for none.
         keys: [num_rows], of the noise.
@@ -132,7 +132,7 @@ def sample_rows(
 
 @compiled
 def _most_likely(numbers: Floats) -> int:
-    """The lowest id of the largest."""
+    """The lowest id of the largest logit."""
     highest, at = np.int32(-0x7FFFFFFF), 0
     for start in range(0, len(numbers), BLOCK):
         top = _highest_key(numbers[start : start + BLOCK])
@@ -155,10 +155,10 @@ def _highest_key(block: Floats) -> np.int32:
 
 @compiled
 def _draw(numbers: Floats, peak: np.float32, temperature: np.float32, key: np.uint64, top: int) -> int:
-    """The largest of (number − peak) / temperature + noise; few tokens can have it, so few need a logarithm.
+    """The largest (number − peak) / temperature + noise; few tokens can have it, so few need a logarithm.
 
-    Noise of at least x has the upper tail 1 − exp(−exp(−x)) < exp(−x), so a token can only win whose tail is at most
-    exp(its logit − the best score so far).
+    Noise of at least x has the upper tail 1 − exp(−exp(−x)) < exp(−x), so only a token whose tail is at most
+    exp(its logit − the best score so far) can win.
     """
     winner, best = top, _gumbel(_hash(key, top))
     for start in range(0, len(numbers), LANE):
@@ -179,7 +179,7 @@ def _draw(numbers: Floats, peak: np.float32, temperature: np.float32, key: np.ui
 def _may_win(
     lane: Floats, start: int, peak: np.float32, temperature: np.float32, key: np.uint64, bar: np.float32
 ) -> bool:
-    """Whether some token of the lane may reach the score `bar`."""
+    """Whether a token of the lane may reach the score `bar`."""
     count = np.int32(0)
     for i in range(len(lane)):
         x = (lane[i] - peak) / temperature
@@ -200,7 +200,7 @@ def _draw_filtered(
     values: Floats,
     ids: NDArray[np.int32],
 ) -> int:
-    """As `_draw`, of the tokens that top-k, then top-p of what it left, and min-p keep."""
+    """As `_draw`, among the tokens that top-k, then top-p of the rest, and min-p keep."""
     count, threshold = 0, log_min_p
     if top_k > 0:
         cutoff = _FIRST_CUTOFF
@@ -209,7 +209,7 @@ def _draw_filtered(
             if count >= top_k or cutoff == -np.inf:
                 break
             cutoff = _next_cutoff(cutoff)
-        if count == 0:  # not a number anywhere
+        if count == 0:  # all are NaN
             return top
         kth = _least_kept(values[:count].copy(), np.ones(count, np.int64), np.float64(top_k))
         count = _keep(values, ids, count, kth)
@@ -249,7 +249,7 @@ _FIRST_CUTOFF = np.float32(-4)  # of tempered logits: less likely than the most 
 
 @compiled
 def _next_cutoff(cutoff: np.float32) -> np.float32:
-    """Twice as far down, and in the end all the way."""
+    """Twice as far down; at the last step all the way."""
     return cutoff * np.float32(2) if cutoff > _LEAST else np.float32(-np.inf)
 
 
@@ -262,7 +262,7 @@ def _gather(
     values: Floats,
     ids: NDArray[np.int32],
 ) -> int:
-    """The tempered logits that reach the cutoff, with their ids, in order; how many."""
+    """Collect the tempered logits that reach the cutoff, with their ids, in order; returns how many."""
     count = 0
     for start in range(0, len(numbers), LANE):
         lane = numbers[start : start + LANE]
@@ -301,7 +301,7 @@ def _mass_of(block: Floats, peak: np.float32, temperature: np.float32) -> np.int
 
 @compiled
 def _keep(values: Floats, ids: NDArray[np.int32], count: int, threshold: np.float32) -> int:
-    """Only those that reach the threshold, in place; how many."""
+    """Keep those that reach the threshold, in place; returns how many."""
     kept = 0
     for i in range(count):
         if values[i] >= threshold:
@@ -320,10 +320,10 @@ def _masses(values: Floats) -> Integers:
 
 @compiled
 def _least_kept(values: Floats, masses: Integers, target: float) -> np.float32:
-    """The least value such that all larger ones together have less mass than the target; the largest if none.
+    """The smallest value such that all larger ones together have less mass than the target; the largest if none.
 
-    A weighted quickselect, linear in whatever order the values come: pivots are taken at hashed places, since a fixed
-    choice has orders that make it quadratic. Both arrays are shuffled.
+    A weighted quickselect, linear for any order of the values: pivots are at hashed places, since any fixed choice is
+    quadratic for some order. Both arrays are shuffled.
     """
     start, stop, above, round_ = 0, len(values), np.int64(0), 0
     least = values.max()

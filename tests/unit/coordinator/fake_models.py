@@ -89,23 +89,23 @@ class ToyBackend:
     def _answer(self, replica_id: str, batch: StepBatch) -> StepResult:
         if replica_id in self.dead or replica_id not in self.connected:
             return StepResult(failure="dead")
-        held = self.sequences.setdefault(replica_id, {})
+        sequences = self.sequences.setdefault(replica_id, {})
         for sequence_id in batch.freed:
-            held.pop(sequence_id, None)
+            sequences.pop(sequence_id, None)
         if replica_id in self.full:
             return StepResult(outputs=[StepOutput(step.sequence_id, num_computed_tokens=0) for step in batch.steps])
         before = self.num_computed_tokens
-        outputs = [self._step(replica_id, held, step) for step in batch.steps]
+        outputs = [self._step(replica_id, sequences, step) for step in batch.steps]
         self.max_computed = max(self.max_computed, self.num_computed_tokens - before)
         capacity = self.endpoints[replica_id].info.kv_capacity_tokens
         block = self.endpoints[replica_id].info.kv_block_size
-        used = sum(-(-len(tokens) // block) * block for tokens in held.values())
+        used = sum(-(-len(tokens) // block) * block for tokens in sequences.values())
         assert used <= capacity, f"{replica_id} holds {used} of {capacity} tokens"
         return StepResult(outputs=outputs)
 
-    def _step(self, replica_id: str, held: dict[str, list[int]], step: SequenceStep) -> StepOutput:
+    def _step(self, replica_id: str, sequences: dict[str, list[int]], step: SequenceStep) -> StepOutput:
         info = self.endpoints[replica_id].info
-        tokens, new = held.get(step.sequence_id, []), step.token_ids
+        tokens, new = sequences.get(step.sequence_id, []), step.token_ids
         if len(tokens) < step.position:
             return StepOutput(step.sequence_id, num_computed_tokens=len(tokens))
         assert step.position + len(new) <= info.max_model_len
@@ -117,7 +117,7 @@ class ToyBackend:
         found = self._find(replica_id, step, info.kv_block_size)
         computed = new[found:] if step.max_computed is None else new[found : found + step.max_computed]
         self.num_computed_tokens += len(computed)
-        tokens = held[step.sequence_id] = tokens[: step.position] + new[: found + len(computed)]
+        tokens = sequences[step.sequence_id] = tokens[: step.position] + new[: found + len(computed)]
         if salt := self.salts[step.sequence_id]:
             ends = range(info.kv_block_size, len(tokens) + 1, info.kv_block_size)
             self.cached.setdefault((replica_id, salt, adapter), set()).update(tuple(tokens[:end]) for end in ends)
@@ -125,31 +125,31 @@ class ToyBackend:
             return StepOutput(step.sequence_id, num_computed_tokens=len(tokens), num_cached_tokens=found)
         ends = range(len(tokens) - step.num_logits + 1, len(tokens) + 1)
         rows = [toy_logits(info.model, tokens[:end], adapter) for end in ends]
-        guesses = self._guess(info, held, step, rows) if step.draft is not None else []
+        drafted = self._draft(info, sequences, step, rows) if step.draft is not None else []
         return StepOutput(
             step.sequence_id,
             logits=torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE),
-            drafted=[token_id for token_id, _ in guesses],
-            confidences=[confidence for _, confidence in guesses],
+            drafted=[token_id for token_id, _ in drafted],
+            confidences=[confidence for _, confidence in drafted],
             num_cached_tokens=found,
         )
 
-    def _guess(
-        self, info: ModelInfo, held: dict[str, list[int]], step: SequenceStep, rows: list[Tensor]
+    def _draft(
+        self, info: ModelInfo, sequences: dict[str, list[int]], step: SequenceStep, rows: list[Tensor]
     ) -> list[tuple[int, float]]:
         """As many as asked for, as are likely enough and as the budget has room for; each with its probability."""
-        draft, tokens, guesses = step.draft, held[step.sequence_id], list[tuple[int, float]]()
+        draft, tokens, drafted = step.draft, sequences[step.sequence_id], list[tuple[int, float]]()
         assert draft is not None
         assert rows
         while True:
-            position = draft.position + len(guesses)
+            position = draft.position + len(drafted)
             token_id = int(sample(rows[-1][None, : draft.num_ids], [draft.sampling], [position]))
-            guesses.append((token_id, float(rows[-1][: draft.num_ids].softmax(dim=-1)[token_id])))
-            used = sum(-(-len(t) // info.kv_block_size) * info.kv_block_size for t in held.values())
+            drafted.append((token_id, float(rows[-1][: draft.num_ids].softmax(dim=-1)[token_id])))
+            used = sum(-(-len(t) // info.kv_block_size) * info.kv_block_size for t in sequences.values())
             has_room = used + info.kv_block_size <= info.kv_capacity_tokens and len(tokens) < info.max_model_len
-            is_sure = draft.confidence * prod(c for _, c in guesses) >= draft.min_confidence
-            if len(guesses) == draft.num_tokens or not has_room or not is_sure:
-                return guesses
+            is_sure = draft.confidence * prod(c for _, c in drafted) >= draft.min_confidence
+            if len(drafted) == draft.num_tokens or not has_room or not is_sure:
+                return drafted
             tokens.append(token_id)
             self.num_computed_tokens += 1
             rows.append(toy_logits(info.model, tokens, self.adapters[step.sequence_id]))

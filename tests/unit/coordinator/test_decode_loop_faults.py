@@ -37,9 +37,9 @@ def test_lost_caches_dead_replicas_and_migration_change_no_token(seed: int) -> N
         dice = rng.random()
         replica_id = rng.choice(sorted(endpoints))
         if dice < 0.2:  # an engine restarts, or evicts
-            held = backend.sequences.get(replica_id, {})
-            for sequence_id in list(held):
-                held[sequence_id] = held[sequence_id][: rng.randint(0, len(held[sequence_id]))]
+            sequences = backend.sequences.get(replica_id, {})
+            for sequence_id in list(sequences):
+                sequences[sequence_id] = sequences[sequence_id][: rng.randint(0, len(sequences[sequence_id]))]
         elif dice < 0.3:
             backend.dead = {replica_id}
             backend.sequences.pop(replica_id, None)

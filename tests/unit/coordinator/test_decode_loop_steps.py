@@ -130,8 +130,8 @@ def test_an_engine_that_holds_less_is_sent_the_rest_at_once(kept: int) -> None:
     for _ in range(6):
         harness.loop.receive()
         harness.loop.step()
-    held = harness.backend.sequences["tuned-0"]
-    held["r/tuned"] = held["r/tuned"][:kept]
+    sequences = harness.backend.sequences["tuned-0"]
+    sequences["r/tuned"] = sequences["r/tuned"][:kept]
     harness.drive(max_steps=12)
     assert harness.tokens("r") == naive(req)
 

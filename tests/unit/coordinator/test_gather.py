@@ -48,10 +48,10 @@ def test_an_engine_that_got_part_of_the_way_made_progress(request_: Request) -> 
     assert (gathered.num_cache_misses, gathered.errors) == (0, {})
 
 
-@pytest.mark.parametrize("held", [20, 16, 0])
-def test_an_engine_that_got_nowhere_did_not(request_: Request, held: int) -> None:
-    gathered = answer(request_, position=20, num_computed_tokens=held)
-    assert request_.sequences[0].num_computed_tokens == held
+@pytest.mark.parametrize("num_computed", [20, 16, 0])
+def test_an_engine_that_got_nowhere_did_not(request_: Request, num_computed: int) -> None:
+    gathered = answer(request_, position=20, num_computed_tokens=num_computed)
+    assert request_.sequences[0].num_computed_tokens == num_computed
     assert request_.last_progress == 0.0
     assert gathered.num_cache_misses == 1
 

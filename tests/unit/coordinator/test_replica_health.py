@@ -81,7 +81,7 @@ def test_a_probe_that_fails_is_repeated_later_and_ever_more_rarely(
         now += waits[-1]
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     assert len(backend.batches) == 8
-    assert "replica b did not answer one token: dead" in caplog.text
+    assert "replica b did not answer a probe: dead" in caplog.text
     backend.dead = set()
     health.check(now)
     assert healthy(replicas) == ["a", "b"]

@@ -117,7 +117,7 @@ class Draw:
     """One step before it is known what the engine holds."""
 
     sequence: int
-    position: float  # part of what is believed to be held
+    position: float  # part of the tokens believed to be cached
     count: int
     is_shared: bool
 
@@ -188,10 +188,10 @@ def test_greedy_beside_the_others_equals_generate(architecture: str, adapted: Ca
 def test_an_adapters_draft_tokens_are_its_own(architecture: str, adapted: Callable[[str], Adapted]) -> None:
     made, prompt = adapted(architecture), tokens_of(0)[:7]
     draft = Draft(num_tokens=6, position=0, num_ids=VOCAB_SIZE, sampling=SamplingParams(temperature=0.0))
-    steps = [SequenceStep(f"guess-{name}", 0, prompt, 1, draft=draft, adapter=name) for name in made.models]
+    steps = [SequenceStep(f"drafter-{name}", 0, prompt, 1, draft=draft, adapter=name) for name in made.models]
     for (name, model), output in zip(made.models.items(), made.engine.forward(steps), strict=True):
         assert list(output.drafted) == generated(model, prompt, 6), name
-    made.engine.free([f"guess-{name}" for name in made.models])
+    made.engine.free([f"drafter-{name}" for name in made.models])
 
 
 def test_a_beginning_is_found_again_by_the_same_adapter_only(adapted: Callable[[str], Adapted]) -> None:

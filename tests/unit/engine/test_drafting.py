@@ -80,10 +80,10 @@ def test_drafting_ends_once_the_draft_tokens_are_unlikely_to_stand_all(load: Loa
 def test_all_draft_tokens_but_the_last_are_computed_and_the_next_step_goes_on_from_there(load: Load) -> None:
     engine = load("llama")
     (output,) = engine.forward([SequenceStep("s", 0, PROMPTS["a"], 1, draft=draft(4))])
-    held = len(PROMPTS["a"]) + 3
-    (beyond,) = engine.forward([SequenceStep("s", held + 1, [1], 1)])
-    assert beyond.num_computed_tokens == held
-    (after,) = engine.forward([SequenceStep("s", held, list(output.drafted[-1:]), 1)])
+    num_computed = len(PROMPTS["a"]) + 3
+    (beyond,) = engine.forward([SequenceStep("s", num_computed + 1, [1], 1)])
+    assert beyond.num_computed_tokens == num_computed
+    (after,) = engine.forward([SequenceStep("s", num_computed, list(output.drafted[-1:]), 1)])
     (anew,) = engine.forward([SequenceStep("t", 0, PROMPTS["a"] + list(output.drafted), 1)])
     assert after.logits is not None
     assert anew.logits is not None
@@ -94,7 +94,7 @@ def test_all_draft_tokens_but_the_last_are_computed_and_the_next_step_goes_on_fr
 def test_draft_tokens_stop_at_the_context_and_evict_nobody(load: Load) -> None:
     engine = load("llama", kv_cache_tokens=96)
     (full,) = engine.forward([SequenceStep("long", 0, [1] * (CONTEXT - 3), 1, draft=draft(8))])
-    assert len(full.drafted) == 4  # of which three are held
+    assert len(full.drafted) == 4  # of which three are computed
     engine.free(["long"])
     engine.forward([SequenceStep("other", 0, [2] * 48, 1)])
     (cramped,) = engine.forward([SequenceStep("s", 0, [1] * 46, 1, draft=draft(8))])

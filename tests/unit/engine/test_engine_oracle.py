@@ -33,7 +33,7 @@ class Draw:
     """One step before it is known what the engine holds."""
 
     sequence: int
-    position: float  # part of what is believed to be held
+    position: float  # part of the tokens believed to be cached
     count: int
     num_logits: float  # part of count
     max_computed: int | None

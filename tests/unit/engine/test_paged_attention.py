@@ -208,7 +208,7 @@ def test_it_is_for_cpus_in_32_bits() -> None:
 
 
 LENGTH = 80
-Step = tuple[int, float, int]  # sequence, part of what is held to keep, tokens to append
+Step = tuple[int, float, int]  # sequence, part of the computed tokens to keep, tokens to append
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "mistral"])
@@ -247,17 +247,19 @@ def test_any_mix_of_decodes_rollbacks_and_prefills(
     engine, model = mixed
     engine.free(map(str, range(5)))
     expected = {i: stock_logits(model, tokens_of(i)) for i in range(5)}
-    held = dict.fromkeys(range(5), 0)
+    num_computed = dict.fromkeys(range(5), 0)
     for call in schedule:
         steps = []
         for sequence, keep, count in call:
-            position = min(int(held[sequence] * keep), LENGTH - 1)
+            position = min(int(num_computed[sequence] * keep), LENGTH - 1)
             steps.append(SequenceStep(str(sequence), position, tokens_of(sequence)[position : position + count], 1))
-            held[sequence] = position + len(steps[-1].token_ids)
+            num_computed[sequence] = position + len(steps[-1].token_ids)
         for step, output in zip(steps, engine.forward(steps), strict=True):
             sequence = int(step.sequence_id)
             assert output.logits is not None
-            torch.testing.assert_close(output.logits[0], expected[sequence][held[sequence] - 1], atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                output.logits[0], expected[sequence][num_computed[sequence] - 1], atol=1e-4, rtol=0
+            )
 
 
 def test_another_future_after_a_rollback(mixed: tuple[Engine, PreTrainedModel]) -> None:

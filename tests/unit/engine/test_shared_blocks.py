@@ -101,7 +101,7 @@ class Draw:
     """One step before it is known what the engine holds."""
 
     name: str
-    position: float  # part of what is believed to be held; 0 often
+    position: float  # part of the tokens believed to be cached; 0 often
     pattern: int
     count: int
     num_logits: int
@@ -191,8 +191,8 @@ class SharingMachine(RuleBasedStateMachine):
     @invariant()
     def sequences_hold_a_beginning_of_their_tokens(self) -> None:
         for sequence in self.engine._cache:
-            held = list(sequence.token_ids)
-            assert held == self.tokens[sequence.sequence_id][: len(held)]
+            token_ids = list(sequence.token_ids)
+            assert token_ids == self.tokens[sequence.sequence_id][: len(token_ids)]
 
     def teardown(self) -> None:
         self.engine.free(SALTS)

@@ -45,8 +45,8 @@ class Stub:
         if prompt == "bad":
             return JSONResponse({"error": {"message": "bad prompt"}}, 400)
         self.answered[prompt] += 1
-        spelt = prompt.encode("ascii", "replace").decode()
-        return JSONResponse({"choices": [{"text": f"answer to {spelt}"}]}, headers={"x-request-id": f"req-{spelt}"})
+        text = prompt.encode("ascii", "replace").decode()
+        return JSONResponse({"choices": [{"text": f"answer to {text}"}]}, headers={"x-request-id": f"req-{text}"})
 
 
 @contextmanager

@@ -124,9 +124,11 @@ class Ingress:
         for request_id, num_before, delta in parts:
             self.collectors[request_id].put(num_before, delta)
 
-    async def connect_ingress(self, desk: CoordinatorServer, reply_to: ReplyTo | None = None) -> None:
-        desk.connect_ingress(self.coordinator_client.public_key, reply_to or self.receiver.reply_to)
-        listener = Listener(replica_id="one", address=desk.submissions.address, public_key=desk.submissions.public_key)
+    async def connect_ingress(self, server: CoordinatorServer, reply_to: ReplyTo | None = None) -> None:
+        server.connect_ingress(self.coordinator_client.public_key, reply_to or self.receiver.reply_to)
+        listener = Listener(
+            replica_id="one", address=server.submissions.address, public_key=server.submissions.public_key
+        )
         self.coordinator_client.set_coordinators({"one": listener})
         await eventually(lambda: self.coordinator_client.ready)
 
@@ -153,21 +155,21 @@ def backend() -> CountingBackend:
 
 
 @pytest.fixture
-def desk(backend: CountingBackend, request: pytest.FixtureRequest) -> Iterator[CoordinatorServer]:
+def server(backend: CountingBackend, request: pytest.FixtureRequest) -> Iterator[CoordinatorServer]:
     config = AppConfig.parse({**CONFIG, "coordinator": getattr(request, "param", {})})
     vocabularies: dict[str, Any] = dict.fromkeys(config.deployments, DigitVocabulary())
-    desk = CoordinatorServer(config, backend, vocabularies, CoordinatorMetrics())
-    desk.start()
-    desk.decode_loop.set_replicas({model: endpoint(model) for model in config.deployments})
-    yield desk
+    server = CoordinatorServer(config, backend, vocabularies, CoordinatorMetrics())
+    server.start()
+    server.decode_loop.set_replicas({model: endpoint(model) for model in config.deployments})
+    yield server
     backend.gate.set()
-    desk.close()
+    server.close()
 
 
 @pytest.fixture
-async def ingress(desk: CoordinatorServer) -> AsyncIterator[Ingress]:
+async def ingress(server: CoordinatorServer) -> AsyncIterator[Ingress]:
     ingress = Ingress()
-    await ingress.connect_ingress(desk)
+    await ingress.connect_ingress(server)
     yield ingress
     ingress.close()
 
@@ -202,12 +204,12 @@ def endless() -> SamplingParams:
 
 
 async def test_a_request_is_answered_and_nothing_is_left(
-    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend
+    server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
 ) -> None:
     deltas = [delta async for delta in ingress.submit()]
     assert [token for delta in deltas for token in delta.token_ids] == [2, 3, 4, 5, 6]
     assert deltas[-1].finish_reason == FinishReason.LENGTH
-    await eventually(lambda: not desk.subscribers)
+    await eventually(lambda: not server.subscribers)
     await eventually(lambda: backend.stepped and not backend.sequences)
 
 
@@ -223,13 +225,13 @@ async def test_a_request_is_answered_and_nothing_is_left(
     ],
 )
 async def test_what_cannot_be_served_is_refused_with_its_error(
-    desk: CoordinatorServer, ingress: Ingress, changes: dict[str, Any], kind: type[EftServeError], param: str
+    server: CoordinatorServer, ingress: Ingress, changes: dict[str, Any], kind: type[EftServeError], param: str
 ) -> None:
     with pytest.raises(kind) as refusal:
         async with asyncio.timeout(10):  # a loop that died of it would never answer
             await anext(ingress.submit(**changes))
     assert refusal.value.param == param
-    assert not desk.subscribers
+    assert not server.subscribers
     assert [token async for delta in ingress.submit("next") for token in delta.token_ids] == [2, 3, 4, 5, 6]
 
 
@@ -238,70 +240,70 @@ async def test_an_adapter_of_a_deployment_is_served(ingress: Ingress) -> None:
     assert [token async for delta in deltas for token in delta.token_ids] == [2, 3, 4, 5, 6]
 
 
-async def test_an_address_that_was_never_introduced_gets_nothing(desk: CoordinatorServer, ingress: Ingress) -> None:
+async def test_an_address_that_was_never_introduced_gets_nothing(server: CoordinatorServer, ingress: Ingress) -> None:
     elsewhere = msgspec.structs.replace(ingress.receiver.reply_to, address="tcp://127.0.0.1:9")
     with pytest.raises(UnavailableError, match="not met this ingress"):
         await anext(ingress.submit(reply_to=elsewhere))
-    assert not desk.subscribers
+    assert not server.subscribers
 
 
-@pytest.mark.parametrize("desk", [{"max_num_seqs": 1, "max_waiting": 2}], indirect=True)
+@pytest.mark.parametrize("server", [{"max_num_seqs": 1, "max_waiting": 2}], indirect=True)
 async def test_no_more_are_open_than_may_run_and_wait(
-    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend
+    server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
 ) -> None:
-    await eventually(lambda: not desk.decode_loop.missing_models)
+    await eventually(lambda: not server.decode_loop.missing_models)
     backend.gate.clear()  # the decode loop takes nothing in meanwhile
     for name in "abc":
         ingress.submit(name)
     with pytest.raises(UnavailableError, match="more than 2 requests are waiting"):
         await anext(ingress.submit("d"))
-    assert desk.subscribers.keys() == set("abc")
+    assert server.subscribers.keys() == set("abc")
 
 
 async def test_an_aborted_request_is_freed_in_every_model(
-    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend
+    server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
 ) -> None:
     await anext(ingress.submit(sampling=endless()))
     assert backend.sequences == {"r/base", "r/tuned"}
     ingress.coordinator_client.end("r", complete=False)
     await eventually(lambda: not backend.sequences)
-    assert not desk.subscribers
+    assert not server.subscribers
 
 
-@pytest.mark.parametrize("desk", [{"max_num_seqs": 1}], indirect=True)
+@pytest.mark.parametrize("server", [{"max_num_seqs": 1}], indirect=True)
 async def test_a_vanished_ingress_takes_its_requests_with_it_and_nobody_elses(
-    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+    server: CoordinatorServer, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submissions, "LOOK_INTERVAL_S", 0.05)
     gone = Ingress()
-    await gone.connect_ingress(desk)
+    await gone.connect_ingress(server)
     await anext(ingress.submit("stays", sampling=endless()))
     gone.submit("waits for its turn", sampling=endless())
-    await eventually(lambda: desk.decode_loop.num_requests == 2)
+    await eventually(lambda: server.decode_loop.num_requests == 2)
     gone.close()
-    await eventually(lambda: desk.decode_loop.num_requests == 1)
-    assert desk.subscribers.keys() == {"stays"}
+    await eventually(lambda: server.decode_loop.num_requests == 1)
+    assert server.subscribers.keys() == {"stays"}
     assert backend.sequences == {"stays/base", "stays/tuned"}
 
 
 async def test_tokens_that_cannot_be_sent_fail_the_request(
-    desk: CoordinatorServer, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
+    server: CoordinatorServer, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eft_serve.transport.sockets.QUEUE_MESSAGES", 3)
     public_key, secret_key = zmq.curve_keypair()
     nobody = ReplyTo(address="tcp://127.0.0.1:9", server_key=public_key, public_key=public_key, secret_key=secret_key)
-    await ingress.connect_ingress(desk, nobody)
+    await ingress.connect_ingress(server, nobody)
     with pytest.raises(UnavailableError, match="could not be sent"):
         async with asyncio.timeout(10):
             await anext(ingress.submit(reply_to=nobody, sampling=endless()))
     await eventually(lambda: not backend.sequences)
-    assert not desk.subscribers
+    assert not server.subscribers
 
 
-async def test_a_stopping_coordinator_says_so(desk: CoordinatorServer, ingress: Ingress) -> None:
+async def test_a_stopping_coordinator_says_so(server: CoordinatorServer, ingress: Ingress) -> None:
     deltas = ingress.submit(sampling=endless())
     await anext(deltas)
-    closing = asyncio.get_running_loop().run_in_executor(None, desk.close)
+    closing = asyncio.get_running_loop().run_in_executor(None, server.close)
     rest = [delta async for delta in deltas]
     assert rest[-1].failure is not None
     assert "stopping" in rest[-1].failure.message

@@ -198,7 +198,7 @@ def test_a_server_tries_once_and_follows_its_client(segment: Segment, caplog: py
 def test_replies_come_back_bit_for_bit(counts: list[int], dtype: torch.dtype) -> None:
     made = Segment.create(1 << 20)
     outputs = [StepOutput(str(i), logits=torch.randn(count, 8192).to(dtype)) for i, count in enumerate(counts)]
-    outputs.insert(1, StepOutput("held", num_computed_tokens=4))
+    outputs.insert(1, StepOutput("partial", num_computed_tokens=4))
     made.message_id = 7
     frames = encode_reply(7, outputs, 0.5, Segment.open(made.name))
     made.close()

@@ -47,7 +47,7 @@ def test_requests_come_back(
 
 
 answers = st.one_of(
-    st.tuples(st.just("held"), st.integers(0, 2**40)),
+    st.tuples(st.just("num_computed"), st.integers(0, 2**40)),
     st.tuples(st.just("error"), names),
     st.tuples(st.just("logits"), st.integers(0, 4)),
 )
@@ -64,12 +64,12 @@ def test_replies_come_back_bit_for_bit(
 ) -> None:
     outputs = []
     for name, (kind, value) in some_answers:
-        held = value if kind == "held" else None
+        num_computed = value if kind == "num_computed" else None
         error = value if kind == "error" else None
         logits = torch.randn(int(value), vocab_size).to(dtype) if kind == "logits" else None
         drafted = list(range(int(value))) if kind == "logits" else []
         confidences = [0.5 / (1 + i) for i in drafted]
-        outputs.append(StepOutput(name, held, error, logits, drafted, confidences))  # type: ignore[arg-type]
+        outputs.append(StepOutput(name, num_computed, error, logits, drafted, confidences))  # type: ignore[arg-type]
     reply = decode_reply(encode_reply(7, outputs, seconds))
     assert (reply.message_id, reply.forward_seconds, reply.failure) == (7, seconds, None)
     assert len(reply.outputs) == len(outputs)

@@ -17,7 +17,7 @@ from eft_serve.types import Delta
 MAX_STEPS = 100_000
 
 
-class Driven:
+class LocalStack:
     """Engines, started by `builds` (by model: what builds it, and from what), and a real decode loop over them."""
 
     def __init__(
