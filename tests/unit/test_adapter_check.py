@@ -163,7 +163,7 @@ CONFIGURED: list[tuple[dict[str, Any], str]] = [
     ({"lora_alpha": "many"}, "lora_alpha is 'many'"),
     ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
     ({"target_modules": 3}, "target_modules is 3"),
-    ({"target_modules": "("}, "no regular expression"),
+    ({"target_modules": "("}, "not a regular expression"),
     ({"bias": "lora_only"}, "bias is 'lora_only'"),
     ({"lora_bias": True}, "lora_bias is True"),
     ({"use_dora": True}, "use_dora is True"),

@@ -117,7 +117,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "a role's name",
         app(recipes={"eft": RECIPE | {"tuned": {"model": "chat", "name": "base"}}}),
-        "what a role is called",
+        "is the name of a role",
     ),
     (
         "bounds of nobody",

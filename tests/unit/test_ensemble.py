@@ -178,7 +178,7 @@ BOUNDED = RecipeConfig.model_validate(
         (Knobs(scale=1.01), "eft.scale", "1 to 1"),
         (Knobs(weights={"lawyer": 0.81}), "eft.weights.lawyer", "0 to 0.8"),
         (Knobs(weights={"lawyer": math.nan}), "eft.weights.lawyer", "0 to 0.8"),
-        (Knobs(weights={"law": 0.5}), "eft.weights", "not a fine-tuning of this recipe; those are ['chat', 'lawyer']"),
+        (Knobs(weights={"law": 0.5}), "eft.weights", "not among this recipe's fine-tunings ['chat', 'lawyer']"),
         (Knobs(truncate_top_p=0.4), "eft.truncate_top_p", "0.5 to 1"),
         (Knobs(truncate_top_p=math.nan), "eft.truncate_top_p", "0.5 to 1"),
     ],

@@ -242,7 +242,7 @@ async def test_an_adapter_of_a_deployment_is_served(ingress: Ingress) -> None:
 
 async def test_an_address_that_was_never_introduced_gets_nothing(server: CoordinatorServer, ingress: Ingress) -> None:
     elsewhere = msgspec.structs.replace(ingress.receiver.reply_to, address="tcp://127.0.0.1:9")
-    with pytest.raises(UnavailableError, match="not met this ingress"):
+    with pytest.raises(UnavailableError, match="does not know this ingress"):
         await anext(ingress.submit(reply_to=elsewhere))
     assert not server.subscribers
 
