@@ -33,6 +33,6 @@ def read_yaml(path: Path) -> Any:
     Raises:
         OSError: it cannot be read.
         ValueError: its bytes are no text, or a date is none.
-        yaml.YAMLError: it is not YAML; a `DuplicateKeyError` where a key stands twice.
+        yaml.YAMLError: it is not YAML; a `DuplicateKeyError` where a key is given twice.
     """
     return yaml.load(path.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506, a SafeLoader

@@ -1,6 +1,6 @@
 """Three ways to compute the same step of one model: our engine, stock transformers, and its matrix products alone.
 
-Each has weights of its own: shared ones would be warm in the cache for whoever comes second.
+Each has weights of its own: shared ones would be warm in the cache for the side that comes second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The peer of `bench serve`: what one writes without a serving system, on the same models and cores.
 
 Three transformers models in one process, one after the other; a padded batch of whatever has arrived, which is done
-when its longest answer is. No HTTP stands in its way.
+when its longest answer is. It has no HTTP.
 """
 
 from __future__ import annotations

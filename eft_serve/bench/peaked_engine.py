@@ -62,7 +62,7 @@ class PeakedEngine:
         return self._rows[(zlib.crc32(request_id.encode()) + step.position) % len(self._rows)]
 
     def free(self, sequence_ids: Iterable[str]) -> None:
-        """Nothing is held."""
+        """Keeps nothing, so frees nothing."""
 
     def expire(self) -> None:
-        """Nothing is held."""
+        """Keeps nothing, so frees nothing."""

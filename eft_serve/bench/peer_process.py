@@ -1,4 +1,4 @@
-"""The naive peer in a process of its own, so that nothing of Ray's stands beside it."""
+"""The naive peer in a process of its own, without Ray beside it."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def _under_load(plan: LoadPlan, rate: float, client: Client, with_peer: bool) ->
 
 
 def _take_turns(plan: LoadPlan, rate: float, client: Client, with_peer: bool) -> Measured:
-    """The peer, then the server, in every round; whoever is not measured idles."""
+    """The peer, then the server, in every round; the side that is not measured idles."""
     measured = Measured({"ours": [], "peer": []} if with_peer else {"ours": []})
     with ExitStack() as stack:
         peer = stack.enter_context(naive_peer()) if with_peer else None

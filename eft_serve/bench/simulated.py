@@ -58,7 +58,7 @@ class SimulatedGroup:
         return place in places[: round(WINDOW * (1 - self.acceptance))]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Keeps nothing, so frees nothing."""
 
 
 def _dice(key: str) -> int:

@@ -49,7 +49,7 @@ class SleepingEngine:
         return StepOutput(step.sequence_id, logits=self.row.expand(step.num_logits, -1))
 
     def free(self, sequence_ids: Iterable[str]) -> None:
-        """Nothing is held."""
+        """Keeps nothing, so frees nothing."""
 
     def expire(self) -> None:
-        """Nothing is held."""
+        """Keeps nothing, so frees nothing."""

@@ -22,7 +22,7 @@ def server_problems(server: ServerConfig) -> Iterator[Problem]:
         message = f"{server.tenants_file} cannot be read: {error.strerror}; make it with 'eft-serve tenant create'"
         yield Problem(where, message)
     except DuplicateKeyError:
-        yield Problem(where, f"{server.tenants_file}: a name stands twice; remove one of the two")
+        yield Problem(where, f"{server.tenants_file}: a name is given twice; remove one of the two")
     except (yaml.YAMLError, ValueError):
         yield Problem(where, f"{server.tenants_file} is not YAML; create it again with 'eft-serve tenant create'")
     else:

@@ -145,7 +145,7 @@ class Adapters:
     def add(self, updates: Mapping[str, Update], states: Tensor, out: Tensor) -> Tensor:
         """Add to `out` [num_tokens, num_outputs], and return it, what each adapter adds to its tokens' `states`."""
         if self._selected and len(states) != self._num_tokens:
-            raise EngineError(f"an adapted matrix got {len(states)} of {self._num_tokens} tokens, nobody knows which")
+            raise EngineError(f"an adapted matrix got {len(states)} of {self._num_tokens} tokens, and which is unknown")
         for adapter, tokens in self._selected:
             if update := updates.get(adapter):
                 update.add(states, out, tokens)

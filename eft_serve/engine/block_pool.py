@@ -1,9 +1,9 @@
 """The blocks of the KV budget: who refers to them, and which can be found again; knows no tokens and no sequences.
 
-Ids run from 1. Block 0 belongs to nobody: it stays zero and pads ragged rows, so that no sequence's data is ever read
-for another. A block that is full may be registered under a digest of its content. When the last reference to a
-registered block goes, it is *cached*: free, and found by its digest until somebody needs the room. So a block is always
-one of free, cached and referenced.
+Ids run from 1. Block 0 belongs to no sequence: it stays zero and pads ragged rows, so that no sequence's data is ever
+read for another. A block that is full may be registered under a digest of its content. When the last reference to a
+registered block goes, it is *cached*: free, and found by its digest until a sequence needs the room. So a block is
+always one of free, cached and referenced.
 """
 
 from __future__ import annotations

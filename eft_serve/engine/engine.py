@@ -119,7 +119,7 @@ class Engine:
         self._observe(())
 
     def expire(self) -> None:
-        """Drop sequences that nobody stepped for `lease_s`."""
+        """Drop sequences without a step for `lease_s`."""
         expired = self._cache.stepped_before(self._clock() - self._lease_s)
         self._metrics.expirations.inc(len(expired))
         self.free(expired)

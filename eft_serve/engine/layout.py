@@ -187,8 +187,8 @@ def _pack(groups: Sequence[Group]) -> Packed:
     slots = []
     for group in groups:
         positions = torch.arange(int(group.lengths.max()), device=group.tables.device).expand(group.batch_size, -1)
-        stands = positions < torch.from_numpy(group.lengths).to(positions.device)[:, None]
-        slots.append(_slots(group.tables, positions)[stands])
+        is_real = positions < torch.from_numpy(group.lengths).to(positions.device)[:, None]
+        slots.append(_slots(group.tables, positions)[is_real])
     key_lengths = [length for group in groups for length in group.lengths.tolist()]
     query_lengths = [group.q_length for group in groups for _ in group.lengths]
     device = slots[0].device

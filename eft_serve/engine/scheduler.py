@@ -103,7 +103,7 @@ def find_mistake(step: SequenceStep, limits: Limits, capacity_tokens: int) -> st
         if getattr(step, field) is not None and step.position > 0:
             return f"{field}: given at position {step.position}; a sequence gets it at position 0 and keeps it"
     if step.adapter is not None and step.adapter not in limits.adapters:
-        return f"adapter: {step.adapter!r} is none of this model's; those are {sorted(limits.adapters)}"
+        return f"adapter: {step.adapter!r} is not among this model's {sorted(limits.adapters)}"
     if min(step.token_ids) < 0 or max(step.token_ids) >= limits.vocab_size:
         bad = next(t for t in step.token_ids if not 0 <= t < limits.vocab_size)
         return f"token_ids: {bad} is outside the vocabulary of {limits.vocab_size}"
@@ -164,7 +164,7 @@ class StepScheduler:
         return StepOutput(step.sequence_id, num_computed_tokens=num_computed, num_cached_tokens=max(0, start))
 
     def _make_room(self, sequence: Sequence, num_tokens: int, later: list[str], earlier: list[str]) -> bool:
-        """Evict until the sequence can hold `num_tokens`; evicts nobody when that would not be enough."""
+        """Evict until the sequence can hold `num_tokens`; evicts nothing when that would not be enough."""
         if self._cache.num_missing_blocks(sequence, num_tokens) <= 0:
             return True
         kept = {*earlier, sequence.sequence_id}

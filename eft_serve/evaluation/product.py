@@ -154,5 +154,5 @@ class Product:
 
 
 def endpoint_of(engine: Engine) -> Endpoint:
-    """Of an engine that nobody has to connect to."""
+    """The endpoint of an engine in this process, without an address."""
     return Endpoint(replica_id=engine.info.model, address="", public_key=b"", info=engine.info)

@@ -31,7 +31,7 @@ def create_tenant(
     The key is not stored and cannot be shown again. A running server reads the file when it starts.
 
     Raises:
-        ConfigError: the name is taken, the file or an argument does not validate, or somebody else is writing.
+        ConfigError: the name is taken, the file or an argument does not validate, or another process is writing it.
     """
     key = generate_key()
     entry: dict[str, Any] = {"keys": [hash_key(key)], "recipes": list(recipes)}

@@ -116,7 +116,7 @@ def read_data(path: Path) -> Any:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except DuplicateKeyError as error:
-        where, problem = _line(error), "a name stands twice"
+        where, problem = _line(error), "a name is given twice"
     except yaml.MarkedYAMLError as error:
         where, problem = _line(error), error.problem or "not YAML"
     except (yaml.YAMLError, UnicodeDecodeError):

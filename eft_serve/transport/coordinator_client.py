@@ -138,7 +138,7 @@ class CoordinatorClient:
             try:
                 notice = decode_notice(link.connection.socket.recv())
             except (msgspec.MsgspecError, ValueError) as error:
-                logger.error("dropped a message that is none of this contract: %s", error)
+                logger.error("dropped a message that does not fit the contract: %s", error)
                 continue
             if notice is not None and notice.request_id in link.timers:
                 self._note(link, notice)

@@ -81,7 +81,7 @@ class DeltaReceiver:
                 try:
                     parts = _decoder.decode(self._socket.recv())
                 except (msgspec.MsgspecError, ValueError) as error:
-                    logger.error("dropped a message that is none of this contract: %s", error)
+                    logger.error("dropped a message that does not fit the contract: %s", error)
                     continue
                 self._deliver(parts)
 

@@ -85,7 +85,7 @@ class Segment:
         finally:
             os.close(fd)
         if not secrets.compare_digest(memory[:_NONCE_BYTES], name.nonce):
-            raise PermissionError(errno.EPERM, "another nonce: it is somebody else's", path)
+            raise PermissionError(errno.EPERM, "another nonce: it belongs to another client", path)
         return cls(name, memory)
 
     @property

@@ -62,6 +62,6 @@ class CurveListener:
         self._authenticator.stop()
 
     def close(self) -> None:
-        """Idempotent; nobody may be using the socket any more."""
+        """Idempotent; no thread may use the socket any longer."""
         self.refuse_all()
         self._context.destroy(linger=0)

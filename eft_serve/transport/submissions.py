@@ -145,7 +145,7 @@ class SubmissionServer:
         try:
             message = _decoder.decode(b"".join(frames))
         except (msgspec.MsgspecError, ValueError) as error:
-            logger.error("dropped a message that is none of this contract: %s", error)
+            logger.error("dropped a message that does not fit the contract: %s", error)
             return
         if isinstance(message, Abort):
             self._handler.abort(message.request_id)

@@ -305,7 +305,7 @@ def test_resources_that_are_not_there(tmp_path: Path) -> None:
         (None, "No such file"),
         ("tenants: {", "is not YAML"),
         ("tenants: 2026-02-30", "is not YAML"),
-        ("tenants:\n  acme: {}\n  acme: {}", "a name stands twice"),
+        ("tenants:\n  acme: {}\n  acme: {}", "a name is given twice"),
         ("", "holds no tenants"),
     ],
 )

@@ -233,7 +233,7 @@ def test_steps_with_a_wrong_adapter_are_answered_and_good_ones_beside_them_serve
     ]
     good, unknown, late = adapted("llama").engine.forward(steps)
     assert good.logits is not None
-    assert unknown.error == "adapter: 'c' is none of this model's; those are ['a', 'b']"
+    assert unknown.error == "adapter: 'c' is not among this model's ['a', 'b']"
     assert late.error is not None
     assert "adapter: given at position 2" in late.error
     adapted("llama").engine.free(["good"])

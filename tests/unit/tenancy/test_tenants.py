@@ -92,7 +92,7 @@ def test_what_cannot_be_created_leaves_the_file_alone(tmp_path: Path, arguments:
         ("tenants:\n  a: {name: b}", "unknown key 'name'"),
         ("tenants:\n  a: 3", r"tenants\.a"),
         ("tenants:\n  a: {recipes: ['**']}", r"tenants\.a\.recipes\.0"),
-        ("tenants:\n  a: {}\n  a: {}", "line 3: a name stands twice"),
+        ("tenants:\n  a: {}\n  a: {}", "line 3: a name is given twice"),
         (f"tenants:\n  a: {{keys: ['{HASH}']}}\n  b: {{keys: ['{HASH}']}}", "'a' and 'b' have a key in common"),
         ("tenants: [", "line 1"),
         ("- 1", "top level"),
