@@ -15,6 +15,7 @@ from eft_serve.transport.client import FanOut
 from eft_serve.types import Delta
 
 MAX_STEPS = 100_000
+READY_TIMEOUT_S = 60.0
 
 
 class LocalStack:
@@ -34,6 +35,7 @@ class LocalStack:
         self.loop = DecodeLoop(config, self.backend, vocabularies, self._take, CoordinatorMetrics())
         self.loop.set_replicas({endpoint.replica_id: endpoint for _, endpoint in started})
         self.loop.receive()
+        self._wait_until_healthy()
 
     def run(self, requests: Sequence[Request]) -> float:
         """Seconds until all of them are done."""
@@ -56,6 +58,15 @@ class LocalStack:
         if not self.loop.step():
             raise RuntimeError("a step had nothing to compute")
         return time.perf_counter() - started
+
+    def _wait_until_healthy(self) -> None:
+        """Raises RuntimeError that names the models of which no engine has answered a step in time."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while missing := self.loop.missing_models:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no answer within {READY_TIMEOUT_S:g} s of {', '.join(missing)}")
+            self.loop.step()
+            time.sleep(0.005)
 
     def close(self) -> None:
         self.backend.close()

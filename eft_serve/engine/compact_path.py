@@ -29,7 +29,7 @@ from eft_serve.engine.attention import Attention
 from eft_serve.engine.layout import Layout
 from eft_serve.engine.paged_tensors import PagedTensors
 from eft_serve.engine.ragged_path import UnsupportedModelError
-from eft_serve.engine.weights import input_major
+from eft_serve.engine.weights import PackedHead, input_major
 
 _SAME_LAYER: dict[type[PreTrainedModel], Callable[[Any], int | None]] = {
     # Where each keeps a layer's sliding window. The probe is too short to reveal a window that was missed.
@@ -187,6 +187,7 @@ class CompactPath:
         self._embed = _direct(self._model.model.embed_tokens)
         self._norm = _Norm.of(self._model.model.norm)
         self._rotary_table = self._whole_rotary_table()
+        self._packed = PackedHead(model.lm_head.weight) if PackedHead.suits(model.lm_head) else None
 
     def forward(self, layout: Layout, cache: PagedTensors) -> Tensor:
         """Logits [num_logits, vocab_size] in the order of `layout.logit_index`."""
@@ -218,6 +219,8 @@ class CompactPath:
         return _Rotary.table(module, weight, torch.arange(num_positions, device=weight.device))
 
     def _head(self, states: Tensor) -> Tensor:
+        if self._packed is not None:
+            return self._packed(states)
         logits: Tensor = self._model.lm_head(states[None])[0]  # a split head takes three dimensions
         return logits
 

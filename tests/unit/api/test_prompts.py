@@ -147,7 +147,7 @@ async def test_an_empty_system_prompt_is_a_system_message_all_the_same(tokenizer
     assert text_of(tokenizers["chat"], prompts["chat@told"]) == "<|system|>\n<|user|>Hi\n<|assistant|>"
 
 
-async def test_a_text_is_told_on_the_line_before(tokenizers: dict[str, ModelTokenizer]) -> None:
+async def test_the_system_prompt_of_a_text_is_the_line_before(tokenizers: dict[str, ModelTokenizer]) -> None:
     instructed = told("base", system_prompt="No jokes.", response_prefix=" we")
     prompts = await complete(PromptRenderer(tokenizers), [*terms("base"), instructed], "Once")
     assert text_of(tokenizers["base"], prompts["base"]) == "<s>Once"
@@ -155,7 +155,7 @@ async def test_a_text_is_told_on_the_line_before(tokenizers: dict[str, ModelToke
 
 
 @pytest.mark.parametrize("prompting", [{"system_prompt": "No jokes."}, {"response_prefix": " we"}])
-async def test_token_ids_cannot_be_told_anything(
+async def test_token_ids_take_no_system_prompt(
     tokenizers: dict[str, ModelTokenizer], prompting: dict[str, str]
 ) -> None:
     with pytest.raises(InvalidRequestError, match="base@told") as caught:

@@ -198,7 +198,7 @@ def test_forced_tokens_take_a_pass_for_so_many() -> None:
     assert usage.spec_decode == SpecDecodeStats(), "forced tokens are no draft tokens"
 
 
-def test_scoring_holds_up_nobody_who_decodes() -> None:
+def test_scoring_does_not_delay_decoding_requests() -> None:
     """However many are scored, those that decode get their token with every step."""
     harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=16))
     prompts = {model: [1, 2] for model in ("base", "reference", "tuned")}

@@ -126,7 +126,7 @@ def test_a_replica_that_takes_too_long_costs_one_timeout_and_no_request() -> Non
     assert not any("tuned-0" in batches for batches in backend.batches), "it was tried again at once"
 
 
-def test_a_replica_that_never_answers_is_asked_ever_more_rarely_and_stops_nobody() -> None:
+def test_a_replica_that_never_answers_is_probed_ever_more_rarely_and_stops_no_request() -> None:
     backend = ToyBackend(two_tuned())
     backend.dead = {"tuned-1"}
     harness = Harness(backend)
@@ -198,7 +198,7 @@ def test_an_engine_that_never_has_room_ends_in_an_error() -> None:
     assert failure.kind == "UnavailableError"
 
 
-def test_what_a_failed_replica_was_not_told_is_told_when_it_answers_again() -> None:
+def test_freed_sequences_reach_a_failed_replica_when_it_answers_again() -> None:
     harness = Harness(ToyBackend(three_models()))
     harness.submit(request("r", prompts_for(random.Random(1)), max_tokens=400, ignore_eos=True))
     harness.loop.receive()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 import time
+from pathlib import Path
 
 import pytest
 from fake_models import VOCAB_SIZE, ToyBackend, endpoint
@@ -19,6 +21,8 @@ from loop_harness import (
 
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
+
+METRICS_PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 def test_requests_join_while_others_run_and_a_long_prompt_does_not_stop_them() -> None:
@@ -134,6 +138,16 @@ def test_an_engine_that_holds_less_is_sent_the_rest_at_once(kept: int) -> None:
     sequences["r/tuned"] = sequences["r/tuned"][:kept]
     harness.drive(max_steps=12)
     assert harness.tokens("r") == naive(req)
+
+
+def test_every_phase_of_a_step_is_documented() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("r", {model: [1, 2] for model in EFT}, components=1))
+    harness.drive()
+    samples = [s for family in harness.metrics.registry.collect() for s in family.samples]
+    phases = {s.labels["phase"] for s in samples if s.name == "eft_step_seconds_count"}
+    (row,) = [line for line in METRICS_PAGE.read_text().splitlines() if line.startswith("| `eft_step_seconds{phase}`")]
+    assert phases == set(re.findall(r"`(\w+)`", row.partition("|")[2].partition("|")[2]))
 
 
 def test_waiting_for_a_turn_is_not_waiting_for_a_model() -> None:

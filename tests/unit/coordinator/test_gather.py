@@ -49,7 +49,7 @@ def test_an_engine_that_got_part_of_the_way_made_progress(request_: Request) -> 
 
 
 @pytest.mark.parametrize("num_computed", [20, 16, 0])
-def test_an_engine_that_got_nowhere_did_not(request_: Request, num_computed: int) -> None:
+def test_an_answer_without_new_tokens_is_no_progress(request_: Request, num_computed: int) -> None:
     gathered = answer(request_, position=20, num_computed_tokens=num_computed)
     assert request_.sequences[0].num_computed_tokens == num_computed
     assert request_.last_progress == 0.0
@@ -74,7 +74,7 @@ def drafted(request: Request, token_ids: list[int], confidences: list[float], as
 @pytest.mark.parametrize(
     ("taken", "confidence"), [([], 0.125), ([5], 0.25), ([5, 6], 0.5), ([5, 9], 1.0), ([9], 1.0), ([5, 6, 7], 1.0)]
 )
-def test_the_drafter_is_told_how_likely_the_draft_tokens_before_its_own_are(
+def test_the_drafter_gets_the_confidence_of_the_draft_tokens_before_its_own(
     request_: Request, taken: list[int], confidence: float
 ) -> None:
     drafted(request_, [5, 6, 7], [0.5, 0.5, 0.5], asked=4)

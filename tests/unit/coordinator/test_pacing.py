@@ -62,7 +62,7 @@ def test_decodes_that_became_slower_do_not_starve_prefills() -> None:
     assert max(chunks) == pytest.approx(5 * DECODE_S / TOKEN_S, rel=0.2)
 
 
-def test_what_was_perhaps_cached_teaches_nothing() -> None:
+def test_a_prefill_that_may_be_cached_does_not_change_the_pace() -> None:
     pacer = Pacer(2.0, most=4096)
     steps(pacer, 20)
     before = pacer.chunk

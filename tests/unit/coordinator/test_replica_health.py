@@ -110,7 +110,7 @@ def test_the_answer_of_a_replica_that_has_gone_is_dropped(
     assert "b" not in replicas.freed
 
 
-def test_a_new_replica_that_hangs_holds_up_nobody() -> None:
+def test_a_new_replica_that_hangs_does_not_delay_a_request() -> None:
     backend = HangingBackend(two_tuned(), hanging={"tuned-1"})
     harness = Harness(backend)
     req = request("r", prompts_for(random.Random(1)), max_tokens=9, ignore_eos=True)

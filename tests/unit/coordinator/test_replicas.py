@@ -94,7 +94,7 @@ def test_a_prompt_that_no_replica_could_hold_is_refused_by_name() -> None:
         table(40).context_left(request("r", {"base": [1] * 40}, {"base": 1.0}))
 
 
-def test_freed_sequences_are_told_to_replicas_that_answer_and_kept_for_the_others() -> None:
+def test_freed_sequences_are_sent_to_healthy_replicas_and_kept_for_the_others() -> None:
     replicas = table(40, 40)
     one = request("r", {"base": [1]}, {"base": 1.0})
     replicas.place(one, within_budget=True)

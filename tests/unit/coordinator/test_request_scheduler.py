@@ -180,7 +180,7 @@ def test_who_waits_for_one_model_does_not_hold_up_those_that_need_another() -> N
     assert list(scheduler.waiting) == [waits, next_one], "a later one of the same model does not overtake"
 
 
-def test_what_a_lost_replica_held_is_computed_on_another() -> None:
+def test_sequences_of_a_lost_replica_are_computed_on_another() -> None:
     scheduler, req = scheduler_of(models={"base": 2}), one("r0", 6)
     add(scheduler, req)
     compute(scheduler.schedule(NOW))

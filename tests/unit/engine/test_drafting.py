@@ -91,7 +91,7 @@ def test_all_draft_tokens_but_the_last_are_computed_and_the_next_step_goes_on_fr
     engine.free(["s", "t"])
 
 
-def test_draft_tokens_stop_at_the_context_and_evict_nobody(load: Load) -> None:
+def test_draft_tokens_stop_at_the_context_and_evict_no_sequence(load: Load) -> None:
     engine = load("llama", kv_cache_tokens=96)
     (full,) = engine.forward([SequenceStep("long", 0, [1] * (CONTEXT - 3), 1, draft=draft(8))])
     assert len(full.drafted) == 4  # of which three are computed

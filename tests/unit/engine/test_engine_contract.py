@@ -153,7 +153,7 @@ def test_infinities_are_an_error_and_reach_no_other_sequence(tmp_path: Path) -> 
     engine.close()
 
 
-def test_what_held_infinities_is_not_found_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_with_infinities_are_not_found_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load("opt", kv_cache_tokens=160)
     forward = engine._group.forward
     with monkeypatch.context() as patch:  # a fault that passes, as of a memory cell

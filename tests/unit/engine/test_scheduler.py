@@ -101,7 +101,7 @@ def test_the_first_step_takes_blocks_from_later_steps_of_the_same_call(scheduler
     assert [(output.sequence_id, output.num_computed_tokens) for _, output in answered] == [("c", 0), ("d", 0)]
 
 
-def test_a_step_that_finds_no_room_is_told_what_it_holds_and_evicts_nobody(
+def test_a_step_without_room_is_answered_with_its_computed_tokens_and_evicts_no_sequence(
     scheduler: StepScheduler, cache: KVCache
 ) -> None:
     admit(scheduler, step("waiting", 0, 8))

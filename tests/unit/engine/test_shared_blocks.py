@@ -313,7 +313,7 @@ def test_without_room_for_a_copy_a_rollback_falls_back_to_the_blocks_beginning(
     assert group.num_copies == 0
 
 
-def test_a_whole_prompt_that_nobody_holds_any_more_is_taken_and_found_again(engine: Engine, group: MemoryGroup) -> None:
+def test_a_whole_prompt_without_references_is_taken_and_found_again(engine: Engine, group: MemoryGroup) -> None:
     for name in ("a", "b", "c"):
         output = start(engine, name, PROMPT[:32])
         assert output.logits is not None
@@ -366,7 +366,7 @@ def test_a_rollback_into_a_block_of_ones_own_takes_it_out_of_the_cache(engine: E
     assert group.num_computed_tokens == 40 + 12 + 24 + 1, "the rewritten block is found by what it holds now"
 
 
-def test_cached_blocks_make_way_for_the_living_and_evict_nobody(engine: Engine) -> None:
+def test_cached_blocks_are_reused_before_a_sequence_is_evicted(engine: Engine) -> None:
     start(engine, "a", PROMPT)
     engine.free(["a"])
     start(engine, "d", PROMPT)

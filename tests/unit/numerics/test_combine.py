@@ -155,7 +155,7 @@ def test_the_quick_way_and_the_careful_one_agree_on_every_row(
         assert [bit for one in alone for bit in one] == careful
 
 
-def test_what_is_combined_is_nobodys_input() -> None:
+def test_combining_changes_no_input() -> None:
     terms = some_terms(2, 1)
     combine(terms, spread([1.0])).zero_()
     assert terms.any()

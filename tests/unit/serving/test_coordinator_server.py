@@ -159,7 +159,7 @@ async def test_an_aborted_request_is_freed_in_every_model(
 
 
 @pytest.mark.parametrize("server", [{"max_num_seqs": 1}], indirect=True)
-async def test_a_vanished_ingress_takes_its_requests_with_it_and_nobody_elses(
+async def test_a_vanished_ingress_ends_its_own_requests_only(
     server: CoordinatorServer, ingress: Ingress, backend: CountingBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submissions, "LOOK_INTERVAL_S", 0.05)

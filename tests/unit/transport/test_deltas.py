@@ -78,7 +78,9 @@ def test_a_stranger_is_not_heard(receiver: DeltaReceiver, inbox: Inbox, sender: 
     known.close()
 
 
-def test_nonsense_is_dropped_and_harms_nobody(receiver: DeltaReceiver, inbox: Inbox, sender: DeltaSender) -> None:
+def test_a_malformed_message_is_dropped_and_the_next_is_read(
+    receiver: DeltaReceiver, inbox: Inbox, sender: DeltaSender
+) -> None:
     sender.send(receiver.reply_to, [("a", "not a number", Delta(text="", token_ids=[]))])  # type: ignore[list-item]
     sender.send(receiver.reply_to, [part("a", 0, "real")])
     assert list(inbox.get(timeout=TIMEOUT_S)) == [part("a", 0, "real")]

@@ -249,7 +249,7 @@ def test_nothing_listens_there(stage: Stage) -> None:
     assert result.failure is not None
 
 
-def test_leases_end_while_nobody_asks(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leases_end_without_requests(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eft_serve.transport.server.EXPIRE_INTERVAL_S", 0.01)
     engine = stage.serve("base")
     eventually(lambda: engine.num_expiries >= 2)

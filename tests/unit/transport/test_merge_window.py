@@ -99,7 +99,7 @@ def test_two_clients_fall_into_step(server: StepServer, monkeypatch: pytest.Monk
     assert sample(server, "eft_messages_per_forward_count") <= 26  # taking turns they are 40, or 39
 
 
-def test_one_client_alone_waits_for_nobody(server: StepServer) -> None:
+def test_one_client_alone_does_not_wait(server: StepServer) -> None:
     with ExitStack() as stack:
         one, other = connect(stack, server), connect(stack, server)
         step_repeatedly(one, "a", 3)
@@ -124,7 +124,7 @@ def test_clients_that_never_come_together_wait_once_for_each_other(server: StepS
         assert waited_s[1:] == [waited_s[1]] * 4
 
 
-def test_a_message_without_steps_waits_for_nobody(server: StepServer) -> None:
+def test_a_message_without_steps_does_not_wait(server: StepServer) -> None:
     with ExitStack() as stack:
         one, other = connect(stack, server), connect(stack, server)
         step_repeatedly(other, "b", 1)

@@ -276,7 +276,7 @@ async def test_a_stranger_does_not_get_through(serve: Serve, ingress: Ingress) -
     await eventually(lambda: "a" in coordinator.handler.taken)
 
 
-async def test_nonsense_is_dropped_and_harms_nobody(serve: Serve, ingress: Ingress) -> None:
+async def test_a_malformed_message_is_dropped_and_the_next_is_read(serve: Serve, ingress: Ingress) -> None:
     coordinator = serve()
     await ingress.connect_ingress(coordinator)
     socket = ingress.coordinator_client._links["one"].connection.socket
