@@ -26,6 +26,7 @@ APP_NAME = "eft-serve"
 OBJECT_STORE_BYTES = 128 * 1024**2  # nothing large goes through Ray
 READY_POLL_S = 0.1
 STOP_TIMEOUT_S = 10.0
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,11 @@ def _unwind_on_signals() -> None:
     """Unwind on SIGTERM as on Ctrl-C, even if a shell ignored Ctrl-C; set after Ray, which installs its own."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        for number in _STOPPING:  # another one would interrupt the stop and leave processes behind
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPPING:
         signal.signal(number, stop)
 
 
