@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 _PACKED_FOR_ROWS = 16
-_LEAST_PACKED_ELEMENTS = 1 << 20  # a smaller matrix stays in the caches, and is faster unpacked
 
 
 def input_major(weight: Tensor) -> Tensor:
@@ -50,11 +49,10 @@ class PackedHead:
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
-        """Whether this module is a large plain float32 matrix on a CPU, and this build of torch can pack it."""
+        """Whether this module is a plain float32 matrix on a CPU, and this build of torch can pack it."""
         return (
             type(module) is nn.Linear
             and module.bias is None
-            and module.weight.numel() >= _LEAST_PACKED_ELEMENTS
             and (module.weight.device.type, module.weight.dtype) == ("cpu", torch.float32)
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and torch.backends.mkldnn.is_available()
