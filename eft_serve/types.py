@@ -29,8 +29,10 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the request ended with a typed error
 
 
+MAX_FLOAT32 = 3.4e38  # just below float32's largest number
+
 _RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, 3.4e38),  # just below float32's largest number
+    "temperature": (0, MAX_FLOAT32),
     "top_k": (0, 2**63 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
@@ -278,7 +280,7 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """The record of a finished request; exactly one for each, whatever the reason."""
+    """The record of a request that a decode loop has taken; exactly one for each, however it ends."""
 
     request_id: str
     tenant: str

@@ -35,7 +35,11 @@ class LocalStack:
         self.loop = DecodeLoop(config, self.backend, vocabularies, self._take, CoordinatorMetrics())
         self.loop.set_replicas({endpoint.replica_id: endpoint for _, endpoint in started})
         self.loop.receive()
-        self._wait_until_healthy()
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, requests: Sequence[Request]) -> float:
         """Seconds until all of them are done."""

@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from operator import eq
 
 import torch
 
@@ -45,7 +44,7 @@ class DecodeLoop:
     Args:
         backend: all replicas of all models.
         vocabularies: by model.
-        emit: takes the deltas of a step, by request id; called in the loop's thread, at most once a step.
+        emit: takes the deltas of a step, by request id; called in the loop's thread.
         metrics: records every step and every finished request.
         on_end: takes the `RequestEnd` of each finished request; called in the loop's thread.
     """
@@ -180,9 +179,6 @@ class DecodeLoop:
                 continue
             if not request.output_token_ids:
                 self.metrics.queue_seconds.observe(now - request.arrival)
-            if not request.is_forced:
-                drafted = request.draft_token_ids[: request.num_rows]
-                request.speculation.count(sum(map(eq, drafted, taken.token_ids)))
             num_taken += self.requests.take(request, taken, now)
         self.metrics.generated_tokens.inc(num_taken)
 
@@ -201,13 +197,12 @@ class DecodeLoop:
     def _submit(self, request: Request) -> None:
         try:
             vocabularies = [self._vocabulary(sequence.model) for sequence in request.sequences]
-            request.num_ids = min(vocabulary.num_tokens for vocabulary in vocabularies)
-            request.check_forced()
+            request.set_vocabularies([vocabulary.num_tokens for vocabulary in vocabularies])
             request.limit(self.replicas.context_left(request))
+            self.requests.add(request, vocabularies)
         except EftServeError as error:
             self.requests.refuse(request, error)
             return
-        self.requests.add(request, vocabularies)
         self.scheduler.add(request)
 
     def _vocabulary(self, model: str) -> Vocabulary:

@@ -51,7 +51,7 @@ class CoordinatorMetrics:
         self.waiting = Gauge("eft_num_requests_waiting", "Requests waiting to be decoded", registry=self.registry)
         self.computed_tokens = Counter(
             "eft_computed_tokens",
-            "Tokens sent to be computed, unless found in a cache",
+            "Tokens that models were asked to compute, those found in a cache included",
             ["model"],
             registry=self.registry,
         )

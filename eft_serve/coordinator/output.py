@@ -13,7 +13,7 @@ from eft_serve.types import Delta, FinishReason, TokenComponents, Usage
 
 @dataclass(slots=True)
 class OutputStream:
-    """One request's output, token by token."""
+    """One request's output, token by token. Its methods raise what the tokenizer raises."""
 
     eos_token_ids: frozenset[int]
     max_tokens: int  # as requested, or what the shortest context leaves
@@ -40,21 +40,25 @@ class OutputStream:
     def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
         """Append tokens; returns them up to the one that ends the request, and the finish reason.
 
-        Detokenizes only if the request has stop strings; otherwise `delta` does it later.
+        Detokenizes if the request has stop strings, or ends; otherwise `delta` does it later.
         """
         for count, token_id in enumerate(token_ids, start=1):
-            self.num_tokens += 1
-            if token_id in self.eos_token_ids:
-                return token_ids[:count], FinishReason.STOP
-            self._pending_token_ids.append(token_id)
-            is_last = self.num_tokens == self.max_tokens
-            if self.stop_checker.stops:
-                self._detokenize(is_last)
-                if self.stop_checker.stopped:
-                    return token_ids[:count], FinishReason.STOP
-            if is_last:
-                return token_ids[:count], FinishReason.LENGTH
+            if (reason := self._append(token_id)) is not None:
+                self._detokenize(is_last=True)
+                return token_ids[:count], reason
         return token_ids, None
+
+    def _append(self, token_id: int) -> FinishReason | None:
+        self.num_tokens += 1
+        if token_id in self.eos_token_ids:
+            return FinishReason.STOP
+        self._pending_token_ids.append(token_id)
+        is_last = self.num_tokens == self.max_tokens
+        if self.stop_checker.stops:
+            self._detokenize(is_last)
+            if self.stop_checker.stopped:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if is_last else None
 
     def delta(
         self,
@@ -64,7 +68,7 @@ class OutputStream:
         usage: Usage | None,
     ) -> Delta:
         """These tokens, with the text that can no longer change and was not emitted yet."""
-        self._detokenize(is_last=reason is not None)
+        self._detokenize(is_last=False)
         text, self._text = self._text, ""
         return Delta(text=text, token_ids=token_ids, finish_reason=reason, components=components, usage=usage)
 

@@ -49,10 +49,10 @@ class ReplicaHealth:
             probe = self._probes.pop(replica_id)
             if (replica := self._replicas.replicas.get(replica_id)) is None:
                 continue  # the replica is gone
+            self._replicas.freed[replica_id].append(probe.sequence_id)  # a late one may be computed all the same
             reason = result.failure or result.outputs[0].error
             if reason is None:  # "no room now" is an answer too
                 replica.succeed()
-                self._replicas.freed[replica_id].append(probe.sequence_id)
             else:
                 logger.warning("replica %s did not answer a probe: %s", replica_id, reason)
                 replica.fail(now)

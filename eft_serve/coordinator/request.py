@@ -7,7 +7,9 @@ draft tokens, which the models compute like other tokens and which can be droppe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import eq
 
 from torch import Tensor
 
@@ -43,6 +45,8 @@ class SequenceState:
         """Count an answer's computed tokens: cached tokens were not computed, all draft tokens but the last were."""
         num_drafted = max(0, len(output.drafted) - 1)
         end = step.position + len(step.token_ids) if output.num_computed_tokens is None else output.num_computed_tokens
+        if not end:
+            return  # there was no room: it has not started, and may find its prefix cached later
         num_computed = max(0, end - step.position - output.num_cached_tokens) + num_drafted
         if self.usage is None:
             self.usage = ModelUsage(
@@ -136,21 +140,20 @@ class Request:
             sequences=sequences,
         )
 
-    def check_forced(self) -> None:
-        """Refuse a forced output that models of this vocabulary cannot score.
+    def set_vocabularies(self, num_tokens: Sequence[int]) -> None:
+        """Set `num_ids`, and refuse tokens that its models do not have.
+
+        Args:
+            num_tokens: of each sequence's model.
 
         Raises:
-            InvalidRequestError: it is empty, or a token is not among the `num_ids`.
+            InvalidRequestError: a token of a prompt or of the forced output is out of range.
         """
-        given = self.generation.forced_token_ids
-        if given is None:
-            return
-        if not given:
-            raise InvalidRequestError("completion: must hold at least one token", param="completion")
-        if wrong := [token_id for token_id in given if not 0 <= token_id < self.num_ids]:
-            raise InvalidRequestError(
-                f"completion: token id {wrong[0]} is not in 0..{self.num_ids - 1}", param="completion"
-            )
+        self.num_ids = min(num_tokens)
+        for sequence, count in zip(self.sequences, num_tokens, strict=True):
+            _check_range("prompt", sequence.prompt_token_ids, count)
+        if self.generation.forced_token_ids is not None:
+            _check_range("completion", self.generation.forced_token_ids, self.num_ids)
 
     def limit(self, room: int) -> None:
         """Limit `max_tokens` to the room for output; raises `ContextLengthError` when more tokens are forced."""
@@ -224,6 +227,11 @@ class Request:
             models[name] = models.get(name, ModelUsage()) + used
         return Usage(models=models, seconds=now - self.arrival, spec_decode=self.speculation.stats)
 
+    def count_accepted(self, token_ids: Sequence[int]) -> None:
+        """Count the draft tokens that equal these tokens, which become output; call it before `take`."""
+        if not self.is_forced:
+            self.speculation.count(sum(map(eq, self.draft_token_ids[: self.num_rows], token_ids)))
+
     def take(self, token_ids: list[int]) -> None:
         """Append output tokens; draft tokens and rows after them are kept if the output equals what was drafted."""
         count = len(token_ids)
@@ -242,3 +250,9 @@ class Request:
         for sequence in self.sequences:
             sequence.rows = None
             sequence.num_computed_tokens = min(sequence.num_computed_tokens, self.num_tokens(sequence) - 1)
+
+
+def _check_range(param: str, token_ids: Sequence[int], num_tokens: int) -> None:
+    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < num_tokens), None)
+    if wrong is not None:
+        raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{num_tokens - 1}", param=param)

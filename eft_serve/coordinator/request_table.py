@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from eft_serve.checkpoints.vocabulary import Vocabulary
@@ -39,7 +40,8 @@ class RequestTable:
         return len(self._open)
 
     def __contains__(self, request: Request) -> bool:
-        return request.request_id in self._open
+        found = self._open.get(request.request_id)
+        return found is not None and found[0] is request
 
     @property
     def has_deltas(self) -> bool:
@@ -51,17 +53,27 @@ class RequestTable:
 
         Args:
             vocabularies: of its terms, in their order.
+
+        Raises:
+            EngineError: the end of its prompt cannot be decoded.
         """
-        self._open[request.request_id] = (request, OutputStream.of(request, vocabularies))
+        with _decoding(request.request_id):
+            self._open[request.request_id] = (request, OutputStream.of(request, vocabularies))
 
     def take(self, request: Request, drawn: SamplerOutput, now: float) -> int:
         """Append sampled tokens, and end the request where they end it; returns how many became output."""
+        output = self._open[request.request_id][1]
+        try:
+            with _decoding(request.request_id):
+                token_ids, reason = output.take(drawn.token_ids)
+        except EngineError as error:
+            self.fail(request, error)
+            return 0
         if not request.output_token_ids:
             request.timeline.add(EventKind.FIRST_TOKEN, now)
+        request.count_accepted(token_ids)
         request.take(drawn.token_ids)
         request.last_progress = now
-        output = self._open[request.request_id][1]
-        token_ids, reason = output.take(drawn.token_ids)
         components = None if drawn.components is None else drawn.components[: len(token_ids)]
         usage = None if reason is None else self.end(request, reason).usage
         self._deltas.append((request.request_id, partial(output.delta, token_ids, reason, components, usage)))
@@ -109,10 +121,9 @@ class RequestTable:
 
     def _detokenized(self, request_id: str, detokenize: Callable[[], Delta]) -> Delta:
         try:
-            return detokenize()
-        except Exception as cause:  # a tokenizer's error ends this request only
-            logger.exception("the text of request %s cannot be decoded", request_id)
-            error = EngineError(f"request {request_id}: its text cannot be decoded: {cause}")
+            with _decoding(request_id):
+                return detokenize()
+        except EngineError as error:
             if request_id in self._open:
                 self.end(self._open[request_id][0], FinishReason.ERROR, error)
             return failed(error)
@@ -134,3 +145,13 @@ class RequestTable:
         )
         self._on_end(request, end)
         return end
+
+
+@contextmanager
+def _decoding(request_id: str) -> Iterator[None]:
+    """A tokenizer's error ends its own request only: here it becomes an `EngineError`."""
+    try:
+        yield
+    except BaseException as cause:  # a panic of the tokenizers library is no Exception
+        logger.exception("the text of request %s cannot be decoded", request_id)
+        raise EngineError(f"request {request_id}: its text cannot be decoded: {cause}") from cause

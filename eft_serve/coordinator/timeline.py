@@ -19,7 +19,3 @@ class Timeline:
     def add(self, kind: EventKind, now: float) -> None:
         """Record an event at this time of the monotonic clock."""
         self.events.append(Event(kind, now - self.arrival))
-
-    def seconds_to(self, kind: EventKind) -> float | None:
-        """From the arrival to the first event of this kind; None if there is none."""
-        return next((event.seconds for event in self.events if event.kind == kind), None)

@@ -10,9 +10,7 @@ from collections.abc import Iterator
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import InvalidRequestError, ModelNotFoundError
-from eft_serve.types import Combination, GenerationRequest
-
-MAX_FACTOR = 3.4e38  # just below float32's largest number
+from eft_serve.types import MAX_FLOAT32, Combination, GenerationRequest
 
 
 def check_request(generation: GenerationRequest) -> None:
@@ -34,6 +32,10 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
     """(field, mistake) of every invalid field."""
     combination = generation.combination
     terms, names = combination.terms, [term.name for term in combination.terms]
+    if generation.forced_token_ids == []:
+        yield "completion", "must hold at least one token"
+    if generation.sampling.max_tokens < 1:
+        yield "max_tokens", f"{generation.sampling.max_tokens} is less than 1"
     if not any(term.coefficient for term in terms):
         yield "terms", "no term has a coefficient"
     if len(set(names)) < len(names):
@@ -53,4 +55,4 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
 
 
 def _is_factor(value: float) -> bool:
-    return abs(value) <= MAX_FACTOR  # NaN is not
+    return abs(value) <= MAX_FLOAT32  # NaN is not

@@ -18,7 +18,7 @@ from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.validation import check_deployed
-from eft_serve.errors import UnavailableError, to_failure
+from eft_serve.errors import InvalidRequestError, UnavailableError, to_failure
 from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
 from eft_serve.transport.submissions import Notice, SubmissionServer, Submit
 from eft_serve.types import Delta, RequestEnd
@@ -83,6 +83,8 @@ class CoordinatorServer:
         generation, limits = submission.request, self.config.coordinator
         if len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting:  # the only limit of open requests
             raise UnavailableError(f"more than {limits.max_waiting} requests are waiting; try again later")
+        if generation.request_id in self.subscribers:
+            raise InvalidRequestError(f"request_id: {generation.request_id!r} is open already", param="request_id")
         if (reply_to := self._ingresses.get(submission.reply_address)) is None:
             raise UnavailableError("the coordinator does not know this ingress yet; try again later")
         check_deployed(generation.combination, self.config)
@@ -141,6 +143,8 @@ class CoordinatorServer:
 
 
 def _log_end(end: RequestEnd) -> None:
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
     events = ", ".join(f"{event.kind} {event.seconds:.3f}" for event in end.timeline)
     logger.debug(
         "request %s of tenant %s ended (%s): %s; %s", end.request_id, end.tenant, end.reason, events, end.usage

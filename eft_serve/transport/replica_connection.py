@@ -45,7 +45,7 @@ class ReplicaConnection:
         self._segment: Segment | None = None
         self._unsent: bytes | None = None
         self._started = 0.0
-        self._result: StepResult | None = StepResult(failure="nothing was asked")
+        self._result: StepResult | None = StepResult(failure="not connected yet")
 
     @property
     def waiting(self) -> bool:

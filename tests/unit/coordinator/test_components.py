@@ -234,7 +234,6 @@ def failure_of(harness: Harness, given: list[int]) -> Failure:
 @pytest.mark.parametrize(
     ("tokens", "kind", "words"),
     [
-        ([], "InvalidRequestError", "at least one token"),
         ([1, VOCAB_SIZE], "InvalidRequestError", f"{VOCAB_SIZE} is not in 0..{VOCAB_SIZE - 1}"),
         ([-1], "InvalidRequestError", "-1 is not in"),
         ([1] * 25, "ContextLengthError", "has 25 tokens, and after the prompt there is room for 24"),

@@ -66,6 +66,7 @@ def assert_accounted(harness: Harness, requests: list[Request]) -> None:
         assert {usage.completion_tokens for usage in models.values()} == {len(harness.tokens(req.request_id))}
         assert all(0 <= usage.cached_tokens < usage.prompt_tokens for usage in models.values())
         assert harness.last(req.request_id).usage == harness.ends[req.request_id].usage
+        assert harness.ends[req.request_id].usage.spec_decode.num_accepted <= len(harness.tokens(req.request_id))
 
 
 def two_prompts(rng: random.Random, request_id: str, longest: int = 12, **sampling: object) -> Request:

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-from fake_models import ToyBackend, endpoint
+from fake_models import VOCAB_SIZE, ToyBackend, endpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loop_harness import (
     EFT,
     Harness,
+    LetterVocabulary,
     many,
     naive,
     prompts_for,
@@ -168,10 +169,13 @@ def test_the_time_to_recover_begins_with_the_loss_for_those_who_wait_too() -> No
     assert [len(harness.tokens(name)) for name in ("runs", "waits")] == [5, 5]
 
 
-def test_a_text_that_cannot_be_detokenized_ends_its_own_request_only(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("stop", [(), ("x",)])
+def test_a_text_that_cannot_be_detokenized_ends_its_own_request_only(
+    caplog: pytest.LogCaptureFixture, stop: tuple[str, ...]
+) -> None:
     harness = Harness(ToyBackend(three_models()))
     for name in ("bad", "good"):
-        harness.submit(request(name, prompts_for(random.Random(1)), max_tokens=6, ignore_eos=True))
+        harness.submit(request(name, prompts_for(random.Random(1)), max_tokens=6, ignore_eos=True, stop=stop))
     harness.loop.receive()
     harness.loop.step()
     output = harness.loop.requests._open["bad"][1]
@@ -186,6 +190,41 @@ def test_a_text_that_cannot_be_detokenized_ends_its_own_request_only(caplog: pyt
     assert "no such token" in failure.message
     assert len(harness.tokens("good")) == 6
     assert "cannot be decoded" in caplog.text
+
+
+def test_a_prompt_that_cannot_be_decoded_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = LetterVocabulary.decode
+
+    def refuse(vocabulary: LetterVocabulary, token_ids: list[int]) -> str:
+        if 7 in token_ids:
+            raise ValueError("no such token")
+        return decode(vocabulary, token_ids)
+
+    monkeypatch.setattr(LetterVocabulary, "decode", refuse)
+    harness = Harness(ToyBackend(three_models()))
+    good = request("good", {model: [1, 2] for model in EFT}, max_tokens=1)
+    for req in (request("bad", {model: [7] for model in EFT}), good):
+        harness.submit(req)
+    harness.drive()
+    failure = harness.last("bad").failure
+    assert failure is not None
+    assert "no such token" in failure.message
+    assert harness.ends["bad"].failure == failure
+    assert harness.tokens("good") == naive(good)
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE, 2**40, 2**70])
+def test_a_token_that_a_model_does_not_have_is_refused_by_field(token_id: int) -> None:
+    harness = Harness(ToyBackend(three_models()))
+    prompts = {model: [1, 2] for model in EFT}
+    harness.submit(request("prompt", {**prompts, "tuned": [1, token_id]}))
+    harness.submit(request("completion", prompts, forced_token_ids=[3, token_id]))
+    harness.drive()
+    for field in ("prompt", "completion"):
+        failure = harness.last(field).failure
+        assert failure is not None
+        assert (failure.kind, failure.param) == ("InvalidRequestError", field)
+        assert str(token_id) in failure.message
 
 
 def test_an_engine_that_never_has_room_ends_in_an_error() -> None:

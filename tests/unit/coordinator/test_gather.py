@@ -12,6 +12,7 @@ from eft_serve.types import (
     Combination,
     Draft,
     GenerationRequest,
+    ModelUsage,
     SamplingParams,
     SequenceStep,
     Speculative,
@@ -94,3 +95,15 @@ def test_logits_of_another_width_than_those_before_end_their_own_request(request
     gathered = gather(scheduled, {"base-0": StepResult(outputs=[output])}, now=7.0)
     assert "[1, 101] now" in str(gathered.errors[request_])
     assert gathered.ready == []
+
+
+def test_a_prompt_that_waited_for_room_counts_the_cached_tokens_of_its_start(request_: Request) -> None:
+    sequence = request_.sequences[0]
+    step = SequenceStep(sequence.sequence_id, 0, PROMPT, num_logits=0)
+    for output in (
+        StepOutput(sequence.sequence_id, num_computed_tokens=0),
+        StepOutput(sequence.sequence_id, num_computed_tokens=40, num_cached_tokens=32),
+    ):
+        scheduled = SchedulerOutput(entries={"base-0": [ScheduledStep(request_, sequence, step)]})
+        gather(scheduled, {"base-0": StepResult(outputs=[output])}, now=7.0)
+    assert sequence.usage == ModelUsage(prompt_tokens=50, cached_tokens=32, computed_tokens=8)

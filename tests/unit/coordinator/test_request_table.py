@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from loop_harness import EFT, LetterVocabulary, request
 
 from eft_serve.coordinator.request import Request
@@ -99,12 +100,21 @@ def test_all_end_with_the_same_error_when_the_coordinator_stops(table: Table) ->
     assert len(table) == 0
 
 
-@pytest.mark.parametrize("max_tokens", [1, 5], ids=["ended before", "still open"])
-def test_a_text_that_cannot_be_decoded_is_an_error_and_one_end(table: Table, max_tokens: int) -> None:
-    req, other = table.open(max_tokens=max_tokens), table.open("other")
+class TokenizerPanic(BaseException):
+    """As the tokenizers library raises: no Exception."""
+
+
+@pytest.mark.parametrize("panic", [ValueError, TokenizerPanic])
+@pytest.mark.parametrize(
+    "sampling", [{"max_tokens": 1}, {"max_tokens": 5}, {"max_tokens": 5, "stop": ("x",)}], ids=["last", "open", "stop"]
+)
+def test_a_text_that_cannot_be_decoded_is_an_error_and_one_end(
+    table: Table, sampling: dict[str, Any], panic: type[BaseException]
+) -> None:
+    req, other = table.open(**sampling), table.open("other")
 
     def refuse(token_ids: list[int]) -> str:
-        raise ValueError("no such token")
+        raise panic("no such token")
 
     table._open["r"][1].detokenizer.decoder = SimpleNamespace(decode=refuse)
     table.take(req, SamplerOutput([5]), time.monotonic())
@@ -113,6 +123,23 @@ def test_a_text_that_cannot_be_decoded_is_an_error_and_one_end(table: Table, max
     assert deltas["r"].failure is not None
     assert "no such token" in deltas["r"].failure.message
     assert deltas["other"].token_ids == [5]
-    assert [end.request_id for end in table.ends] == ["r"]
+    assert [(end.request_id, end.reason, end.failure) for end in table.ends] == [
+        ("r", FinishReason.ERROR, deltas["r"].failure)
+    ]
     assert req not in table
     assert other in table
+
+
+def test_a_request_of_the_same_id_is_another_request(table: Table) -> None:
+    table.open()
+    assert request("r", {model: [1] for model in EFT}) not in table
+
+
+def test_accepted_draft_tokens_after_the_end_do_not_count(table: Table) -> None:
+    req = table.open(max_tokens=3)
+    req.draft_token_ids, req.speculation.confidences = [5, 6, 7, 8], [1.0] * 4
+    for sequence in req.sequences:
+        sequence.rows = torch.zeros(5, 10)
+    table.take(req, SamplerOutput([5, 6, 7, 8, 9]), time.monotonic())
+    spec_decode = table.ends[0].usage.spec_decode
+    assert (spec_decode.num_accepted, spec_decode.num_passes) == (3, 1)

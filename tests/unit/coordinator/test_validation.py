@@ -66,6 +66,8 @@ def test_a_sound_request_begins_with_a_sequence_for_each_term() -> None:
         (msgspec.structs.replace(SOUND, prompts={"base": [1], "tuned": []}), "prompts", "'tuned'"),
         (with_reward(tuned="nobody"), "rewards", "'nobody'"),
         (with_reward(reference="nobody"), "rewards", "'nobody'"),
+        (msgspec.structs.replace(SOUND, forced_token_ids=[]), "completion", "at least one token"),
+        (msgspec.structs.replace(SOUND, sampling=SamplingParams(max_tokens=0)), "max_tokens", "less than 1"),
     ],
 )
 def test_a_combination_that_does_not_fit_together_is_refused_by_field(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,10 +103,3 @@ def endpoint(model: str) -> Endpoint:
         attention="none",
     )
     return Endpoint(replica_id=model, address="tcp://127.0.0.1:1", public_key=b"k" * 40, info=info)
-
-
-async def eventually(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        await asyncio.sleep(0.005)

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
-from counting_models import EFT, LENGTH, CountingBackend, eventually
+from counting_models import EFT, LENGTH, CountingBackend
+from waiting import until
 
 from eft_serve.errors import EftServeError, InvalidRequestError, ModelNotFoundError, UnavailableError
 from eft_serve.serving.coordinator_server import CoordinatorServer
@@ -56,7 +57,7 @@ class Ingress:
             replica_id="one", address=server.submissions.address, public_key=server.submissions.public_key
         )
         self.coordinator_client.set_coordinators({"one": listener})
-        await eventually(lambda: self.coordinator_client.ready)
+        await until(lambda: self.coordinator_client.ready)
 
     def submit(self, request_id: str = "r", *, reply_to: ReplyTo | None = None, **changes: Any) -> AsyncIterator[Delta]:
         request = GenerationRequest(
@@ -97,8 +98,8 @@ async def test_a_request_is_answered_and_nothing_is_left(
     deltas = [delta async for delta in ingress.submit()]
     assert [token for delta in deltas for token in delta.token_ids] == [2, 3, 4, 5, 6]
     assert deltas[-1].finish_reason == FinishReason.LENGTH
-    await eventually(lambda: not server.subscribers)
-    await eventually(lambda: backend.stepped and not backend.sequences)
+    await until(lambda: not server.subscribers)
+    await until(lambda: backend.stepped and not backend.sequences)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ async def test_an_address_that_was_never_introduced_gets_nothing(server: Coordin
 async def test_no_more_are_open_than_may_run_and_wait(
     server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
 ) -> None:
-    await eventually(lambda: not server.decode_loop.missing_models)
+    await until(lambda: not server.decode_loop.missing_models)
     backend.gate.clear()  # the decode loop takes nothing in meanwhile
     for name in "abc":
         ingress.submit(name)
@@ -148,13 +149,28 @@ async def test_no_more_are_open_than_may_run_and_wait(
     assert server.subscribers.keys() == set("abc")
 
 
+async def test_an_id_that_is_open_already_is_refused_and_the_open_request_goes_on(
+    server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
+) -> None:
+    await until(lambda: not server.decode_loop.missing_models)
+    backend.gate.clear()
+    first, other = ingress.submit(), Ingress()
+    await other.connect_ingress(server)
+    with pytest.raises(InvalidRequestError, match="'r' is open already"):
+        await anext(other.submit())
+    other.coordinator_client.end("r", complete=True)
+    other.close()
+    backend.gate.set()
+    assert [token async for delta in first for token in delta.token_ids] == [2, 3, 4, 5, 6]
+
+
 async def test_an_aborted_request_is_freed_in_every_model(
     server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
 ) -> None:
     await anext(ingress.submit(sampling=endless()))
     assert backend.sequences == {"r/base", "r/tuned"}
     ingress.coordinator_client.end("r", complete=False)
-    await eventually(lambda: not backend.sequences)
+    await until(lambda: not backend.sequences)
     assert not server.subscribers
 
 
@@ -167,9 +183,9 @@ async def test_a_vanished_ingress_ends_its_own_requests_only(
     await gone.connect_ingress(server)
     await anext(ingress.submit("stays", sampling=endless()))
     gone.submit("waits for its turn", sampling=endless())
-    await eventually(lambda: server.decode_loop.num_requests == 2)
+    await until(lambda: server.decode_loop.num_requests == 2)
     gone.close()
-    await eventually(lambda: server.decode_loop.num_requests == 1)
+    await until(lambda: server.decode_loop.num_requests == 1)
     assert server.subscribers.keys() == {"stays"}
     assert backend.sequences == {"stays/base", "stays/tuned"}
 
@@ -184,7 +200,7 @@ async def test_tokens_that_cannot_be_sent_fail_the_request(
     with pytest.raises(UnavailableError, match="could not be sent"):
         async with asyncio.timeout(10):
             await anext(ingress.submit(reply_to=nobody, sampling=endless()))
-    await eventually(lambda: not backend.sequences)
+    await until(lambda: not backend.sequences)
     assert not server.subscribers
 
 

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
-from counting_models import EFT, LENGTH, CountingBackend, eventually
+from counting_models import EFT, LENGTH, CountingBackend
+from waiting import until
 
 from eft_serve.errors import UnavailableError
 from eft_serve.serving import generation_client
@@ -61,7 +62,7 @@ async def test_a_reader_that_stops_ends_its_request_everywhere(
     async with aclosing(client.generate(request(max_tokens=LENGTH // 2))) as deltas:
         await anext(deltas)
         assert backend.sequences == {"r/base", "r/tuned"}
-    await eventually(lambda: not backend.sequences and not server.subscribers)
+    await until(lambda: not backend.sequences and not server.subscribers)
     assert client._collectors == {}
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -44,13 +42,6 @@ class Stage:
 
 def batch(*sequence_ids: str, freed: tuple[str, ...] = ()) -> StepBatch:
     return StepBatch([SequenceStep(sequence_id, 0, [1, 2, 3], 2) for sequence_id in sequence_ids], freed)
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.005)
 
 
 def assert_answered(result: StepResult, num_steps: int = 1) -> None:

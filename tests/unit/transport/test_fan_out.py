@@ -14,7 +14,8 @@ import pytest
 import torch
 import zmq
 from fake_engine import FakeEngine, endpoint_of, serve_in_process
-from fan_out_stage import TIMEOUT_S, Stage, assert_answered, batch, eventually
+from fan_out_stage import TIMEOUT_S, Stage, assert_answered, batch
+from waiting import wait_until
 
 from eft_serve.errors import EngineError
 from eft_serve.transport import sockets, wire
@@ -77,13 +78,13 @@ def hold_two_clients(stage: Stage, first: StepBatch, second: StepBatch) -> list[
     link_of = [client._links["base"] for client in clients]
     now = time.monotonic()
     link_of[0].begin(1000, batch("blocker"), now)
-    eventually(lambda: engine.forwards)
+    wait_until(lambda: engine.forwards)
     link_of[1].begin(1001, first, now)
     link_of[2].begin(1002, second, now)
     time.sleep(0.2)
     engine.gate.set()
     for link in link_of:
-        eventually(lambda link=link: link.advance({link._socket, link._connection.monitor}) or not link.waiting)  # type: ignore[misc]
+        wait_until(lambda link=link: link.advance({link._socket, link._connection.monitor}) or not link.waiting)  # type: ignore[misc]
         assert link.finish(TIMEOUT_S).failure is None
     return engine.forwards[1:]
 
@@ -147,7 +148,7 @@ def test_what_is_done_meanwhile_holds_no_replica_up(stage: Stage) -> None:
         engine.gate.clear()
 
     def meanwhile() -> None:
-        eventually(lambda: all(engine.forwards[-1] == ["a"] for engine in engines))
+        wait_until(lambda: all(engine.forwards[-1] == ["a"] for engine in engines))
         for engine in engines:
             engine.gate.set()
 
@@ -252,7 +253,7 @@ def test_nothing_listens_there(stage: Stage) -> None:
 def test_leases_end_without_requests(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eft_serve.transport.server.EXPIRE_INTERVAL_S", 0.01)
     engine = stage.serve("base")
-    eventually(lambda: engine.num_expiries >= 2)
+    wait_until(lambda: engine.num_expiries >= 2)
 
 
 def test_closing_is_bounded_and_the_health_check_sees_it(stage: Stage) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from fan_out_stage import TIMEOUT_S, Stage, assert_answered, batch, eventually
+from fan_out_stage import TIMEOUT_S, Stage, assert_answered, batch
+from waiting import wait_until
 
 from eft_serve.types import StepResult
 
@@ -29,7 +30,7 @@ def test_a_batch_that_is_begun_holds_up_no_other_and_is_finished_once(stage: Sta
     assert client.finished() == {}
     hangs.gate.set()
     results: dict[str, StepResult] = {}
-    eventually(lambda: results.update(client.finished()) or results)
+    wait_until(lambda: results.update(client.finished()) or results)
     assert_answered(results["hangs"])
     assert client.finished() == {}
 
@@ -40,7 +41,7 @@ def test_a_batch_that_is_begun_fails_at_its_deadline_and_its_late_answer_is_drop
     client = stage.client()
     client.begin({"hangs": batch("late")}, 0.05)
     results: dict[str, StepResult] = {}
-    eventually(lambda: results.update(client.finished()) or results)
+    wait_until(lambda: results.update(client.finished()) or results)
     assert "no answer within 0.05 s" in str(results["hangs"].failure)
     hangs.gate.set()
     assert_answered(client.fan_out({"hangs": batch("b")}, TIMEOUT_S)["hangs"])

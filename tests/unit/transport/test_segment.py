@@ -7,7 +7,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from fake_engine import FakeEngine, endpoint_of
 from hypothesis import given
 from torch import Tensor
+from waiting import wait_until
 
 from eft_serve.transport import segment as segments
 from eft_serve.transport.client import FanOut
@@ -77,13 +78,6 @@ def socket_bytes(server: StepServer) -> float:
     value = server.metrics.registry.get_sample_value("eft_socket_logits_bytes_total")
     assert value is not None
     return value
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        time.sleep(0.01)
 
 
 def num_mappings() -> int:
@@ -298,7 +292,7 @@ def test_late_rows_never_land_on_those_of_a_later_message(stack: ExitStack) -> N
         link = client._links["base"]
         link.begin(1000 + token, StepBatch([SequenceStep("s0", 0, [token], 1)]), time.monotonic())
         engine.gate.set()
-        eventually(lambda link=link: link.advance({link._socket, link._connection.monitor}) or not link.waiting)  # type: ignore[misc]
+        wait_until(lambda link=link: link.advance({link._socket, link._connection.monitor}) or not link.waiting)  # type: ignore[misc]
         rows = [output.logits for output in link.finish(TIMEOUT_S).outputs if output.logits is not None]
         assert_rows(rows, token)
         time.sleep(0.02)
@@ -345,6 +339,6 @@ def test_a_killed_client_leaves_nothing(stack: ExitStack, monkeypatch: pytest.Mo
     assert num_mappings() == mapped_before + 1
     process.kill()
     process.join(10)
-    eventually(lambda: len(server._segments) == 0)
-    eventually(lambda: num_mappings() == mapped_before)
+    wait_until(lambda: len(server._segments) == 0)
+    wait_until(lambda: num_mappings() == mapped_before)
     server.check()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import pytest
 import zmq
+from waiting import until
 
 from eft_serve.errors import EftServeError, EngineError, ModelNotFoundError, UnavailableError
 from eft_serve.transport import coordinator_client, submissions
@@ -68,7 +68,7 @@ class Ingress:
             coordinator.server.allow(self.coordinator_client.public_key)
         self.coordinator_client.set_coordinators({c.listener.replica_id: c.listener for c in coordinators})
         links = self.coordinator_client._links
-        await eventually(lambda: all(links[c.listener.replica_id].connection.ready for c in coordinators))
+        await until(lambda: all(links[c.listener.replica_id].connection.ready for c in coordinators))
 
     def submit(self, request_id: str) -> None:
         self.coordinator_client.submit(request(request_id), ADDRESS)
@@ -110,13 +110,6 @@ def request(request_id: str) -> GenerationRequest:
     )
 
 
-async def eventually(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never became true"
-        await asyncio.sleep(0.005)
-
-
 async def test_a_request_is_taken_as_it_was_sent_and_nothing_is_waited_for_any_more(
     serve: Serve, ingress: Ingress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,7 +117,7 @@ async def test_a_request_is_taken_as_it_was_sent_and_nothing_is_waited_for_any_m
     coordinator = serve()
     await ingress.connect_ingress(coordinator)
     ingress.submit("a")
-    await eventually(lambda: "a" in coordinator.handler.taken)
+    await until(lambda: "a" in coordinator.handler.taken)
     _, submission = coordinator.handler.taken["a"]
     assert submission == Submit(request("a"), ADDRESS)
     await asyncio.sleep(0.7)
@@ -142,12 +135,12 @@ async def test_a_refusal_comes_back_typed_and_the_server_goes_on(
     coordinator.handler.refusal = refusal
     await ingress.connect_ingress(coordinator)
     ingress.submit("a")
-    await eventually(lambda: "a" in ingress.failures)
+    await until(lambda: "a" in ingress.failures)
     assert type(ingress.failures["a"]) is kind
     assert ingress.failures["a"].param == getattr(refusal, "param", None)
     coordinator.handler.refusal = None
     ingress.submit("b")
-    await eventually(lambda: "b" in coordinator.handler.taken)
+    await until(lambda: "b" in coordinator.handler.taken)
     coordinator.server.check()
 
 
@@ -158,7 +151,7 @@ async def test_a_coordinator_that_does_not_answer_fails_the_request_in_time(
     await ingress.connect_ingress(serve(answering=False))
     ingress.submit("a")
     assert ingress.failures == {}
-    await eventually(lambda: "a" in ingress.failures, PROMPT_SECONDS)
+    await until(lambda: "a" in ingress.failures, PROMPT_SECONDS)
     assert isinstance(ingress.failures["a"], UnavailableError)
 
 
@@ -170,11 +163,11 @@ async def test_a_last_delta_that_never_comes_is_missed(
     await ingress.connect_ingress(coordinator)
     for name in ("lost", "whole"):
         ingress.submit(name)
-    await eventually(lambda: len(coordinator.handler.taken) == 2)
+    await until(lambda: len(coordinator.handler.taken) == 2)
     ingress.coordinator_client.end("whole", complete=True)
     client, _ = coordinator.handler.taken["lost"]
     coordinator.server.notify((client, Notice(name, finished=True)) for name in ("lost", "whole"))
-    await eventually(lambda: ingress.failures)
+    await until(lambda: ingress.failures)
     await asyncio.sleep(0.2)
     assert ingress.failures.keys() == {"lost"}
     assert "lost" in ingress.failures["lost"].message
@@ -187,16 +180,16 @@ async def test_a_coordinator_that_goes_away_fails_what_it_had_at_once_and_gets_n
     await ingress.connect_ingress(one, other)
     ingress.submit("a")
     ingress.submit("b")
-    await eventually(lambda: one.handler.taken and other.handler.taken)
+    await until(lambda: one.handler.taken and other.handler.taken)
     one.server.close()
-    await eventually(lambda: ingress.failures, PROMPT_SECONDS)
+    await until(lambda: ingress.failures, PROMPT_SECONDS)
     assert ingress.failures.keys() == one.handler.taken.keys()
     assert all("being replaced" in failure.message for failure in ingress.failures.values())
     for name in "cde":
         ingress.submit(name)
-    await eventually(lambda: len(other.handler.taken) == 4)
+    await until(lambda: len(other.handler.taken) == 4)
     other.server.close()
-    await eventually(lambda: not ingress.coordinator_client.ready)
+    await until(lambda: not ingress.coordinator_client.ready)
     with pytest.raises(UnavailableError, match="no coordinator"):
         ingress.submit("f")
 
@@ -210,9 +203,9 @@ async def test_an_ingress_that_goes_away_is_noticed_and_one_that_stays_is_not(
     await gone.connect_ingress(coordinator)
     ingress.submit("stays")
     gone.submit("goes")
-    await eventually(lambda: len(coordinator.handler.taken) == 2)
+    await until(lambda: len(coordinator.handler.taken) == 2)
     gone.coordinator_client.close()
-    await eventually(lambda: coordinator.handler.lost, PROMPT_SECONDS)
+    await until(lambda: coordinator.handler.lost, PROMPT_SECONDS)
     await asyncio.sleep(0.5)
     assert coordinator.handler.lost == [coordinator.handler.taken["goes"][0]]
     assert ingress.failures == {}
@@ -227,7 +220,7 @@ async def test_an_abort_is_sent_unless_the_answer_is_complete(serve: Serve, ingr
     ingress.coordinator_client.end("b", complete=False)
     ingress.coordinator_client.end("unknown", complete=False)
     ingress.coordinator_client.end("c", complete=False)
-    await eventually(lambda: len(coordinator.handler.aborted) == 2)
+    await until(lambda: len(coordinator.handler.aborted) == 2)
     assert coordinator.handler.aborted == ["b", "c"]
 
 
@@ -237,14 +230,14 @@ async def test_who_has_fewest_open_requests_gets_the_next_and_equals_take_turns(
     for number in range(8):  # each ends before the next: always equal
         ingress.submit(str(number))
         ingress.coordinator_client.end(str(number), complete=True)
-    await eventually(lambda: len(one.handler.taken) == len(other.handler.taken) == 4)
+    await until(lambda: len(one.handler.taken) == len(other.handler.taken) == 4)
     ingress.submit("stays")
-    await eventually(lambda: one.handler.taken.keys() | other.handler.taken.keys() >= {"stays"})
+    await until(lambda: one.handler.taken.keys() | other.handler.taken.keys() >= {"stays"})
     busy, idle = (one, other) if "stays" in one.handler.taken else (other, one)
     for number in range(8, 12):
         ingress.submit(str(number))
         ingress.coordinator_client.end(str(number), complete=True)
-    await eventually(lambda: len(idle.handler.taken) == 8)
+    await until(lambda: len(idle.handler.taken) == 8)
     assert len(busy.handler.taken) == 5
 
 
@@ -255,11 +248,11 @@ async def test_a_coordinator_that_is_no_longer_listed_finishes_what_it_has(serve
     await ingress.connect_ingress(new)
     ingress.submit("b")
     ingress.submit("c")
-    await eventually(lambda: new.handler.taken.keys() == {"b", "c"})
+    await until(lambda: new.handler.taken.keys() == {"b", "c"})
     assert old.handler.taken.keys() == {"a"}
     ingress.coordinator_client.end("a", complete=False)
     await ingress.connect_ingress(new)
-    await eventually(lambda: old.handler.aborted == ["a"])
+    await until(lambda: old.handler.aborted == ["a"])
     assert ingress.coordinator_client._links.keys() == {"new"}
     assert ingress.failures == {}
 
@@ -273,7 +266,7 @@ async def test_a_stranger_does_not_get_through(serve: Serve, ingress: Ingress) -
         ingress.submit("a")
     await ingress.connect_ingress(coordinator)  # a refused connection is made anew
     ingress.submit("a")
-    await eventually(lambda: "a" in coordinator.handler.taken)
+    await until(lambda: "a" in coordinator.handler.taken)
 
 
 async def test_a_malformed_message_is_dropped_and_the_next_is_read(serve: Serve, ingress: Ingress) -> None:
@@ -283,11 +276,11 @@ async def test_a_malformed_message_is_dropped_and_the_next_is_read(serve: Serve,
     for nonsense in (b"", b"\xc1", b"\x93\xa6Submit\x01\x02"):
         socket.send(nonsense, zmq.NOBLOCK)
     ingress.submit("a")
-    await eventually(lambda: "a" in coordinator.handler.taken)
+    await until(lambda: "a" in coordinator.handler.taken)
     client, _ = coordinator.handler.taken["a"]
     coordinator.server._notices.put((client, "nonsense"))  # type: ignore[arg-type]
     ingress.submit("b")
-    await eventually(lambda: "b" in coordinator.handler.taken)
+    await until(lambda: "b" in coordinator.handler.taken)
     coordinator.server.check()
 
 
