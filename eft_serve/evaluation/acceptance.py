@@ -14,16 +14,17 @@ from eft_serve.types import SamplingParams
 def total_variation(draft: Tensor, target: Tensor) -> Tensor:
     """Half the sum of absolute differences; [num_rows] of probabilities [num_rows, vocab_size].
 
-    Classic accept/reject accepts with probability 1 - this.
+    Rejection sampling (arXiv 2211.17192) accepts the draft token with probability 1 - this.
     """
     return (draft - target).abs().sum(dim=-1) / 2
 
 
 def coupled_acceptance(draft: Tensor, target: Tensor) -> Tensor:
-    """How likely both draw the same token from the same Gumbel noise; [num_rows] of probabilities, all positive.
+    """The probability that both draw the same token from the same Gumbel noise; [num_rows] of probabilities, all positive.
 
     Token i wins both draws with probability 1 / sum over j of max(draft_j / draft_i, target_j / target_i). Sorted by
-    target / draft, the larger of the two is the target's ratio from i on and the draft's before: sums of ends do.
+    target / draft, the larger of the two is the draft's ratio before i and the target's from i on, so that two cumulative
+    sums give all of them.
     """
     order = (target.log() - draft.log()).argsort(dim=-1)
     p, q = draft.double().gather(-1, order), target.double().gather(-1, order)
@@ -45,7 +46,7 @@ def tokens_per_verification(agrees: Sequence[bool], block: int) -> tuple[int, in
     """Tokens of an answer and the verifications that they took, when up to `block` tokens are drafted at a time.
 
     Args:
-        agrees: for each token of the answer, whether the draft would have said it.
+        agrees: for each token of the answer, whether the drafter would have drawn it.
         block: tokens drafted for one verification, which yields one token beyond those accepted.
     """
     place = steps = 0

@@ -1,4 +1,4 @@
-"""What the method claims, and whether a family's figures bear it out.
+"""What the method claims, and whether a family's figures support it.
 
 A verdict needs the whole interval on one side of the threshold.
 """

@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(slots=True)
 class Answer:
-    """What came back; the end token is the last id unless the answer was cut."""
+    """An answer; the end token is the last id unless the answer was cut."""
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
@@ -84,7 +84,7 @@ class InProcess:
 
 
 class Product:
-    """The served product less its network, over checkpoints of one directory."""
+    """The served product without its network, over checkpoints of one directory."""
 
     def __init__(self, checkpoints: Path, models: Sequence[str]) -> None:
         paths = {model: checkpoints / model for model in models}

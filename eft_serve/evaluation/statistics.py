@@ -29,7 +29,7 @@ class Estimate(NamedTuple):
 
 
 def share(flags: Column) -> Estimate:
-    """How large a part of the flags (0 or 1) is set; Wilson's interval."""
+    """The share of flags (0 or 1) that are set; Wilson's interval."""
     total = len(flags)
     if not total:
         raise ValueError("flags: none; a share needs at least one")

@@ -1,4 +1,4 @@
-"""Which combinations of a family's models are asked. Knows names and knobs; the formula is the product's own."""
+"""The combinations of a family's models under test. Knows names and knobs; the formula is the product's own."""
 
 from __future__ import annotations
 
