@@ -20,11 +20,11 @@ def total_variation(draft: Tensor, target: Tensor) -> Tensor:
 
 
 def coupled_acceptance(draft: Tensor, target: Tensor) -> Tensor:
-    """The probability that both draw the same token from the same Gumbel noise; [num_rows] of probabilities, all positive.
+    """The probability that both draw the same token from the same Gumbel noise; [num_rows] of positive probabilities.
 
     Token i wins both draws with probability 1 / sum over j of max(draft_j / draft_i, target_j / target_i). Sorted by
-    target / draft, the larger of the two is the draft's ratio before i and the target's from i on, so that two cumulative
-    sums give all of them.
+    target / draft, the larger of the two is the draft's ratio before i and the target's from i on, so that two
+    cumulative sums give all of them.
     """
     order = (target.log() - draft.log()).argsort(dim=-1)
     p, q = draft.double().gather(-1, order), target.double().gather(-1, order)
