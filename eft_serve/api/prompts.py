@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from eft_serve.checkpoints.chat_template import read_template
 from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.checkpoints.tokenizer import load_tokenizer
+from eft_serve.checkpoints.vocabulary import head_rows, known_tokens
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import PromptConfig
 from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
@@ -45,7 +46,8 @@ class ModelTokenizer:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: str  # digest of token -> id
     fingerprint: str  # digest of all that turns text into ids
-    num_ids: int  # ids are 0 <= id < num_ids
+    num_ids: int  # of the tokens that the model has: 0 <= id < num_ids
+    has_unknown: bool = False  # the tokenizer has tokens beyond these
 
     @classmethod
     def load(cls, path: Path) -> ModelTokenizer:
@@ -57,18 +59,33 @@ class ModelTokenizer:
         backend.no_truncation()  # a prompt is refused when it is too long, never cut
         backend.no_padding()
         vocabulary = tokenizer.get_vocab()
+        try:
+            known = known_tokens(vocabulary, head_rows(path))
+        except BrokenFileError as error:
+            raise CheckpointError(str(error), param="models") from error
         return cls(
             tokenizer,
-            vocabulary=_digest(json.dumps(vocabulary, sort_keys=True)),
+            vocabulary=_digest(json.dumps(known, sort_keys=True)),
             fingerprint=_digest(backend.to_str()),
-            num_ids=max(vocabulary.values()) + 1,
+            num_ids=max(known.values()) + 1,
+            has_unknown=len(known) < len(vocabulary),
         )
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of `text`."""
+    def encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        """Token ids of `text`, which is the parameter `param`; raises `InvalidRequestError`, see `check_known`."""
         # The Rust tokenizer itself: its wrapper sets truncation on every call, which fails under concurrent use.
         ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        if self.has_unknown:
+            self.check_known(ids, param)
         return ids
+
+    def check_known(self, ids: Sequence[int], param: str) -> None:
+        """Raises `InvalidRequestError` that names the first token that the tokenizer has and the model has not."""
+        unknown = next((i for i in ids if i >= self.num_ids), None)
+        if unknown is not None:
+            token = self.tokenizer.backend_tokenizer.id_to_token(unknown)
+            message = f"{param}: {token!r} is token {unknown}, and the model has tokens up to {self.num_ids - 1} only"
+            raise InvalidRequestError(f"{message}; leave it out", param=param)
 
     def check_range(self, ids: Sequence[int], param: str) -> None:
         """Raises `InvalidRequestError` that names the first id that is not one of its tokens."""
@@ -118,13 +135,14 @@ class Reader:
         """Token ids of a chat; a template brings its special tokens, the plain format gets the tokenizer's."""
         text = self.tokenizer.render(_instructed(messages, self.prompting.system_prompt), self.template)
         is_plain = self.template is None and self.tokenizer.template is None
-        return self.tokenizer.encode(text + (self.prompting.response_prefix or ""), add_special_tokens=is_plain)
+        text += self.prompting.response_prefix or ""
+        return self.tokenizer.encode(text, add_special_tokens=is_plain, param="messages")
 
     def encode_text(self, prompt: str) -> list[int]:
         """Token ids of a text: the system prompt on a line before it, the answer's beginning right after it."""
         before = f"{self.prompting.system_prompt}\n" if self.prompting.system_prompt else ""
         text = before + prompt + (self.prompting.response_prefix or "")
-        return self.tokenizer.encode(text, add_special_tokens=True)
+        return self.tokenizer.encode(text, add_special_tokens=True, param="prompt")
 
 
 def _instructed(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
@@ -195,7 +213,7 @@ class PromptRenderer:
         """
         tokenizer = self._one_vocabulary(terms, "completion")
         if isinstance(completion, str):
-            encode = partial(tokenizer.encode, completion, add_special_tokens=False)
+            encode = partial(tokenizer.encode, completion, add_special_tokens=False, param="completion")
             ids = encode() if len(completion) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
         else:
             ids = list(completion)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eft_serve.checkpoints.json_file import BrokenFileError, read_json
 from eft_serve.errors import CheckpointError
@@ -29,12 +30,18 @@ def load_tokenizer(checkpoint: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def token_ids(tokenizer: Path) -> dict[str, int]:
-    """Token → id of a `tokenizer.json`, added tokens included.
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def token_ids(checkpoint: Path) -> dict[str, int]:
+    """Token → id by the files of a model directory, as `transformers` builds them.
+
+    A special token that `tokenizer_config.json` names and `tokenizer.json` has not gets the next free id.
 
     Raises:
-        BrokenFileError: it cannot be read, or its kind is unknown.
+        BrokenFileError: a file cannot be read, or the kind of tokenizer is unknown.
     """
+    tokenizer = checkpoint / "tokenizer.json"
     data = read_json(tokenizer)
     try:
         vocab = data["model"]["vocab"]
@@ -45,4 +52,22 @@ def token_ids(tokenizer: Path) -> dict[str, int]:
         raise BrokenFileError(f"{tokenizer} has no vocabulary: {error!r}") from error
     if not ids or not all(isinstance(token_id, int) for token_id in ids.values()):
         raise BrokenFileError(f"{tokenizer} has no vocabulary of tokens with whole numbers as ids")
+    file = checkpoint / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    try:
+        ids |= {added["content"]: int(i) for i, added in (settings.get("added_tokens_decoder") or {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise BrokenFileError(f"{file}: added_tokens_decoder is not a mapping of ids to tokens: {error!r}") from error
+    for token in _named_tokens(settings):
+        ids.setdefault(token, max(ids.values()) + 1)
     return ids
+
+
+def _named_tokens(settings: dict[str, Any]) -> Iterator[str]:
+    """The texts of the special tokens in a `tokenizer_config.json`, each a string or an object with `content`."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+    extra = extra.values() if isinstance(extra, dict) else extra if isinstance(extra, list) else ()
+    for token in (*(settings.get(name) for name in SPECIAL_TOKENS), *extra):
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            yield content

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eft_serve.checkpoints.end_tokens import read_end_tokens
-from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.json_file import BrokenFileError, read_json
 from eft_serve.checkpoints.tokenizer import load_tokenizer
 from eft_serve.errors import CheckpointError
 
@@ -21,12 +21,12 @@ class Vocabulary:
     """One checkpoint's tokens."""
 
     tokenizer: PreTrainedTokenizerBase
-    ids: Mapping[str, int]  # token → id
+    ids: Mapping[str, int]  # token → id, of the tokens that the model has
     eos_token_ids: frozenset[int]
 
     @property
     def num_tokens(self) -> int:
-        """Ids from here on are padding of the output head."""
+        """Ids from here on are padding of the output head, or tokens that only the tokenizer has."""
         return len(self.ids)
 
     def decode(self, token_ids: list[int]) -> str:
@@ -39,16 +39,35 @@ class Vocabulary:
     def load(cls, checkpoint: Path) -> Vocabulary:
         """Read tokenizer and generation config of a `transformers` directory; raises `CheckpointError`."""
         tokenizer = load_tokenizer(checkpoint)
-        ids = tokenizer.get_vocab()
-        if max(ids.values()) != len(ids) - 1:
-            raise CheckpointError(f"{checkpoint}: token ids have gaps: {len(ids)} tokens up to id {max(ids.values())}")
         try:
+            ids = known_tokens(tokenizer.get_vocab(), head_rows(checkpoint))
+            if max(ids.values()) != len(ids) - 1:
+                message = f"{checkpoint}: token ids have gaps: {len(ids)} tokens up to id {max(ids.values())}"
+                raise CheckpointError(message, param="models")
             ends = read_end_tokens(checkpoint)
         except BrokenFileError as error:
             raise CheckpointError(str(error), param="models") from error
         if ends is None:
             ends = frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
         return cls(tokenizer, ids, ends)
+
+
+def head_rows(checkpoint: Path) -> int | None:
+    """Rows of the output head by `config.json`; None where it does not say.
+
+    Raises:
+        BrokenFileError: the file cannot be read, or the number is no positive whole number.
+    """
+    file = checkpoint / "config.json"
+    rows: Any = read_json(file).get("vocab_size") if file.is_file() else None
+    if rows is not None and (type(rows) is not int or rows < 1):
+        raise BrokenFileError(f"{file}: vocab_size is {rows!r}, not a number of tokens")
+    return rows
+
+
+def known_tokens(ids: Mapping[str, int], rows: int | None) -> Mapping[str, int]:
+    """The tokens for which a head of so many rows has one: a tokenizer may have got more after the training."""
+    return ids if rows is None else {token: token_id for token, token_id in ids.items() if token_id < rows}
 
 
 def vocabulary_difference(base: str, ours: Mapping[str, int], other: str, theirs: Mapping[str, int]) -> str | None:

@@ -56,7 +56,7 @@ def _tokenizer_problems(where: str, directory: Path, config: dict[str, Any]) -> 
             yield Problem(f"{where}.path", f"{directory} has no tokenizer; save it there with save_pretrained")
         return
     try:
-        ids = token_ids(tokenizer)
+        ids = token_ids(directory)
     except BrokenFileError as error:
         yield Problem(f"{where}.path", f"{error}; copy or save the tokenizer again")
         return
@@ -65,8 +65,14 @@ def _tokenizer_problems(where: str, directory: Path, config: dict[str, Any]) -> 
         yield Problem(f"{where}.path", f"{tokenizer}: ids have gaps, {len(ids)} tokens up to id {highest}; repair it")
     rows = config.get("vocab_size")
     if isinstance(rows, int) and rows <= highest:
-        message = f"vocab_size: {rows} is smaller than the tokenizer, which has tokens up to id {highest}"
-        yield Problem(f"{where}.path", f"{message}; take the model's own tokenizer")
+        unknown = sorted((i, token) for token, i in ids.items() if i >= rows)
+        named = ", ".join(f"{token!r} ({i})" for i, token in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        yield Problem(
+            f"{where}.path",
+            f"the tokenizer has {len(unknown)} tokens that the model, with a vocab_size of {rows}, has not: {named}; "
+            "they are never generated, and a prompt with one of them is refused",
+            "warning",
+        )
 
 
 def _split_problems(where: str, model: ModelConfig, config: dict[str, Any]) -> Iterator[Problem]:

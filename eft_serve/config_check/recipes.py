@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from eft_serve.checkpoints.end_tokens import read_end_tokens
 from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.checkpoints.tokenizer import token_ids
-from eft_serve.checkpoints.vocabulary import vocabulary_difference
+from eft_serve.checkpoints.vocabulary import head_rows, known_tokens, vocabulary_difference
 from eft_serve.config import AppConfig
 from eft_serve.config_check.problem import Problem
 
@@ -34,9 +34,9 @@ def recipe_problems(config: AppConfig) -> Iterator[Problem]:
                 )
 
 
-def _token_ids(checkpoint: Path) -> dict[str, int]:
+def _token_ids(checkpoint: Path) -> Mapping[str, int]:
     try:
-        return token_ids(checkpoint / "tokenizer.json")
+        return known_tokens(token_ids(checkpoint), head_rows(checkpoint))
     except BrokenFileError:
         return {}
 

@@ -172,7 +172,6 @@ FALCON_7B: dict[str, Any] = FALCON | {"multi_query": True, "new_decoder_architec
         (FALCON | {"new_decoder_architecture": True}, {"tensor_parallel": 4}, "tensor_parallel", "2 key-value heads"),
         ({"model_type": "bloom"}, {"tensor_parallel": 2}, "tensor_parallel", "ALiBi"),
         ({}, {"max_model_len": 129}, "max_model_len", "beyond the 128 tokens"),
-        ({"vocab_size": 2}, {}, "path", "vocab_size: 2 is smaller than the tokenizer, which has tokens up to id 2"),
         ({"rope_scaling": {"type": "dynamic"}}, {}, "max_model_len", "set 128"),
         ({}, {"tensor_parallel": 2, "resources": {"num_gpus": 1}}, "resources.num_gpus", "one GPU to each rank"),
         ({}, {"device": "cuda"}, "resources.num_gpus", "hides every GPU"),
@@ -192,6 +191,21 @@ def test_what_these_models_can_do(tmp_path: Path) -> None:
     assert problems(new, tensor_parallel=2, resources={"num_gpus": 2}) == []
     dynamic = checkpoint(tmp_path / "dynamic", rope_scaling={"type": "dynamic"})
     assert problems(dynamic, max_model_len=128) == []
+
+
+def test_tokens_that_only_the_tokenizer_has_are_a_warning_by_name(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "model", vocab_size=3)
+    assert problems(path) == []
+    (path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    problem = only(problems(path))
+    assert (problem.path, problem.severity) == ("models.m.path", "warning")
+    assert "1 tokens that the model, with a vocab_size of 3, has not: '[PAD]' (3)" in problem.message
+
+
+def test_models_whose_tokenizers_differ_in_tokens_that_none_of_them_has_fit_together(tmp_path: Path) -> None:
+    paths = {name: checkpoint(tmp_path / name, vocab_size=3) for name in ("base", "reference", "tuned")}
+    (paths["tuned"] / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    assert [problem.severity for problem in check(recipe(**paths))] == ["warning"]
 
 
 def test_a_cache_below_one_sequence_is_a_warning(model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import threading
 from collections.abc import Sequence
@@ -114,9 +115,9 @@ async def test_long_prompts_leave_the_event_loop_free_and_encode_alike(
     text = "x" * (50 * INLINE_CHARACTERS)
     encode, working_threads = ModelTokenizer.encode, set[int]()
 
-    def noted(tokenizer: ModelTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    def noted(tokenizer: ModelTokenizer, text: str, add_special_tokens: bool, param: str) -> list[int]:
         working_threads.add(threading.get_ident())
-        return encode(tokenizer, text, add_special_tokens)
+        return encode(tokenizer, text, add_special_tokens, param)
 
     monkeypatch.setattr(ModelTokenizer, "encode", noted)
     several = await asyncio.gather(*(complete(renderer, terms("base", "chat"), text) for _ in range(4)))
@@ -220,10 +221,41 @@ async def test_a_tokenizer_that_would_cut_does_not(tmp_path: Path) -> None:
     backend.enable_truncation(4)
     backend.enable_padding(length=100)
     backend.save(str(path / "tokenizer.json"))
-    assert len(ModelTokenizer.load(path).encode("x" * 10, add_special_tokens=True)) == 11
+    assert len(ModelTokenizer.load(path).encode("x" * 10, add_special_tokens=True, param="prompt")) == 11
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         ModelTokenizer.load(tmp_path)
+
+
+async def test_a_token_that_only_the_tokenizer_has_is_refused_by_name(tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path / "padded")
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "[PAD]"}))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
+    padded = ModelTokenizer.load(path)
+    assert padded.num_ids == 257
+    renderer = PromptRenderer({"padded": padded})
+    for call, param in (
+        (chat(renderer, terms("padded"), [{"role": "user", "content": "a[PAD]b"}]), "messages"),
+        (complete(renderer, terms("padded"), "a[PAD]b"), "prompt"),
+        (renderer.given([term for term, _ in terms("padded")], "a[PAD]b"), "completion"),
+    ):
+        with pytest.raises(InvalidRequestError, match=rf"{param}: '\[PAD\]' is token 257") as refusal:
+            await call
+        assert refusal.value.param == param
+    with pytest.raises(InvalidRequestError, match=r"257 is not in 0\.\.256"):
+        await complete(renderer, terms("padded"), [1, 257])
+    assert await complete(renderer, terms("padded"), "ab")
+
+
+async def test_tokenizers_that_differ_beyond_the_models_tokens_are_one_vocabulary(tmp_path: Path) -> None:
+    paths = {"plain": save_tokenizer(tmp_path / "plain"), "padded": save_tokenizer(tmp_path / "padded")}
+    file = paths["padded"] / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "[PAD]"}))
+    for path in paths.values():
+        (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
+    renderer = PromptRenderer({name: ModelTokenizer.load(path) for name, path in paths.items()})
+    assert await complete(renderer, terms("plain", "padded"), [1, 2]) == {"plain": [1, 2], "padded": [1, 2]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from eft_serve.checkpoints.tokenizer import load_tokenizer, token_ids
 from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS
 from eft_serve.errors import CheckpointError
@@ -61,4 +62,40 @@ def test_a_generation_config_that_is_no_json_is_refused_by_name(tmp_path: Path) 
     copy = copy_of_small(tmp_path)
     (copy / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json cannot be read as JSON"):
+        Vocabulary.load(copy)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pad_token": "[PAD]"},
+        {"pad_token": "[PAD]", "mask_token": {"content": "[M]", "special": True, "__type": "AddedToken"}},
+        {"additional_special_tokens": ["<|a|>", "<|b|>"], "pad_token": "[PAD]"},
+        {"extra_special_tokens": ["<|a|>"]},
+        {"extra_special_tokens": {"image_token": "<img>"}},
+        {"added_tokens_decoder": {"3072": {"content": "[X]", "special": True}}},
+    ],
+)
+def test_tokens_by_the_files_are_those_of_transformers(tmp_path: Path, settings: dict[str, object]) -> None:
+    copy = copy_of_small(tmp_path)
+    file = copy / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    assert token_ids(copy) == load_tokenizer(copy).get_vocab()
+
+
+def test_tokens_beyond_the_output_head_are_not_the_models(tmp_path: Path) -> None:
+    copy = copy_of_small(tmp_path)
+    file = copy / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "[PAD]"}))
+    vocabulary = Vocabulary.load(copy)
+    assert len(vocabulary.tokenizer.get_vocab()) == 3073
+    assert (vocabulary.num_tokens, "[PAD]" in vocabulary.ids) == (3072, False)
+
+
+@pytest.mark.parametrize("rows", ["3072", 0, -1, 3072.5, True])
+def test_a_number_of_rows_that_is_none_is_refused_with_its_file(tmp_path: Path, rows: object) -> None:
+    copy = copy_of_small(tmp_path)
+    (copy / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    with pytest.raises(CheckpointError, match=r"config\.json: vocab_size is"):
         Vocabulary.load(copy)
