@@ -45,7 +45,7 @@ def create_app(
     tenants_file = service.config.server.tenants_file
     context = Context(
         service=service,
-        renderer=renderer or PromptRenderer.load(service.config),
+        renderer=renderer or PromptRenderer.load(service.config, service.max_model_len),
         access=Access(Tenants.load(tenants_file) if tenants_file else None),
         limits=AdmissionLimits(),
         metrics=ApiMetrics(registry),

@@ -3,46 +3,60 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import msgspec
 from pydantic import ValidationError
 from starlette.requests import Request
 
 from eft_serve.api.errors import BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedParameterError
 from eft_serve.api.knobs import Strict
 from eft_serve.api.schemas import Message
+from eft_serve.api.strict_json import MOST_SHOWN, read_object
 from eft_serve.errors import DeadlineError, InvalidRequestError
 
 MAX_BODY_BYTES = 4 * 2**20
+INLINE_BYTES = 2**15  # a millisecond or two; more is parsed in a thread, or it would stall every stream
 Body = TypeVar("Body", bound=Strict)
 
 
-async def receive_body(request: Request, kind: type[Body], timeout_s: float) -> tuple[Body, float]:
+async def receive_body(
+    request: Request, kind_of: Callable[[dict[str, Any]], type[Body]], timeout_s: float
+) -> tuple[Body, float]:
     """The validated body, and when the request arrived, in seconds of the event loop's clock.
 
+    Args:
+        kind_of: the kind of body that a JSON object is.
+
     Raises:
-        InvalidRequestError: as `read_json` and `validate`.
-        DeadlineError: the body did not arrive within `timeout_s` seconds.
+        UnsupportedMediaTypeError, BodyTooLargeError, DeadlineError: see `_receive`.
+        InvalidRequestError: see `read_object` and `validate`.
     """
     arrival = asyncio.get_running_loop().time()
-    return validate(kind, await read_json(request, timeout_s)), arrival
+    raw = await _receive(request, timeout_s)
+
+    def parse() -> Body:
+        data = read_object(raw)
+        return validate(kind_of(data), data)
+
+    return parse() if len(raw) <= INLINE_BYTES else await asyncio.to_thread(parse), arrival
 
 
-async def read_json(request: Request, timeout_s: float, max_bytes: int = MAX_BODY_BYTES) -> dict[str, Any]:
-    """The request's JSON object.
+async def _receive(request: Request, timeout_s: float, max_bytes: int = MAX_BODY_BYTES) -> bytearray:
+    """The request's body.
 
     Raises:
-        UnsupportedMediaTypeError: it is not declared as JSON. A web page may send other types to any server without
-            permission, so this also keeps other sites' pages out.
+        UnsupportedMediaTypeError: it is compressed, or not declared as JSON. A web page may send other types to any
+            server without permission, so this also keeps other sites' pages out.
         BodyTooLargeError: it is larger than `max_bytes`.
-        InvalidRequestError: it is not JSON, or not an object.
         DeadlineError: it did not arrive in time.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise UnsupportedMediaTypeError("content-type must be application/json")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise UnsupportedMediaTypeError(f"content-encoding {encoding[:MOST_SHOWN]!r} is not supported; send plain JSON")
     raw = bytearray()
     try:
         async with asyncio.timeout(timeout_s):
@@ -52,13 +66,7 @@ async def read_json(request: Request, timeout_s: float, max_bytes: int = MAX_BOD
                     raise BodyTooLargeError(f"the body is over {max_bytes} bytes; send less")
     except TimeoutError as error:
         raise DeadlineError(f"the body did not arrive within {timeout_s:g} s") from error
-    try:
-        data = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InvalidRequestError("the body must be a JSON object")
-    return data
+    return raw
 
 
 def validate(kind: type[Body], data: dict[str, Any]) -> Body:
@@ -100,7 +108,7 @@ def without_no_ops(data: Mapping[str, Any], no_ops: Mapping[str, tuple[Any, ...]
 def _first_mistake(error: ValidationError) -> InvalidRequestError:
     first = error.errors(include_url=False, include_input=False)[0]
     # pydantic names the branch of a union after the field; these parts are not in the caller's JSON
-    where = [str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
+    where = [str(part)[:MOST_SHOWN] for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
     param = ".".join(where) or None
     message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
     return InvalidRequestError(f"{param}: {message}" if param else message, param=param)

@@ -114,10 +114,16 @@ class GenerationResponse(ModelResponse):
         room = context - len(prompts[name])
         if not all(prompts.values()):
             raise InvalidRequestError(f"{param}: must hold at least one token", param=param)
-        if room < (requested or 1):
-            where = f"{len(prompts[name])} tokens for {name!r}, whose context is {context}"
-            wanted = f" and max_tokens is {requested}" if requested else ""
-            raise ContextLengthError(f"{param}: has {where}{wanted}; shorten one of them", param=param)
+        has = f"{len(prompts[name])} tokens for {name!r}, whose context is {context}"
+        if room < 1:
+            raise ContextLengthError(f"{param}: has {has}; shorten it", param=param)
+        if requested is not None and room < requested:
+            limit = self._call.body.limit_param
+            raise ContextLengthError(
+                f"{limit}: {requested} is more than the {room} tokens that are left: the prompt has {has}; ask for "
+                "fewer, or shorten the prompt",
+                param=limit,
+            )
         return requested or min(self._call.default_max_tokens, room)
 
     def _note(self, index: int, delta: Delta) -> None:

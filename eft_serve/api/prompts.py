@@ -7,114 +7,27 @@ and not another) but share one vocabulary. What several terms have in common is 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
+from eft_serve.api.model_tokenizer import Message, ModelTokenizer
 from eft_serve.checkpoints.chat_template import read_template
 from eft_serve.checkpoints.json_file import BrokenFileError
-from eft_serve.checkpoints.tokenizer import load_tokenizer
-from eft_serve.checkpoints.vocabulary import head_rows, known_tokens
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import PromptConfig
-from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
+from eft_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
 from eft_serve.types import Term
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
+NUM_THREADS = 2  # that render and encode; more texts wait, so that their memory is bounded
 INLINE_CHARACTERS = 2048  # one or two milliseconds of work; more runs in a thread, or it would stall every stream
 
+T = TypeVar("T")
 Prompts = dict[str, list[int]]  # by term
 Prompting = Mapping[str, PromptConfig]  # by term
-Message = Mapping[str, str]
-
-
-def plain_chat(messages: Sequence[Message]) -> str:
-    """The prompt of a model without a chat template: one `Role: text` line per turn, then `Assistant:`."""
-    return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ModelTokenizer:
-    """One model's tokenizer; safe to use from several threads."""
-
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary: str  # digest of token -> id
-    fingerprint: str  # digest of all that turns text into ids
-    num_ids: int  # of the tokens that the model has: 0 <= id < num_ids
-    has_unknown: bool = False  # the tokenizer has tokens beyond these
-
-    @classmethod
-    def load(cls, path: Path) -> ModelTokenizer:
-        """Read a model directory; raises `CheckpointError` when it has no fast tokenizer."""
-        tokenizer = load_tokenizer(path)
-        if not tokenizer.is_fast:
-            raise CheckpointError(f"{path}: has no tokenizer.json; save it once with a fast tokenizer")
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()  # a prompt is refused when it is too long, never cut
-        backend.no_padding()
-        vocabulary = tokenizer.get_vocab()
-        try:
-            known = known_tokens(vocabulary, head_rows(path))
-        except BrokenFileError as error:
-            raise CheckpointError(str(error), param="models") from error
-        return cls(
-            tokenizer,
-            vocabulary=_digest(json.dumps(known, sort_keys=True)),
-            fingerprint=_digest(backend.to_str()),
-            num_ids=max(known.values()) + 1,
-            has_unknown=len(known) < len(vocabulary),
-        )
-
-    def encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
-        """Token ids of `text`, which is the parameter `param`; raises `InvalidRequestError`, see `check_known`."""
-        # The Rust tokenizer itself: its wrapper sets truncation on every call, which fails under concurrent use.
-        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        if self.has_unknown:
-            self.check_known(ids, param)
-        return ids
-
-    def check_known(self, ids: Sequence[int], param: str) -> None:
-        """Raises `InvalidRequestError` that names the first token that the tokenizer has and the model has not."""
-        unknown = next((i for i in ids if i >= self.num_ids), None)
-        if unknown is not None:
-            token = self.tokenizer.backend_tokenizer.id_to_token(unknown)
-            message = f"{param}: {token!r} is token {unknown}, and the model has tokens up to {self.num_ids - 1} only"
-            raise InvalidRequestError(f"{message}; leave it out", param=param)
-
-    def check_range(self, ids: Sequence[int], param: str) -> None:
-        """Raises `InvalidRequestError` that names the first id that is not one of its tokens."""
-        wrong = next((i for i in ids if not 0 <= i < self.num_ids), None)
-        if wrong is not None:
-            raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{self.num_ids - 1}", param=param)
-
-    @property
-    def template(self) -> str | None:
-        """The model's own chat template, to see whether two models render alike."""
-        template = self.tokenizer.chat_template
-        return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
-
-    def render(self, messages: Sequence[Message], template: str | None = None) -> str:
-        """The chat as text, by this template or, without one, by the model's own.
-
-        Raises:
-            InvalidRequestError: the template refuses the messages (with its own message) or fails.
-        """
-        if template is None and self.template is None:
-            return plain_chat(messages)
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template may raise any exception
-            message = f"messages: the chat template refuses them: {error}"
-            raise InvalidRequestError(message, param="messages") from error
-        return str(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +37,7 @@ class Reader:
     tokenizer: ModelTokenizer
     prompting: PromptConfig
     template: str | None  # of a file; None: the model's own
+    max_tokens: int  # of the model's context
 
     @property
     def key(self) -> Hashable:
@@ -136,13 +50,16 @@ class Reader:
         text = self.tokenizer.render(_instructed(messages, self.prompting.system_prompt), self.template)
         is_plain = self.template is None and self.tokenizer.template is None
         text += self.prompting.response_prefix or ""
-        return self.tokenizer.encode(text, add_special_tokens=is_plain, param="messages")
+        return self._encode(text, is_plain, "messages")
 
     def encode_text(self, prompt: str) -> list[int]:
         """Token ids of a text: the system prompt on a line before it, the answer's beginning right after it."""
         before = f"{self.prompting.system_prompt}\n" if self.prompting.system_prompt else ""
         text = before + prompt + (self.prompting.response_prefix or "")
-        return self.tokenizer.encode(text, add_special_tokens=True, param="prompt")
+        return self._encode(text, True, "prompt")
+
+    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens, param, self.max_tokens)
 
 
 def _instructed(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
@@ -160,14 +77,22 @@ class PromptRenderer:
     Args:
         tokenizers: by model.
         templates: text by file.
+        max_model_len: a model's context in tokens; it may raise `UnavailableError`.
     """
 
-    def __init__(self, tokenizers: Mapping[str, ModelTokenizer], templates: Mapping[Path, str] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizers: Mapping[str, ModelTokenizer],
+        templates: Mapping[Path, str] | None = None,
+        max_model_len: Callable[[str], int] = lambda model: sys.maxsize,
+    ) -> None:
         self._tokenizers = dict(tokenizers)
         self._templates = dict(templates or {})
+        self._max_model_len = max_model_len
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
 
     @classmethod
-    def load(cls, config: AppConfig) -> PromptRenderer:
+    def load(cls, config: AppConfig, max_model_len: Callable[[str], int]) -> PromptRenderer:
         """Read the tokenizer of every model of the application; models of one directory share it.
 
         Raises:
@@ -182,7 +107,7 @@ class PromptRenderer:
             templates = {path: read_template(path) for path in files if path is not None}
         except BrokenFileError as error:
             raise ConfigError(f"chat_template: {error}", param="recipes") from error
-        return cls(tokenizers, templates)
+        return cls(tokenizers, templates, max_model_len)
 
     async def chat(self, terms: Sequence[Term], prompting: Prompting, messages: Sequence[Message]) -> Prompts:
         """Each term's prompt for a chat: its own template (`plain_chat` where there is none) and its own instructions.
@@ -213,9 +138,12 @@ class PromptRenderer:
         """
         tokenizer = self._one_vocabulary(terms, "completion")
         if isinstance(completion, str):
-            encode = partial(tokenizer.encode, completion, add_special_tokens=False, param="completion")
-            ids = encode() if len(completion) <= INLINE_CHARACTERS else await asyncio.to_thread(encode)
+            max_tokens = min(self._max_model_len(term.model) for term in terms)
+            ids = await self._run(
+                lambda: tokenizer.encode(completion, False, "completion", max_tokens), len(completion)
+            )
         else:
+            self._check_count(terms, len(completion), "completion")
             ids = list(completion)
             tokenizer.check_range(ids, "completion")
         if not ids:
@@ -235,7 +163,15 @@ class PromptRenderer:
                     "send text",
                     param="prompt",
                 )
+        self._check_count(terms, len(ids), "prompt")
         self._one_vocabulary(terms, "prompt").check_range(ids, "prompt")
+
+    def _check_count(self, terms: Sequence[Term], count: int, param: str) -> None:
+        """Before anything is done for each of so many tokens."""
+        context, model = min((self._max_model_len(term.model), term.model) for term in terms)
+        if count > context:
+            message = f"{param}: has {count} tokens, and the context of {model!r} is {context}; shorten it"
+            raise ContextLengthError(message, param=param)
 
     def _one_vocabulary(self, terms: Sequence[Term], param: str) -> ModelTokenizer:
         tokenizers = [self._tokenizers[term.model] for term in terms]
@@ -264,12 +200,18 @@ class PromptRenderer:
                 prompts[name] = done[key] if key in done else done.setdefault(key, encode(reader))
             return prompts
 
-        return work() if characters + own <= INLINE_CHARACTERS else await asyncio.to_thread(work)
+        return await self._run(work, characters + own)
+
+    async def _run(self, work: Callable[[], T], characters: int) -> T:
+        if characters <= INLINE_CHARACTERS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _reader(self, model: str, prompting: PromptConfig) -> Reader:
         template = prompting.chat_template
-        return Reader(self._tokenizers[model], prompting, None if template is None else self._templates[template])
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        return Reader(
+            self._tokenizers[model],
+            prompting,
+            None if template is None else self._templates[template],
+            self._max_model_len(model),
+        )

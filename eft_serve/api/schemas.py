@@ -145,6 +145,11 @@ class GenerationBody(Strict):
         """The tokens asked for; None for the server's default."""
         return self.max_tokens
 
+    @property
+    def limit_param(self) -> str:
+        """The parameter that `requested_tokens` is of."""
+        return "max_tokens"
+
 
 class Message(Strict):
     """One turn of a chat."""
@@ -212,6 +217,10 @@ class ChatBody(GenerationBody):
     @property
     def requested_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit_param(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
 
 class CompletionBody(GenerationBody):

@@ -22,7 +22,7 @@ async def create_chat_completion(request: Request) -> Response:
     """The models' answer to a conversation, whole or as a stream."""
     context = context_of(request)
     tenant = context.access.tenant(request)
-    body, arrival = await receive_body(request, ChatBody, context.service.config.server.request_timeout_s)
+    body, arrival = await receive_body(request, lambda _: ChatBody, context.service.config.server.request_timeout_s)
     call = GenerationCall(
         request_id=request_id_of(request),
         tenant=tenant,

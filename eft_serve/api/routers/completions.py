@@ -24,7 +24,9 @@ async def create_completion(request: Request) -> Response:
     """The models' continuation of a text, whole or as a stream."""
     context = context_of(request)
     tenant = context.access.tenant(request)
-    body, arrival = await receive_body(request, CompletionBody, context.service.config.server.request_timeout_s)
+    body, arrival = await receive_body(
+        request, lambda _: CompletionBody, context.service.config.server.request_timeout_s
+    )
     call = GenerationCall(
         request_id=request_id_of(request),
         tenant=tenant,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from eft_serve.api.body import read_json, validate
+from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of, request_id_of
 from eft_serve.api.openapi import body_of
 from eft_serve.api.score_schemas import ScoreBody, SingleScoreBody
@@ -21,9 +21,7 @@ async def create_score(request: Request) -> Response:
     """What a recipe and each of its models say of given outputs, token by token."""
     context = context_of(request)
     tenant = context.access.tenant(request)
-    data = await read_json(request, context.service.config.server.request_timeout_s)
-    arrival = asyncio.get_running_loop().time()
-    body = validate(ScoreBody, data) if "items" in data else validate(SingleScoreBody, data)
+    body, arrival = await receive_body(request, _kind_of, context.service.config.server.request_timeout_s)
     call = ScoreCall(
         request_id=request_id_of(request),
         tenant=tenant,
@@ -32,3 +30,7 @@ async def create_score(request: Request) -> Response:
         body=body,
     )
     return ScoreResponse(context, call)
+
+
+def _kind_of(data: dict[str, Any]) -> type[ScoreBody | SingleScoreBody]:
+    return ScoreBody if "items" in data else SingleScoreBody

@@ -126,7 +126,8 @@ class Stack:
     def __init__(self, config: AppConfig, answer: Answer | None = None, *, pause_s: float = 0.0) -> None:
         self.service = FakeService(config, answer, pause_s=pause_s)
         self.registry = CollectorRegistry()
-        self.app: FastAPI = create_app(self.service, PromptRenderer.load(config), self.registry)
+        renderer = PromptRenderer.load(config, self.service.max_model_len)
+        self.app: FastAPI = create_app(self.service, renderer, self.registry)
 
     def client(self, peer: str = "127.0.0.1", **kwargs: Any) -> httpx.AsyncClient:
         """A client as seen from `peer`."""

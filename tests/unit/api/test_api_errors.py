@@ -131,6 +131,7 @@ async def test_no_op_values_are_accepted(stack: Stack) -> None:
         (b'{"model": "\xff"}', {}, 400),
         (b'{"a":' * 100_000, {}, 400),
         (b"{}", {"content-type": "text/plain"}, 415),
+        (b"\x1f\x8b{}", {"content-encoding": "gzip"}, 415),
         (b'{"model": "' + b"x" * MAX_BODY_BYTES, {}, 413),
     ],
     ids=["cut", "list", "nan", "utf8", "deep", "text", "large"],

@@ -59,12 +59,18 @@ async def test_text_gets_the_tokenizers_special_tokens_and_ids_are_taken_as_they
 async def test_what_does_not_fit_the_context_is_refused_or_clipped_as_asked(stack: Stack) -> None:
     stack.service.context_length = 10
     async with stack.client() as client:
-        for prompt, max_tokens in (("x" * 10, None), ("x" * 5, 5)):
+        cases = (
+            ("x" * 10, None, "prompt"),
+            ("x" * 10, 5, "prompt"),
+            ("xx", 8, "max_tokens"),
+            ("xx", 10**12, "max_tokens"),
+        )
+        for prompt, max_tokens, param in cases:
             request = {"model": "up", "prompt": prompt} | ({"max_tokens": max_tokens} if max_tokens else {})
             response = await client.post("/v1/completions", json=request)
             assert response.status_code == 400
             assert response.json()["error"]["code"] == "context_length_exceeded"
-            assert response.json()["error"]["param"] == "prompt"
+            assert response.json()["error"]["param"] == param
         assert stack.service.requests == []
         await client.post("/v1/completions", json={"model": "up", "prompt": "xxxx"})
         await client.post("/v1/completions", json={"model": "up", "prompt": "xxxx", "max_tokens": 5})

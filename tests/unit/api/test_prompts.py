@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from api_fakes import CHAT_TEMPLATE, save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eft_serve.api.prompts import INLINE_CHARACTERS, Message, ModelTokenizer, PromptRenderer, Prompts, plain_chat
+from eft_serve.api.model_tokenizer import PIECE_CHARACTERS, Message, ModelTokenizer, plain_chat
+from eft_serve.api.prompts import INLINE_CHARACTERS, PromptRenderer, Prompts
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import AS_ITSELF, PromptConfig
 from eft_serve.ensemble import Ensemble
-from eft_serve.errors import CheckpointError, ConfigError, InvalidRequestError
+from eft_serve.errors import CheckpointError, ConfigError, ContextLengthError, InvalidRequestError
 from eft_serve.types import Term
 
 MESSAGES = [
@@ -85,7 +87,7 @@ async def test_an_adapter_is_prompted_like_the_model_that_it_adapts(tmp_path: Pa
     config = AppConfig.parse({"models": models})
     ensembles = [Ensemble.find(config, name) for name in models]
     both = [(term, e.prompting[term.name]) for e in ensembles if e is not None for term in e.resolve().terms]
-    prompts = await chat(PromptRenderer.load(config), both, MESSAGES)
+    prompts = await chat(PromptRenderer.load(config, lambda model: 512), both, MESSAGES)
     assert list(prompts) == ["small", "law"]
     assert prompts["law"] == prompts["small"]
 
@@ -115,9 +117,9 @@ async def test_long_prompts_leave_the_event_loop_free_and_encode_alike(
     text = "x" * (50 * INLINE_CHARACTERS)
     encode, working_threads = ModelTokenizer.encode, set[int]()
 
-    def noted(tokenizer: ModelTokenizer, text: str, add_special_tokens: bool, param: str) -> list[int]:
+    def noted(tokenizer: ModelTokenizer, text: str, add_special_tokens: bool, param: str, max_tokens: int) -> list[int]:
         working_threads.add(threading.get_ident())
-        return encode(tokenizer, text, add_special_tokens, param)
+        return encode(tokenizer, text, add_special_tokens, param, max_tokens)
 
     monkeypatch.setattr(ModelTokenizer, "encode", noted)
     several = await asyncio.gather(*(complete(renderer, terms("base", "chat"), text) for _ in range(4)))
@@ -196,10 +198,10 @@ def test_the_templates_of_recipes_are_read_with_the_tokenizers(tmp_path: Path) -
     recipe = {"base": "m", "reference": "m", "tuned": {"model": "m", "chat_template": str(path)}}
     config = AppConfig.parse({"models": {"m": {"path": str(tmp_path / "m")}}, "recipes": {"r": recipe}})
     with pytest.raises(ConfigError, match=r"template\.jinja cannot be read"):
-        PromptRenderer.load(config)
+        PromptRenderer.load(config, lambda model: 512)
     path.write_text("{% for m in messages %}")
     with pytest.raises(ConfigError, match=r"template\.jinja is no chat template"):
-        PromptRenderer.load(config)
+        PromptRenderer.load(config, lambda model: 512)
 
 
 async def test_token_ids_need_one_vocabulary_and_its_range(tokenizers: dict[str, ModelTokenizer]) -> None:
@@ -221,7 +223,7 @@ async def test_a_tokenizer_that_would_cut_does_not(tmp_path: Path) -> None:
     backend.enable_truncation(4)
     backend.enable_padding(length=100)
     backend.save(str(path / "tokenizer.json"))
-    assert len(ModelTokenizer.load(path).encode("x" * 10, add_special_tokens=True, param="prompt")) == 11
+    assert len(ModelTokenizer.load(path).encode("x" * 10, True, "prompt", 512)) == 11
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -259,3 +261,53 @@ async def test_tokenizers_that_differ_beyond_the_models_tokens_are_one_vocabular
         (path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 257}))
     renderer = PromptRenderer({name: ModelTokenizer.load(path) for name, path in paths.items()})
     assert await complete(renderer, terms("plain", "padded"), [1, 2]) == {"plain": [1, 2], "padded": [1, 2]}
+
+
+@pytest.mark.parametrize("characters", [5_000, 40_000, 4_000_000])
+async def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
+    tokenizers: dict[str, ModelTokenizer], monkeypatch: pytest.MonkeyPatch, characters: int
+) -> None:
+    encoded = 0
+    encode = ModelTokenizer._encode
+
+    def noted(tokenizer: ModelTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+        nonlocal encoded
+        encoded += len(text)
+        return encode(tokenizer, text, add_special_tokens)
+
+    monkeypatch.setattr(ModelTokenizer, "_encode", noted)
+    renderer = PromptRenderer(tokenizers, max_model_len=lambda model: 20_000)
+    text = "x" * characters
+    for call, param in (
+        (complete(renderer, terms("base"), text), "prompt"),
+        (chat(renderer, terms("chat"), [{"role": "user", "content": text}]), "messages"),
+        (renderer.given([term for term, _ in terms("base")], text), "completion"),
+    ):
+        encoded = 0
+        if characters < 20_000:
+            await call
+            continue
+        with pytest.raises(ContextLengthError, match=rf"{param}: .* more than 20000 tokens") as refusal:
+            await call
+        assert refusal.value.param == param
+        assert encoded <= 3 * PIECE_CHARACTERS
+
+
+async def test_too_many_token_ids_are_refused_by_their_number(tokenizers: dict[str, ModelTokenizer]) -> None:
+    renderer = PromptRenderer(tokenizers, max_model_len=lambda model: 5)
+    with pytest.raises(ContextLengthError, match="prompt: has 6 tokens, and the context of 'base' is 5"):
+        await complete(renderer, terms("base"), [-1] * 6)
+    with pytest.raises(ContextLengthError, match="completion: has 6 tokens"):
+        await renderer.given([term for term, _ in terms("base")], [-1] * 6)
+    assert await complete(renderer, terms("base"), [1] * 5)
+
+
+async def test_a_long_text_leaves_the_interpreter_to_others(tokenizers: dict[str, ModelTokenizer]) -> None:
+    renderer = PromptRenderer(tokenizers)
+    started = last = time.perf_counter()
+    encoding = asyncio.ensure_future(complete(renderer, terms("base"), "The capital of Peru is Lima. " * 40_000))
+    longest = 0.0
+    while not encoding.done():
+        await asyncio.sleep(0.001)
+        longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+    assert longest < (last - started) / 2, "the event loop stood still while a text was encoded"

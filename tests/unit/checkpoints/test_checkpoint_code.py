@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eft_serve.api.prompts import ModelTokenizer
+from eft_serve.api.model_tokenizer import ModelTokenizer
 from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS
 from eft_serve.errors import CheckpointError

@@ -1,0 +1,148 @@
+"""One model's tokenizer as the ingress uses it: text and chats to token ids, and what is refused on the way.
+
+Knows one model, and no recipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.tokenizer import load_tokenizer
+from eft_serve.checkpoints.vocabulary import head_rows, known_tokens
+from eft_serve.errors import CheckpointError, ContextLengthError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PIECE_CHARACTERS = 16_384  # encoded at a time to see whether a long text can fit
+PIECE_SLACK = 256  # tokens that a piece may have more than its part of the whole text, because it was cut
+
+Message = Mapping[str, str]
+
+
+def plain_chat(messages: Sequence[Message]) -> str:
+    """The prompt of a model without a chat template: one `Role: text` line per turn, then `Assistant:`."""
+    return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelTokenizer:
+    """One model's tokenizer; safe to use from several threads."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: str  # digest of token -> id
+    fingerprint: str  # digest of all that turns text into ids
+    num_ids: int  # of the tokens that the model has: 0 <= id < num_ids
+    has_unknown: bool = False  # the tokenizer has tokens beyond these
+
+    @classmethod
+    def load(cls, path: Path) -> ModelTokenizer:
+        """Read a model directory; raises `CheckpointError` when it has no fast tokenizer."""
+        tokenizer = load_tokenizer(path)
+        if not tokenizer.is_fast:
+            raise CheckpointError(f"{path}: has no tokenizer.json; save it once with a fast tokenizer")
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()  # a prompt is refused when it is too long, never cut
+        backend.no_padding()
+        vocabulary = tokenizer.get_vocab()
+        try:
+            known = known_tokens(vocabulary, head_rows(path))
+        except BrokenFileError as error:
+            raise CheckpointError(str(error), param="models") from error
+        return cls(
+            tokenizer,
+            vocabulary=_digest(json.dumps(known, sort_keys=True)),
+            fingerprint=_digest(backend.to_str()),
+            num_ids=max(known.values()) + 1,
+            has_unknown=len(known) < len(vocabulary),
+        )
+
+    def encode(self, text: str, add_special_tokens: bool, param: str, max_tokens: int) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            param: the request's parameter that the text is of.
+            max_tokens: the context's length; a text that is much longer is refused before it is encoded.
+
+        Raises:
+            ContextLengthError: see `check_length`; only long texts are checked.
+            InvalidRequestError: see `check_known`.
+        """
+        if len(text) > PIECE_CHARACTERS:
+            self.check_length(text, max_tokens, param)
+        ids = self._encode(text, add_special_tokens)
+        if self.has_unknown:
+            self.check_known(ids, param)
+        return ids
+
+    def check_length(self, text: str, max_tokens: int, param: str) -> None:
+        """Refuse a text that cannot fit, however long it is, in about the time that a text that fits takes.
+
+        Pieces are encoded one after the other until there are too many tokens. So time and memory depend on
+        `max_tokens` and not on what a client sends.
+
+        Raises:
+            ContextLengthError: it has more than `max_tokens` tokens, not counting special ones.
+        """
+        count = 0
+        for start in range(0, len(text), PIECE_CHARACTERS):
+            piece = self._encode(text[start : start + PIECE_CHARACTERS], add_special_tokens=False)
+            count += max(0, len(piece) - PIECE_SLACK)
+            if count > max_tokens:
+                message = f"{param}: its {len(text)} characters are more than {max_tokens} tokens, the context's length"
+                raise ContextLengthError(f"{message}; shorten it", param=param)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # The Rust tokenizer itself: its wrapper sets truncation on every call, which fails under concurrent use.
+        # And a batch: `encode` keeps the interpreter's lock, so that a long text would stall every stream.
+        backend = self.tokenizer.backend_tokenizer
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def check_known(self, ids: Sequence[int], param: str) -> None:
+        """Raises `InvalidRequestError` that names the first token that the tokenizer has and the model has not."""
+        unknown = next((i for i in ids if i >= self.num_ids), None)
+        if unknown is not None:
+            token = self.tokenizer.backend_tokenizer.id_to_token(unknown)
+            message = f"{param}: {token!r} is token {unknown}, and the model has tokens up to {self.num_ids - 1} only"
+            raise InvalidRequestError(f"{message}; leave it out", param=param)
+
+    def check_range(self, ids: Sequence[int], param: str) -> None:
+        """Raises `InvalidRequestError` that names the first id that is not one of its tokens."""
+        wrong = next((i for i in ids if not 0 <= i < self.num_ids), None)
+        if wrong is not None:
+            raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{self.num_ids - 1}", param=param)
+
+    @property
+    def template(self) -> str | None:
+        """The model's own chat template, to see whether two models render alike."""
+        template = self.tokenizer.chat_template
+        return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
+
+    def render(self, messages: Sequence[Message], template: str | None = None) -> str:
+        """The chat as text, by this template or, without one, by the model's own.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages (with its own message) or fails.
+        """
+        if template is None and self.template is None:
+            return plain_chat(messages)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise any exception
+            message = f"messages: the chat template refuses them: {error}"
+            raise InvalidRequestError(message, param="messages") from error
+        return str(text)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
