@@ -134,7 +134,7 @@ async def test_no_op_values_are_accepted(stack: Stack) -> None:
         (b"\x1f\x8b{}", {"content-encoding": "gzip"}, 415),
         (b'{"model": "' + b"x" * MAX_BODY_BYTES, {}, 413),
     ],
-    ids=["cut", "list", "nan", "utf8", "deep", "text", "large"],
+    ids=["cut", "list", "nan", "utf8", "deep", "text", "gzip", "large"],
 )
 async def test_a_body_that_is_no_json_object(
     stack: Stack, content: bytes, headers: dict[str, str], status: int
