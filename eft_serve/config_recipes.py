@@ -9,10 +9,10 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from eft_serve.config_base import Frozen, Name
+from eft_serve.types import MAX_DRAFT_TOKENS
 
 ROLES = ("base", "reference", "tuned")
 DRAFTERS = ("auto", "none")  # besides the recipe's own models
-MAX_DRAFT_TOKENS = 16
 MAX_KNOB = 100.0  # far beyond any use; keeps |logit| * knob finite in fp32
 
 Interval = tuple[float, float]

@@ -29,6 +29,8 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the request ended with a typed error
 
 
+MAX_ALTERNATIVES = 20  # to each token, of which log-probabilities are given
+MAX_DRAFT_TOKENS = 16  # at a time
 MAX_FLOAT32 = 3.4e38  # just below float32's largest number
 
 _RANGES: dict[str, tuple[float, float]] = {

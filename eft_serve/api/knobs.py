@@ -6,10 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from eft_serve.config_recipes import MAX_DRAFT_TOKENS
 from eft_serve.ensemble import Knobs
-
-MAX_ALTERNATIVES = 20
+from eft_serve.types import MAX_ALTERNATIVES, MAX_DRAFT_TOKENS
 
 Finite = Field(allow_inf_nan=False)
 

@@ -78,9 +78,9 @@ class LocalStack:
             process.terminate()
             process.join()
 
-    def _take(self, deltas: Sequence[tuple[str, Delta]]) -> None:
+    def _take(self, deltas: Sequence[tuple[Request, Delta]]) -> None:
         """A request that fails would make steps look cheap."""
-        for request_id, delta in deltas:
+        for request, delta in deltas:
             if delta.failure is not None:
-                raise RuntimeError(f"request {request_id}: {delta.failure.message}")
-            self.tokens[request_id] += delta.token_ids
+                raise RuntimeError(f"request {request.request_id}: {delta.failure.message}")
+            self.tokens[request.request_id] += delta.token_ids

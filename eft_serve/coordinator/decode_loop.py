@@ -11,7 +11,9 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -26,7 +28,7 @@ from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.request_table import RequestTable
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
 from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
-from eft_serve.errors import EftServeError, ModelNotFoundError, UnavailableError
+from eft_serve.errors import EftServeError, EngineError, InvalidRequestError, ModelNotFoundError, UnavailableError
 from eft_serve.numerics.backends import choose_backend
 from eft_serve.types import Delta, Endpoint, RequestEnd, StepResult
 
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.5  # how often an idle loop checks its stop flag
 STALL_WAIT_S = 0.02  # how often a loop that waits for a model tries again
 
-Emit = Callable[[Sequence[tuple[str, Delta]]], None]
+Emit = Callable[[Sequence[tuple[Request, Delta]]], None]
 
 
 class DecodeLoop:
@@ -44,7 +46,7 @@ class DecodeLoop:
     Args:
         backend: all replicas of all models.
         vocabularies: by model.
-        emit: takes the deltas of a step, by request id; called in the loop's thread.
+        emit: takes the deltas of a step, with their requests; called in the loop's thread.
         metrics: records every step and every finished request.
         on_end: takes the `RequestEnd` of each finished request; called in the loop's thread.
     """
@@ -122,10 +124,7 @@ class DecodeLoop:
             logger.exception("the decode loop died")
             self.error = error
         finally:
-            self.receive()
-            self.requests.end_all(UnavailableError("the coordinator is stopping; send the request again"))
-            self._emit()
-            self.backend.close()
+            self._end_all()
 
     def step(self) -> bool:
         """One decode step; False when there was nothing to compute."""
@@ -149,6 +148,7 @@ class DecodeLoop:
 
     def _schedule(self, now: float) -> SchedulerOutput:
         self.health.check(now)
+        self.requests.end_undecodable()
         self.requests.end_overdue(now)
         # As of the last schedule, which marked requests that only wait for a turn; the step's own time does not count.
         for request in self.scheduler.find_stalled(self._last_schedule, self.config.recovery_timeout_s):
@@ -168,6 +168,7 @@ class DecodeLoop:
         for request, error in gathered.errors.items():
             if request in self.requests:
                 self.requests.fail(request, error)
+        self.requests.end_undecodable()
         return [request for request in gathered.ready if request in self.requests]
 
     def _advance(self, requests: Sequence[Request], drawn: Sequence[SamplerOutput | EftServeError]) -> None:
@@ -181,6 +182,20 @@ class DecodeLoop:
                 self.metrics.queue_seconds.observe(now - request.arrival)
             num_taken += self.requests.take(request, taken, now)
         self.metrics.generated_tokens.inc(num_taken)
+
+    def _end_all(self) -> None:
+        """Take what is queued, so that nobody waits for an answer, and end everybody."""
+        with suppress(queue.Empty):
+            while True:
+                try:
+                    self._inbox.get_nowait()()
+                except queue.Empty:
+                    raise
+                except Exception:  # the others still have to end
+                    logger.exception("a call to the decode loop failed while it was stopping")
+        self.requests.end_all(UnavailableError("the coordinator is stopping; send the request again"))
+        self._emit()
+        self.backend.close()
 
     def receive(self, wait_s: float = 0.0) -> None:
         """Run the calls that other threads have queued, waiting up to `wait_s` for the first."""
@@ -197,13 +212,28 @@ class DecodeLoop:
     def _submit(self, request: Request) -> None:
         try:
             vocabularies = [self._vocabulary(sequence.model) for sequence in request.sequences]
+            self._check_sequences(request)
+            request.limit(self.replicas.context_left(request))  # before anything is done for each token
             request.set_vocabularies([vocabulary.num_tokens for vocabulary in vocabularies])
-            request.limit(self.replicas.context_left(request))
             self.requests.add(request, vocabularies)
         except EftServeError as error:
             self.requests.refuse(request, error)
-            return
-        self.scheduler.add(request)
+        except Exception as error:  # one request's fault ends one request
+            logger.exception("request %s could not be taken", request.request_id)
+            self.requests.refuse(request, EngineError(f"request {request.request_id}: could not be taken: {error}"))
+        else:
+            self.scheduler.add(request)
+
+    def _check_sequences(self, request: Request) -> None:
+        """Refuse a request that can never be sampled: its sequences of a model need a token each in one step."""
+        budget = self.config.max_num_batched_tokens
+        model, count = Counter(sequence.model for sequence in request.sequences).most_common(1)[0]
+        if count > budget:
+            raise InvalidRequestError(
+                f"model: it reads {count} prompts with model {model!r}, and coordinator.max_num_batched_tokens is "
+                f"{budget}; raise it",
+                param="model",
+            )
 
     def _vocabulary(self, model: str) -> Vocabulary:
         if model not in self.vocabularies:

@@ -11,6 +11,8 @@ from typing import Protocol
 
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are not, or not yet, a character
 CONTEXT_TOKENS = 5  # from the prompt, so that the first token's leading space is decoded as in the whole text
+MAX_PENDING = 3  # tokens of an incomplete character: its last byte would complete it
+MAX_SILENT = 8  # tokens that gave no text and are kept, in case the next one gives theirs
 
 
 class Decoder(Protocol):
@@ -24,7 +26,9 @@ class Detokenizer:
     """Decodes a growing list of tokens through a short window, so that the cost per token stays constant.
 
     A token may end inside a character, and may change the text of its neighbours. So the window starts before the text
-    that is already emitted, and a trailing replacement character is kept back until it is a whole character.
+    that is already emitted, and a trailing replacement character is kept back until it is a whole character, or can
+    no longer become one. With tokens for single bytes (a byte fallback) one broken byte makes a replacement character
+    of each byte beside it, also of those of whole characters; then the bytes are decoded apart.
     """
 
     decoder: Decoder
@@ -45,34 +49,62 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Append tokens; returns the text that can no longer change."""
+        text = self._decoded([*self.window, *token_ids])
+        if not text.startswith(self.shown) or REPLACEMENT in text[len(self.shown) :]:
+            return "".join(map(self._push_one, token_ids))
         self.window += token_ids
-        text = self._decoded()
+        return self._show(text)
+
+    def _push_one(self, token_id: int) -> str:
+        self.window.append(token_id)
+        text = self._decoded(self.window)
+        if not text.startswith(self.shown):  # a broken byte after a whole character
+            self._restart(self.window[self.num_settled :])
+            text = self._decoded(self.window)
+        fresh = self._show(text)
+        num_pending = len(self.window) - self.num_settled
+        for size in range(min(MAX_PENDING, num_pending - 1), 0, -1):
+            if not text.endswith(REPLACEMENT):
+                break
+            before, after = (self._decoded(part) for part in (self.window[:-size], self.window[-size:]))
+            is_whole = after != "" and REPLACEMENT not in after
+            if is_whole or (num_pending > MAX_PENDING and before + after == text):
+                fresh += before[len(self.shown) :]
+                self._restart(self.window[-size:])
+                fresh += self._show(after)
+                break
+        return fresh
+
+    def _show(self, text: str) -> str:
+        """The part of the window's text that is new and can no longer change."""
         whole = text.rstrip(REPLACEMENT)
-        if not whole.startswith(self.shown):
-            return ""
         fresh = whole[len(self.shown) :]
         self.shown += fresh
-        if fresh and len(whole) == len(text):
-            self._slide()
+        if len(whole) == len(text):
+            if fresh:
+                self._restart(self.window[self.num_settled :])
+                self._settle()
+            else:
+                del self.window[self.num_settled : -MAX_SILENT]
         return fresh
+
+    def _restart(self, window: list[int]) -> None:
+        """Go on with these tokens, of which nothing is emitted."""
+        self.window, self.num_settled, self.shown = window, 0, ""
 
     def flush(self) -> str:
         """The text that was kept back, at the end of the output."""
-        rest = self._decoded()[len(self.shown) :]
+        rest = self._decoded(self.window)[len(self.shown) :]
         self.shown += rest
         return rest
 
-    def _slide(self) -> None:
-        """All text of the window is emitted: its newer tokens are enough context for the next ones."""
-        self.window = self.window[self.num_settled :]
-        self._settle()
-
     def _settle(self) -> None:
+        """All text of the window is emitted; it is the context of the next tokens."""
         self.num_settled = len(self.window)
-        self.shown = self._decoded().rstrip(REPLACEMENT)
+        self.shown = self._decoded(self.window).rstrip(REPLACEMENT)
 
-    def _decoded(self) -> str:
-        return self.decoder.decode(self.window) if self.window else ""
+    def _decoded(self, token_ids: list[int]) -> str:
+        return self.decoder.decode(token_ids) if token_ids else ""
 
 
 @dataclass(slots=True)

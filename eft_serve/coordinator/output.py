@@ -49,15 +49,14 @@ class OutputStream:
         return token_ids, None
 
     def _append(self, token_id: int) -> FinishReason | None:
+        is_last = self.num_tokens + 1 == self.max_tokens
+        if token_id not in self.eos_token_ids:
+            self._pending_token_ids.append(token_id)
+            if self.stop_checker.stops:
+                self._detokenize(is_last)
         self.num_tokens += 1
-        if token_id in self.eos_token_ids:
+        if token_id in self.eos_token_ids or self.stop_checker.stopped:
             return FinishReason.STOP
-        self._pending_token_ids.append(token_id)
-        is_last = self.num_tokens == self.max_tokens
-        if self.stop_checker.stops:
-            self._detokenize(is_last)
-            if self.stop_checker.stopped:
-                return FinishReason.STOP
         return FinishReason.LENGTH if is_last else None
 
     def delta(
@@ -80,6 +79,7 @@ class OutputStream:
             self._text += self.stop_checker.push(self.detokenizer.flush())
             if not self.stop_checker.stopped:  # by the text that was kept back
                 self._text += self.stop_checker.flush()
+        self._text.encode()  # raises where a tokenizer gave half of a surrogate pair, which could not be sent
 
 
 def failed(error: EftServeError) -> Delta:

@@ -27,7 +27,8 @@ class ReplicaHealth:
         self._replicas = replicas
         self._backend = backend
         self._timeout_s = timeout_s
-        self._probes: dict[str, SequenceStep] = {}  # under way, by replica
+        self._probe = SequenceStep(f"probe/{uuid.uuid4().hex}", 0, [0], num_logits=1)  # one sequence for all
+        self._probes: set[str] = set()  # replicas whose answer is outstanding
 
     @property
     def is_probing(self) -> bool:
@@ -38,18 +39,19 @@ class ReplicaHealth:
         """Send a probe to every replica that is due for one, and read the answers that have arrived."""
         due = [replica_id for replica_id in self._replicas.due(now) if replica_id not in self._probes]
         if due:
-            probes = {r: SequenceStep(f"probe/{uuid.uuid4().hex}", 0, [0], num_logits=1) for r in due}
-            self._probes |= probes
-            self._backend.begin({r: StepBatch(steps=[probe]) for r, probe in probes.items()}, self._timeout_s)
+            self._probes.update(due)
+            self._backend.begin(dict.fromkeys(due, StepBatch(steps=[self._probe])), self._timeout_s)
         if self._probes:
             self._read(now)
 
     def _read(self, now: float) -> None:
         for replica_id, result in self._backend.finished().items():
-            probe = self._probes.pop(replica_id)
+            self._probes.discard(replica_id)
             if (replica := self._replicas.replicas.get(replica_id)) is None:
                 continue  # the replica is gone
-            self._replicas.freed[replica_id].append(probe.sequence_id)  # a late one may be computed all the same
+            freed = self._replicas.freed[replica_id]
+            if self._probe.sequence_id not in freed:
+                freed.append(self._probe.sequence_id)  # also after a failure: it may be computed late
             reason = result.failure or result.outputs[0].error
             if reason is None:  # "no room now" is an answer too
                 replica.succeed()

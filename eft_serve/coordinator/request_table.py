@@ -16,7 +16,7 @@ from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.coordinator.output import OutputStream, failed
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.sampler import SamplerOutput
-from eft_serve.errors import DeadlineError, EftServeError, EngineError, to_failure
+from eft_serve.errors import DeadlineError, EftServeError, EngineError, InvalidRequestError, to_failure
 from eft_serve.types import Delta, EventKind, FinishReason, RequestEnd
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,8 @@ class RequestTable:
     def __init__(self, on_end: OnEnd) -> None:
         self._on_end = on_end
         self._open: dict[str, tuple[Request, OutputStream]] = {}
-        self._deltas: list[tuple[str, Callable[[], Delta]]] = []  # neither emitted nor detokenized yet
+        self._deltas: list[tuple[Request, Callable[[], Delta]]] = []  # neither emitted nor detokenized yet
+        self._undecodable: dict[Request, EngineError] = {}  # to be ended
 
     def __len__(self) -> int:
         return len(self._open)
@@ -56,7 +57,10 @@ class RequestTable:
 
         Raises:
             EngineError: the end of its prompt cannot be decoded.
+            InvalidRequestError: its id is open already.
         """
+        if request.request_id in self._open:
+            raise InvalidRequestError(f"request_id: {request.request_id!r} is open already", param="request_id")
         with _decoding(request.request_id):
             self._open[request.request_id] = (request, OutputStream.of(request, vocabularies))
 
@@ -76,24 +80,24 @@ class RequestTable:
         request.last_progress = now
         components = None if drawn.components is None else drawn.components[: len(token_ids)]
         usage = None if reason is None else self.end(request, reason).usage
-        self._deltas.append((request.request_id, partial(output.delta, token_ids, reason, components, usage)))
+        self._deltas.append((request, partial(output.delta, token_ids, reason, components, usage)))
         return len(token_ids)
 
     def refuse(self, request: Request, error: EftServeError) -> None:
         """End a request that cannot be served."""
         self._account(request, 0, FinishReason.ERROR, error)
-        self._deltas.append((request.request_id, partial(failed, error)))
+        self._deltas.append((request, partial(failed, error)))
 
     def fail(self, request: Request, error: EftServeError) -> None:
         """End an open request with an error."""
         self.end(request, FinishReason.ERROR, error)
-        self._deltas.append((request.request_id, partial(failed, error)))
+        self._deltas.append((request, partial(failed, error)))
 
     def abort(self, request_id: str) -> None:
         """End it without a delta, because its reader is gone; unknown ids are ignored."""
         if request_id in self._open:
             self.end(self._open[request_id][0], FinishReason.ABORT)
-        self._deltas = [delta for delta in self._deltas if delta[0] != request_id]
+        self._deltas = [delta for delta in self._deltas if delta[0].request_id != request_id]
 
     def end(self, request: Request, reason: FinishReason, error: EftServeError | None = None) -> RequestEnd:
         """Remove it; the caller adds the last delta, if any."""
@@ -111,22 +115,34 @@ class RequestTable:
         for request in self._requests():
             self.fail(request, error)
 
-    def take_deltas(self) -> list[tuple[str, Delta]]:
-        """The deltas not emitted yet, by request id and in order."""
+    def end_undecodable(self) -> None:
+        """End requests whose text could not be decoded.
+
+        Not at once: deltas are taken while a step is computed, which the request's usage has to count.
+        """
+        undecodable, self._undecodable = self._undecodable, {}
+        for request, error in undecodable.items():
+            if request in self:
+                self.fail(request, error)
+
+    def take_deltas(self) -> list[tuple[Request, Delta]]:
+        """The deltas not emitted yet, with their requests and in order."""
         deltas, self._deltas = self._deltas, []
-        return [(request_id, self._detokenized(request_id, delta)) for request_id, delta in deltas]
+        taken = []
+        for request, detokenize in deltas:
+            try:
+                with _decoding(request.request_id):
+                    delta = detokenize()
+            except EngineError as error:
+                if request in self:  # otherwise it has ended with an error, whose delta follows
+                    self._undecodable.setdefault(request, error)
+                continue
+            if request not in self._undecodable or delta.failure is not None:
+                taken.append((request, delta))
+        return taken
 
     def _requests(self) -> Sequence[Request]:
         return [request for request, _ in self._open.values()]
-
-    def _detokenized(self, request_id: str, detokenize: Callable[[], Delta]) -> Delta:
-        try:
-            with _decoding(request_id):
-                return detokenize()
-        except EngineError as error:
-            if request_id in self._open:
-                self.end(self._open[request_id][0], FinishReason.ERROR, error)
-            return failed(error)
 
     def _account(
         self, request: Request, completion_tokens: int, reason: FinishReason, error: EftServeError | None

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import InvalidRequestError, ModelNotFoundError
-from eft_serve.types import MAX_FLOAT32, Combination, GenerationRequest
+from eft_serve.types import MAX_ALTERNATIVES, MAX_DRAFT_TOKENS, MAX_FLOAT32, Combination, GenerationRequest, Speculative
+
+MAX_TOKENS = 2**31 - 1
+MAX_TIMEOUT_S = 1e9
 
 
 def check_request(generation: GenerationRequest) -> None:
@@ -32,10 +35,11 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
     """(field, mistake) of every invalid field."""
     combination = generation.combination
     terms, names = combination.terms, [term.name for term in combination.terms]
+    if not generation.request_id or "/" in generation.request_id:  # it begins the names of its sequences
+        yield "request_id", f"{generation.request_id!r} is empty or has a slash"
     if generation.forced_token_ids == []:
         yield "completion", "must hold at least one token"
-    if generation.sampling.max_tokens < 1:
-        yield "max_tokens", f"{generation.sampling.max_tokens} is less than 1"
+    yield from _out_of_range(generation)
     if not any(term.coefficient for term in terms):
         yield "terms", "no term has a coefficient"
     if len(set(names)) < len(names):
@@ -52,6 +56,19 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
             yield "rewards", f"{reward.name!r} is over {min(unknown)!r}, which is not a term of {names}"
         if not _is_factor(reward.weight):
             yield "rewards", f"{reward.name!r} has a weight that is not a finite number"
+
+
+def _out_of_range(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
+    speculative = generation.speculative or Speculative()
+    for param, value, low, high in (
+        ("max_tokens", generation.sampling.max_tokens, 1, MAX_TOKENS),
+        ("timeout_s", generation.timeout_s, 0, MAX_TIMEOUT_S),
+        ("components", generation.components or 0, 0, MAX_ALTERNATIVES),
+        ("speculative.num_tokens", speculative.num_tokens, 1, MAX_DRAFT_TOKENS),
+        ("speculative.min_confidence", speculative.min_confidence, 0, 1),
+    ):
+        if not low <= value <= high:  # NaN is in no range
+            yield param, f"{value} is not between {low} and {high}"
 
 
 def _is_factor(value: float) -> bool:

@@ -143,11 +143,11 @@ class Product:
             )
             yield Request.create(generation, time.monotonic())
 
-    def _collect(self, deltas: Sequence[tuple[str, Delta]]) -> None:
-        for request_id, delta in deltas:
+    def _collect(self, deltas: Sequence[tuple[Request, Delta]]) -> None:
+        for request, delta in deltas:
             if delta.failure is not None:
-                raise RuntimeError(f"request {request_id}: {delta.failure.message}")
-            answer = self._answers[request_id]
+                raise RuntimeError(f"request {request.request_id}: {delta.failure.message}")
+            answer = self._answers[request.request_id]
             answer.text += delta.text
             answer.token_ids += tuple(delta.token_ids)
             self._num_open -= delta.finish_reason is not None

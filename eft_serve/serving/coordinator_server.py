@@ -30,10 +30,14 @@ logger = logging.getLogger(__name__)
 class Subscriber:
     """Where a request's deltas go."""
 
-    request_id: str
+    request: Request
     client: bytes  # of the submission server
     reply_to: ReplyTo
     num_sent: int = 0  # tokens; used by the decode loop's thread only
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
 
 
 class CoordinatorServer:
@@ -89,13 +93,18 @@ class CoordinatorServer:
             raise UnavailableError("the coordinator does not know this ingress yet; try again later")
         check_deployed(generation.combination, self.config)
         request = Request.create(generation, time.monotonic())
-        self.subscribers[generation.request_id] = Subscriber(generation.request_id, client, reply_to)
+        self.subscribers[generation.request_id] = Subscriber(request, client, reply_to)
         self.decode_loop.submit(request)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, client: bytes, request_id: str) -> None:
         """See `RequestHandler.abort`."""
-        if self.subscribers.pop(request_id, None) is not None:
-            self.decode_loop.abort(request_id)
+        subscriber = self.subscribers.get(request_id)
+        if subscriber is not None and subscriber.client == client:
+            self._abort(subscriber)
+
+    def _abort(self, subscriber: Subscriber) -> None:
+        if self.subscribers.pop(subscriber.request_id, None) is not None:
+            self.decode_loop.abort(subscriber.request_id)
 
     def clients(self) -> set[bytes]:
         """See `RequestHandler.clients`."""
@@ -103,22 +112,23 @@ class CoordinatorServer:
 
     def lose(self, client: bytes) -> None:
         """See `RequestHandler.lose`."""
-        lost = [subscriber.request_id for subscriber in list(self.subscribers.values()) if subscriber.client == client]
+        lost = [subscriber for subscriber in list(self.subscribers.values()) if subscriber.client == client]
         if lost:
             logger.warning("an ingress is gone, and %d requests with it", len(lost))
-        for request_id in lost:
-            self.abort(request_id)
+        for subscriber in lost:
+            self._abort(subscriber)
 
     # The decode loop's thread.
 
-    def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
+    def _emit(self, deltas: Sequence[tuple[Request, Delta]]) -> None:
         """One message to each ingress for all deltas of a step."""
         parts: dict[str, list[Part]] = defaultdict(list)  # by address
         concerned: dict[str, list[Subscriber]] = defaultdict(list)
         finished: list[Subscriber] = []
-        for request_id, delta in deltas:
-            if subscriber := self.subscribers.get(request_id):  # none: its subscriber is gone
-                parts[subscriber.reply_to.address].append((request_id, subscriber.num_sent, delta))
+        for request, delta in deltas:
+            subscriber = self.subscribers.get(request.request_id)
+            if subscriber is not None and subscriber.request is request:  # otherwise its subscriber is gone
+                parts[subscriber.reply_to.address].append((request.request_id, subscriber.num_sent, delta))
                 concerned[subscriber.reply_to.address].append(subscriber)
                 subscriber.num_sent += len(delta.token_ids)
                 if delta.finish_reason is not None:
@@ -139,7 +149,7 @@ class CoordinatorServer:
             (subscriber.client, Notice(subscriber.request_id, failure)) for subscriber in subscribers
         )
         for subscriber in subscribers:
-            self.abort(subscriber.request_id)
+            self._abort(subscriber)
 
 
 def _log_end(end: RequestEnd) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
-from eft_serve.errors import EftServeError
+from eft_serve.errors import EftServeError, InvalidRequestError
 from eft_serve.serving.output_collector import OutputCollector
 from eft_serve.transport.coordinator_client import CoordinatorClient
 from eft_serve.transport.deltas import DeltaReceiver, Part, ReplyTo
@@ -64,8 +64,11 @@ class GenerationClient:
 
         Raises:
             UnavailableError: no coordinator accepts it, or tokens were lost in transit.
+            InvalidRequestError: its id is open already.
         """
         await self._find_coordinator()
+        if request.request_id in self._collectors:
+            raise InvalidRequestError(f"request_id: {request.request_id!r} is open already", param="request_id")
         collector = self._collectors[request.request_id] = OutputCollector()
         try:
             self._coordinators.submit(request, self.reply_to.address)

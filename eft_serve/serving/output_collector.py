@@ -60,6 +60,9 @@ class OutputCollector:
             self._ready.clear()
             if self._deltas:
                 deltas, self._deltas = self._deltas, []
+                if deltas[-1].failure is not None and len(deltas) > 1:  # the reader stops at a failure
+                    yield merge(deltas[:-1])
+                    del deltas[:-1]
                 delta = merge(deltas)
                 yield delta
                 if delta.finish_reason is not None:

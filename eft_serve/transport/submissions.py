@@ -71,8 +71,8 @@ class RequestHandler(Protocol):
         """Take it; what this raises is the request's failure."""
         ...
 
-    def abort(self, request_id: str) -> None:
-        """Unknown ids are no error."""
+    def abort(self, client: bytes, request_id: str) -> None:
+        """End a request of this client; other ids are no error."""
         ...
 
     def clients(self) -> set[bytes]:
@@ -148,7 +148,7 @@ class SubmissionServer:
             logger.error("dropped a message that does not fit the contract: %s", error)
             return
         if isinstance(message, Abort):
-            self._handler.abort(message.request_id)
+            self._handler.abort(client, message.request_id)
         else:
             notice = Notice(message.request.request_id, self._submit(client, message))
             self._send(client, _encoder.encode(notice))

@@ -46,10 +46,10 @@ class Stage:
     def decode(self, prompts: Sequence[list[int]], temperature: float, speculative: Speculative | None) -> Outcome:
         deltas: dict[str, list[int]] = {}
 
-        def take(emitted: Sequence[tuple[str, Delta]]) -> None:
-            for request_id, delta in emitted:
+        def take(emitted: Sequence[tuple[Request, Delta]]) -> None:
+            for request, delta in emitted:
                 assert delta.failure is None
-                deltas.setdefault(request_id, []).extend(delta.token_ids)
+                deltas.setdefault(request.request_id, []).extend(delta.token_ids)
 
         loop = DecodeLoop(CONFIG, InProcess(self.engines), self.vocabularies, take, CoordinatorMetrics())
         loop.set_replicas({name: endpoint_of(engine) for name, engine in self.engines.items()})

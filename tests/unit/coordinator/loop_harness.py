@@ -67,9 +67,10 @@ class Harness:
         self.loop.set_replicas(self.backend.endpoints)
         self.drive()
 
-    def _emit(self, deltas: Sequence[tuple[str, Delta]]) -> None:
-        for request_id, delta in deltas:
-            self.deltas.setdefault(request_id, []).append(delta)
+    def _emit(self, deltas: Sequence[tuple[Request, Delta]]) -> None:
+        for request, delta in deltas:
+            assert not any(earlier.finish_reason for earlier in self.deltas.get(request.request_id, ())), "it had ended"
+            self.deltas.setdefault(request.request_id, []).append(delta)
 
     def _end(self, end: RequestEnd) -> None:
         assert end.request_id not in self.ends, "it ended twice"

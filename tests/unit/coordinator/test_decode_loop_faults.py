@@ -190,6 +190,8 @@ def test_a_text_that_cannot_be_detokenized_ends_its_own_request_only(
     assert "no such token" in failure.message
     assert len(harness.tokens("good")) == 6
     assert "cannot be decoded" in caplog.text
+    used = [usage.computed_tokens for end in harness.ends.values() for usage in end.usage.models.values()]
+    assert sum(used) == harness.backend.num_computed_tokens - 3, "the step beside which it was decoded counts too"
 
 
 def test_a_prompt_that_cannot_be_decoded_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +296,59 @@ def test_a_combination_that_overflows_fails_its_own_request_only() -> None:
     failure = harness.last("bad").failure
     assert failure is not None
     assert failure.kind == "EngineError"
+
+
+def test_a_request_that_the_loop_cannot_take_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    take = Request.set_vocabularies
+
+    def refuse(req: Request, num_tokens: list[int]) -> None:
+        if req.request_id == "bad":
+            raise OverflowError("nobody thought of this")
+        take(req, num_tokens)
+
+    monkeypatch.setattr(Request, "set_vocabularies", refuse)
+    harness = Harness(ToyBackend(three_models()))
+    good = request("good", {model: [1, 2] for model in EFT})
+    for req in (request("bad", {model: [1] for model in EFT}), good):
+        harness.submit(req)
+    harness.drive()
+    failure = harness.ends["bad"].failure
+    assert failure is not None
+    assert (failure.kind, harness.last("bad").failure) == ("EngineError", failure)
+    assert harness.tokens("good") == naive(good)
+
+
+def test_a_loop_that_dies_ends_everybody_whatever_else_fails(caplog: pytest.LogCaptureFixture) -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("open", {model: [1] for model in EFT}, max_tokens=400, ignore_eos=True))
+    harness.loop.receive()
+    harness.loop.step()
+
+    def fail() -> None:
+        raise OverflowError("nobody thought of this")
+
+    for call in (fail, fail):
+        harness.loop._inbox.put(call)
+    harness.submit(request("queued", {model: [1] for model in EFT}))
+    harness.loop._run()
+    assert isinstance(harness.loop.error, OverflowError)
+    for name in ("open", "queued"):
+        failure = harness.last(name).failure
+        assert failure is not None
+        assert failure.kind == "UnavailableError"
+        assert harness.ends[name].failure == failure
+    assert harness.backend.connected == {}
+
+
+def test_more_prompts_of_one_model_than_a_step_may_compute_are_refused() -> None:
+    harness = Harness(ToyBackend(three_models()), CoordinatorConfig(max_num_batched_tokens=2))
+    names = [f"base@{i}" for i in range(3)]
+    harness.submit(request("r", {name: [1, 2] for name in names}, dict.fromkeys(names, 1 / 3)))
+    harness.drive(max_steps=3)
+    failure = harness.last("r").failure
+    assert failure is not None
+    assert (failure.kind, failure.param) == ("InvalidRequestError", "model")
+    assert "max_num_batched_tokens" in failure.message
 
 
 def test_the_thread_runs_stops_and_fails_what_is_left() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,75 @@ def test_the_window_stays_short() -> None:
     for byte in b"a" * 1000:
         detokenizer.push([byte])
     assert len(detokenizer.window) < 10
+
+
+@dataclass(frozen=True)
+class ByteFallback:
+    """As sentencepiece's: in a run of single bytes that is no UTF-8, every byte is a replacement character.
+
+    Ids below 256 are bytes, those from there on letters.
+    """
+
+    def decode(self, token_ids: list[int]) -> str:
+        text = ""
+        for is_byte, run in itertools.groupby(token_ids, lambda token_id: token_id < 256):
+            values = list(run)
+            try:
+                text += bytes(values).decode() if is_byte else "".join(chr(value - 256) for value in values)
+            except UnicodeDecodeError:
+                text += REPLACEMENT * len(values)
+        return text
+
+
+def letters(text: str) -> list[int]:
+    return [256 + ord(letter) for letter in text]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces"),
+    [
+        ([*"€".encode(), 0xE3, *letters("ab")], ["", "", "€", "", "�a", "b"]),
+        ([0x0A, 0xE3, *letters("a")], ["\n", "", "�a"]),
+        ([0x0A, *"€".encode()], ["\n", "", "", "€"]),
+        ([0xE3, *"é".encode(), *letters("a")], ["", "", "�é", "a"]),
+        ([0xE3, *"€".encode(), 0xE3], ["", "", "", "�€", ""]),
+        ([0xE3] * 3 + [*"😀".encode()], ["", "", "", "�", "�", "�", "😀"]),
+        ([0xE3] * 6, ["", "", "", "�", "�", "�"]),
+    ],
+)
+def test_broken_bytes_hold_nothing_back_beyond_a_character(tokens: list[int], pieces: list[str]) -> None:
+    detokenizer = Detokenizer.after_prompt(ByteFallback(), letters("prompt"))
+    assert [detokenizer.push([token]) for token in tokens] == pieces
+    at_once = Detokenizer.after_prompt(ByteFallback(), letters("prompt"))
+    assert at_once.push(tokens) == "".join(pieces)
+
+
+@given(st.lists(st.sampled_from([*b"\n\xe2\x82\xac\xe3\xc3\xa9\xf0\x9f\x98\x80", *letters("ab")]), max_size=60))
+def test_with_a_byte_fallback_every_letter_comes_in_time_and_once(tokens: list[int]) -> None:
+    detokenizer = Detokenizer.after_prompt(ByteFallback(), letters("prompt"))
+    shown = ""
+    for count, token in enumerate(tokens, start=1):
+        shown += detokenizer.push([token])
+        clean = [chr(t - 256) for t in tokens[: max(0, count - 3)] if t >= 256]
+        found = [letter for letter in shown if letter in "ab"]
+        assert found[: len(clean)] == clean, "a letter waits for more than a character"
+        assert len(detokenizer.window) < 20
+    shown += detokenizer.flush()
+    assert [letter for letter in shown if letter in "ab"] == [chr(t - 256) for t in tokens if t >= 256]
+
+
+def test_tokens_without_text_do_not_make_the_window_grow() -> None:
+    @dataclass(frozen=True)
+    class Special:
+        """Token 0 is special and has no text."""
+
+        def decode(self, token_ids: list[int]) -> str:
+            return "".join(chr(token_id) for token_id in token_ids if token_id).removeprefix(" ")
+
+    detokenizer = Detokenizer.after_prompt(Special(), [ord("a")])
+    assert {detokenizer.push([0]) for _ in range(1000)} == {""}
+    assert len(detokenizer.window) < 20
+    assert detokenizer.push([ord(" "), ord("b")]) == " b"
 
 
 @given(

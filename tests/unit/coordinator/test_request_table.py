@@ -13,7 +13,7 @@ from loop_harness import EFT, LetterVocabulary, request
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.request_table import RequestTable
 from eft_serve.coordinator.sampler import SamplerOutput
-from eft_serve.errors import ContextLengthError, UnavailableError
+from eft_serve.errors import ContextLengthError, InvalidRequestError, UnavailableError
 from eft_serve.types import Delta, EventKind, FinishReason, RequestEnd
 
 
@@ -31,7 +31,7 @@ class Table(RequestTable):
         return opened
 
     def deltas(self, request_id: str = "r") -> list[Delta]:
-        return [delta for each, delta in self.take_deltas() if each == request_id]
+        return [delta for each, delta in self.take_deltas() if each.request_id == request_id]
 
 
 @pytest.fixture
@@ -119,7 +119,10 @@ def test_a_text_that_cannot_be_decoded_is_an_error_and_one_end(
     table._open["r"][1].detokenizer.decoder = SimpleNamespace(decode=refuse)
     table.take(req, SamplerOutput([5]), time.monotonic())
     table.take(other, SamplerOutput([5]), time.monotonic())
-    deltas = dict(table.take_deltas())
+    taken = table.take_deltas()
+    assert (req in table) == ("stop" not in sampling and sampling["max_tokens"] > 1), "it may be in a step"
+    table.end_undecodable()
+    deltas = {each.request_id: delta for each, delta in [*taken, *table.take_deltas()]}
     assert deltas["r"].failure is not None
     assert "no such token" in deltas["r"].failure.message
     assert deltas["other"].token_ids == [5]
@@ -130,9 +133,32 @@ def test_a_text_that_cannot_be_decoded_is_an_error_and_one_end(
     assert other in table
 
 
-def test_a_request_of_the_same_id_is_another_request(table: Table) -> None:
-    table.open()
+def test_a_request_of_the_same_id_is_another_request_and_refused(table: Table) -> None:
+    first = table.open()
     assert request("r", {model: [1] for model in EFT}) not in table
+    with pytest.raises(InvalidRequestError, match="'r' is open already"):
+        table.open()
+    assert first in table
+
+
+def test_a_text_with_half_of_a_surrogate_pair_cannot_be_sent_and_is_an_error(table: Table) -> None:
+    req = table.open()
+    table._open["r"][1].detokenizer.decoder = SimpleNamespace(decode=lambda token_ids: "\ud800" * len(token_ids))
+    table.take(req, SamplerOutput([5]), time.monotonic())
+    assert table.deltas() == []
+    table.end_undecodable()
+    assert [delta.failure is not None for delta in table.deltas()] == [True]
+
+
+def test_a_request_that_ends_with_an_error_before_its_text_is_decoded_has_that_error(table: Table) -> None:
+    req = table.open(max_tokens=5)
+    table._open["r"][1].detokenizer.decoder = SimpleNamespace()
+    table.take(req, SamplerOutput([5]), time.monotonic())
+    table.end_overdue(req.deadline + 1.0)
+    deltas = table.deltas()
+    table.end_undecodable()
+    assert [delta.failure and delta.failure.kind for delta in deltas] == ["DeadlineError"]
+    assert [end.failure and end.failure.kind for end in table.ends] == ["DeadlineError"]
 
 
 def test_accepted_draft_tokens_after_the_end_do_not_count(table: Table) -> None:

@@ -14,7 +14,7 @@ from eft_serve.config_recipes import MAX_KNOB, RecipeConfig
 from eft_serve.coordinator.request import Request
 from eft_serve.ensemble import Knobs, resolve_recipe
 from eft_serve.errors import InvalidRequestError
-from eft_serve.types import Combination, GenerationRequest, Reward, SamplingParams, Term
+from eft_serve.types import Combination, GenerationRequest, Reward, SamplingParams, Speculative, Term
 
 BASE, TUNED = Term("base", "base", 0.5, ratio=0.5), Term("tuned", "tuned", 0.5, weight=0.5)
 REWARD = Reward("tuned", "tuned", "base", 0.5)
@@ -67,7 +67,7 @@ def test_a_sound_request_begins_with_a_sequence_for_each_term() -> None:
         (with_reward(tuned="nobody"), "rewards", "'nobody'"),
         (with_reward(reference="nobody"), "rewards", "'nobody'"),
         (msgspec.structs.replace(SOUND, forced_token_ids=[]), "completion", "at least one token"),
-        (msgspec.structs.replace(SOUND, sampling=SamplingParams(max_tokens=0)), "max_tokens", "less than 1"),
+        (msgspec.structs.replace(SOUND, sampling=SamplingParams(max_tokens=0)), "max_tokens", "not between 1 and"),
     ],
 )
 def test_a_combination_that_does_not_fit_together_is_refused_by_field(
@@ -114,3 +114,24 @@ def test_whatever_a_recipe_resolves_to_is_sound(
     prompts = {term.name: [1] for term in combination.terms}
     request = Request.create(msgspec.structs.replace(SOUND, combination=combination, prompts=prompts), now=0.0)
     assert len(request.sequences) == len(combination.terms)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"request_id": "a/b"}, "request_id"),
+        ({"request_id": ""}, "request_id"),
+        ({"sampling": SamplingParams(max_tokens=2**63)}, "max_tokens"),
+        ({"sampling": SamplingParams(max_tokens=-1)}, "max_tokens"),
+        ({"timeout_s": math.nan}, "timeout_s"),
+        ({"timeout_s": math.inf}, "timeout_s"),
+        ({"timeout_s": -1.0}, "timeout_s"),
+        ({"components": -1}, "components"),
+        ({"components": 10**6}, "components"),
+        ({"speculative": Speculative(num_tokens=10**9)}, "speculative.num_tokens"),
+        ({"speculative": Speculative(num_tokens=0)}, "speculative.num_tokens"),
+        ({"speculative": Speculative(min_confidence=math.nan)}, "speculative.min_confidence"),
+    ],
+)
+def test_a_size_out_of_range_is_refused_by_field(changes: dict[str, Any], param: str) -> None:
+    assert refusal(msgspec.structs.replace(SOUND, **changes)).param == param

@@ -158,10 +158,28 @@ async def test_an_id_that_is_open_already_is_refused_and_the_open_request_goes_o
     await other.connect_ingress(server)
     with pytest.raises(InvalidRequestError, match="'r' is open already"):
         await anext(other.submit())
-    other.coordinator_client.end("r", complete=True)
+    other.coordinator_client.end("r", complete=False)  # as a client whose request is refused does
+    other.submit("next")
+    await until(lambda: "next" in server.subscribers)  # so the abort has arrived
     other.close()
     backend.gate.set()
     assert [token async for delta in first for token in delta.token_ids] == [2, 3, 4, 5, 6]
+
+
+async def test_tokens_of_an_aborted_request_do_not_go_to_the_next_one_of_its_id(
+    server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
+) -> None:
+    await until(lambda: not server.decode_loop.missing_models)
+    backend.gate.clear()
+    ingress.submit()
+    await until(lambda: "r" in server.subscribers)
+    aborted = server.subscribers["r"]
+    ingress.coordinator_client.end("r", complete=False)
+    deltas = ingress.submit()
+    await until(lambda: server.subscribers.get("r") not in (None, aborted))
+    server._emit([(aborted.request, Delta(text="x", token_ids=[9], finish_reason=FinishReason.STOP))])
+    backend.gate.set()
+    assert [token async for delta in deltas for token in delta.token_ids] == [2, 3, 4, 5, 6]
 
 
 async def test_an_aborted_request_is_freed_in_every_model(

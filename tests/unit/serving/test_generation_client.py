@@ -11,7 +11,7 @@ import pytest
 from counting_models import EFT, LENGTH, CountingBackend
 from waiting import until
 
-from eft_serve.errors import UnavailableError
+from eft_serve.errors import InvalidRequestError, UnavailableError
 from eft_serve.serving import generation_client
 from eft_serve.serving.coordinator_server import CoordinatorServer
 from eft_serve.serving.generation_client import GenerationClient
@@ -83,3 +83,14 @@ async def test_an_end_is_logged_with_its_timeline(client: GenerationClient, capl
     (line,) = [record.getMessage() for record in caplog.records if "ended" in record.getMessage()]
     assert "request r of tenant anonymous ended (length): queued 0.000, scheduled" in line
     assert "first_token" in line
+
+
+async def test_an_id_that_is_open_already_is_refused_and_the_open_request_goes_on(
+    client: GenerationClient, server: CoordinatorServer
+) -> None:
+    first = client.generate(request("r", max_tokens=50))
+    started = await anext(first)
+    with pytest.raises(InvalidRequestError, match="'r' is open already"):
+        await anext(client.generate(request("r", max_tokens=1)))
+    rest = [delta async for delta in first]
+    assert len([token for delta in (started, *rest) for token in delta.token_ids]) == 50

@@ -75,3 +75,13 @@ def test_a_failure_survives_the_merge() -> None:
     )
     merged = merge([delta("a"), failed])
     assert (merged.text, merged.finish_reason, merged.failure) == ("a", FinishReason.ERROR, failed.failure)
+
+
+async def test_a_slow_reader_gets_the_text_before_a_failure_as_a_fast_one_does() -> None:
+    collector = OutputCollector()
+    failure = Failure(kind="EngineError", message="m")
+    collector.put(0, Delta(text="a", token_ids=[1]))
+    collector.put(1, Delta(text="b", token_ids=[2]))
+    collector.put(2, Delta(text="", token_ids=[], finish_reason=FinishReason.ERROR, failure=failure))
+    read = [(delta.text, delta.failure) async for delta in collector.read()]
+    assert read == [("ab", None), ("", failure)]

@@ -35,7 +35,7 @@ class Notebook:
             raise self.refusal
         self.taken[submission.request.request_id] = (client, submission)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, client: bytes, request_id: str) -> None:
         self.aborted.append(request_id)
 
     def clients(self) -> set[bytes]:
