@@ -38,11 +38,18 @@ _RANGES: dict[str, tuple[float, float]] = {
     "top_k": (0, 2**63 - 1),
     "top_p": (0, 1),
     "min_p": (0, 1),
+    "repetition_penalty": (1e-6, 1e6),
+    "presence_penalty": (-MAX_FLOAT32, MAX_FLOAT32),
+    "frequency_penalty": (-MAX_FLOAT32, MAX_FLOAT32),
 }
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to sample tokens from the combined distribution. Validated by the API."""
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How to sample tokens from the combined distribution, and where the output ends. Validated by the API.
+
+    The combined logits change in this order: logit bias, penalties, tokens that are not allowed, temperature, top-k,
+    top-p, min-p.
+    """
 
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0  # 1 keeps all
@@ -50,14 +57,31 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     min_p: float = 0.0  # 0 keeps all
     seed: int = 0  # 64-bit; every draw is keyed by (seed, position)
     max_tokens: int = 16
+    min_tokens: int = 0  # neither an end token nor a stop string ends the output before
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()  # by token id
+    repetition_penalty: float = 1.0  # of tokens in prompt and output; divides positive logits, multiplies others
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens in the output
+    frequency_penalty: float = 0.0  # the same, for each time that they are there
+    allowed_token_ids: tuple[int, ...] | None = None  # None allows all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the parameter out of its range."""
         for name, (low, high) in _RANGES.items():
             if not low <= getattr(self, name) <= high:  # NaN is in no range
                 raise ValueError(f"{name}: {getattr(self, name)} is not between {low:g} and {high:g}")
+
+    @property
+    def for_draft(self) -> SamplingParams:
+        """What a drafter is told: how to draw from its own logits."""
+        return SamplingParams(
+            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p, seed=self.seed
+        )
 
 
 class Draft(msgspec.Struct, frozen=True, array_like=True):

@@ -31,7 +31,17 @@ class Vocabulary:
 
     def decode(self, token_ids: list[int]) -> str:
         """The text without special tokens. Spaces are not cleaned up: that would change text already emitted."""
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._decode(token_ids, skip_special_tokens=True)
+
+    @property
+    def with_special_tokens(self) -> WithSpecialTokens:
+        """Decodes special tokens too."""
+        return WithSpecialTokens(self)
+
+    def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        text = self.tokenizer.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
         assert isinstance(text, str)
         return text
 
@@ -50,6 +60,17 @@ class Vocabulary:
         if ends is None:
             ends = frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
         return cls(tokenizer, ids, ends)
+
+
+@dataclass(frozen=True, slots=True)
+class WithSpecialTokens:
+    """A vocabulary's decoder that shows special tokens."""
+
+    vocabulary: Vocabulary
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text, special tokens included."""
+        return self.vocabulary._decode(token_ids, skip_special_tokens=False)
 
 
 def head_rows(checkpoint: Path) -> int | None:

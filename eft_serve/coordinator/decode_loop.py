@@ -20,6 +20,7 @@ import torch
 from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.backend import LogitsBackend
+from eft_serve.coordinator.controls import processors
 from eft_serve.coordinator.gather import gather
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.replica_health import ReplicaHealth
@@ -215,6 +216,7 @@ class DecodeLoop:
             self._check_sequences(request)
             request.limit(self.replicas.context_left(request))  # before anything is done for each token
             request.set_vocabularies([vocabulary.num_tokens for vocabulary in vocabularies])
+            request.processors = processors(request, vocabularies)
             self.requests.add(request, vocabularies)
         except EftServeError as error:
             self.requests.refuse(request, error)

@@ -112,6 +112,7 @@ class StopChecker:
     """Finds stop strings across token boundaries; keeps back text that may become one."""
 
     stops: tuple[str, ...]
+    shows_stop: bool = False  # the stop string is part of the text
     buffer: str = ""
     stopped: bool = False
 
@@ -120,10 +121,11 @@ class StopChecker:
         if not self.stops:
             return text
         self.buffer += text
-        matches = [index for stop in self.stops if (index := self.buffer.find(stop)) >= 0]
+        matches = [(index, len(stop)) for stop in self.stops if (index := self.buffer.find(stop)) >= 0]
         if matches:
             self.stopped = True
-            return self._release(min(matches))
+            start, length = min(matches)
+            return self._release(start + length if self.shows_stop else start)
         return self._release(len(self.buffer) - self._longest_partial())
 
     def flush(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from eft_serve.checkpoints.vocabulary import Vocabulary
+from eft_serve.coordinator.controls import end_token_ids
 from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
 from eft_serve.coordinator.request import Request
 from eft_serve.errors import EftServeError, to_failure
@@ -15,26 +16,30 @@ from eft_serve.types import Delta, FinishReason, TokenComponents, Usage
 class OutputStream:
     """One request's output, token by token. Its methods raise what the tokenizer raises."""
 
-    eos_token_ids: frozenset[int]
+    end_token_ids: frozenset[int]
+    min_tokens: int  # stop strings do not count in the text of these
     max_tokens: int  # as requested, or what the shortest context leaves
     detokenizer: Detokenizer
     stop_checker: StopChecker
+    shows_end: bool = False  # the text of the token that ends the output is part of it
     num_tokens: int = 0
     _pending_token_ids: list[int] = field(default_factory=list)
     _text: str = ""  # detokenized and not emitted
 
     @classmethod
     def of(cls, request: Request, vocabularies: list[Vocabulary]) -> OutputStream:
-        """The first term with a coefficient detokenizes; any such term's end token ends the output, unless forced."""
+        """The first term with a coefficient detokenizes; nothing but its length ends a forced output."""
         sampling = request.generation.sampling
-        counting = [pair for pair in zip(request.sequences, vocabularies, strict=True) if pair[0].term.counts]
-        first, vocabulary = counting[0]
-        eos = frozenset[int]().union(*(v.eos_token_ids for _, v in counting))
+        pairs = zip(request.sequences, vocabularies, strict=True)
+        first, vocabulary = next(pair for pair in pairs if pair[0].term.counts)
+        decoder = vocabulary if sampling.skip_special_tokens else vocabulary.with_special_tokens
         return cls(
-            eos_token_ids=frozenset() if sampling.ignore_eos or request.is_forced else eos,
+            end_token_ids=end_token_ids(request, vocabularies),
+            min_tokens=sampling.min_tokens,
             max_tokens=request.max_tokens,
-            detokenizer=Detokenizer.after_prompt(vocabulary, first.prompt_token_ids),
-            stop_checker=StopChecker(() if request.is_forced else sampling.stop),
+            detokenizer=Detokenizer.after_prompt(decoder, first.prompt_token_ids),
+            stop_checker=StopChecker(() if request.is_forced else sampling.stop, sampling.include_stop_str_in_output),
+            shows_end=sampling.include_stop_str_in_output,
         )
 
     def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
@@ -49,13 +54,13 @@ class OutputStream:
         return token_ids, None
 
     def _append(self, token_id: int) -> FinishReason | None:
-        is_last = self.num_tokens + 1 == self.max_tokens
-        if token_id not in self.eos_token_ids:
+        is_end, is_last = token_id in self.end_token_ids, self.num_tokens + 1 == self.max_tokens
+        if not is_end or self.shows_end:
             self._pending_token_ids.append(token_id)
-            if self.stop_checker.stops:
+            if self.stop_checker.stops and not is_end:
                 self._detokenize(is_last)
         self.num_tokens += 1
-        if token_id in self.eos_token_ids or self.stop_checker.stopped:
+        if is_end or self.stop_checker.stopped:
             return FinishReason.STOP
         return FinishReason.LENGTH if is_last else None
 
@@ -74,7 +79,8 @@ class OutputStream:
     def _detokenize(self, is_last: bool) -> None:
         token_ids, self._pending_token_ids = self._pending_token_ids, []
         if token_ids:
-            self._text += self.stop_checker.push(self.detokenizer.push(token_ids))
+            text = self.detokenizer.push(token_ids)
+            self._text += self.stop_checker.push(text) if self.num_tokens >= self.min_tokens else text
         if is_last and not self.stop_checker.stopped:
             self._text += self.stop_checker.push(self.detokenizer.flush())
             if not self.stop_checker.stopped:  # by the text that was kept back

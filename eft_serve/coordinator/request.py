@@ -17,7 +17,7 @@ from eft_serve.coordinator.speculation import Speculation
 from eft_serve.coordinator.timeline import Timeline
 from eft_serve.coordinator.validation import check_request
 from eft_serve.errors import ContextLengthError, InvalidRequestError
-from eft_serve.numerics.rows import RequestRows, Truncation
+from eft_serve.numerics.rows import LogitsProcessor, RequestRows, Truncation
 from eft_serve.types import Combination, GenerationRequest, ModelUsage, SequenceStep, StepOutput, Term, Usage
 
 
@@ -72,6 +72,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     draft_token_ids: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
+    processors: tuple[LogitsProcessor, ...] = ()  # of its logits
 
     @property
     def combination(self) -> Combination:
@@ -189,6 +190,7 @@ class Request:
             draft_token_ids=self.draft_token_ids[:num_rows],
             forced_token_ids=self.next_forced(num_rows) if self.is_forced else None,
             truncation=self._truncation(),
+            processors=self.processors,
         )
 
     def _truncation(self) -> Truncation | None:

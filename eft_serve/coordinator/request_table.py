@@ -134,8 +134,7 @@ class RequestTable:
                 with _decoding(request.request_id):
                     delta = detokenize()
             except EngineError as error:
-                if request in self:  # otherwise it has ended with an error, whose delta follows
-                    self._undecodable.setdefault(request, error)
+                self._undecodable.setdefault(request, error)
                 continue
             if request not in self._undecodable or delta.failure is not None:
                 taken.append((request, delta))

@@ -17,7 +17,7 @@ from torch import Tensor
 from eft_serve.coordinator.components import describe
 from eft_serve.coordinator.request import Request
 from eft_serve.errors import EftServeError, EngineError
-from eft_serve.numerics.backends import SamplingBackend
+from eft_serve.numerics.backends import Errors, SamplingBackend
 from eft_serve.numerics.logprobs import require_possible
 from eft_serve.numerics.rows import RequestRows, RowBatch, tiles
 from eft_serve.numerics.verify import verify
@@ -91,7 +91,8 @@ class Sampler:
         with _timed(seconds, "combine"):
             combined, errors = self._backend.combine(batch)
         with _timed(seconds, "process"):
-            processed = process(batch, combined)
+            processed, impossible = process(batch, combined)
+            errors |= impossible
         with _timed(seconds, "sample"):
             drawn = self._backend.sample(batch, processed)
         with _timed(seconds, "describe"):
@@ -104,23 +105,27 @@ class Sampler:
         return outputs, seconds
 
 
-def process(batch: RowBatch, combined: Tensor) -> Tensor:
+def process(batch: RowBatch, combined: Tensor) -> tuple[Tensor, Errors]:
     """The logits to sample from: the combined logits, changed by the requests' processors on a copy.
 
-    Raises:
-        ValueError: a processor's result has NaN, +inf or no possible token.
+    Returns:
+        As `SamplingBackend.combine`; an error where the result has NaN, +inf or no possible token.
     """
+    errors: Errors = {}
     if not any(request.processors for request in batch.requests):
-        return combined
+        return combined, errors
     processed = combined.clone()
-    for request, rows in batch:
-        for i, row in enumerate(range(rows.start, rows.stop)):
-            before = [*request.output_token_ids, *request.draft_token_ids[:i]]
-            for processor in request.processors:
-                processor(before, processed[row, : request.vocab_size])
+    for index, (request, rows) in enumerate(batch):
         if request.processors:
-            require_possible(processed[rows, : request.vocab_size])
-    return processed
+            logits = processed[rows, : request.vocab_size]
+            for processor in request.processors:
+                processor(request.output_token_ids, request.draft_token_ids, logits)
+            try:
+                require_possible(logits)
+            except ValueError:
+                logits.zero_()
+                errors[index] = "no token is possible with its logit_bias, penalties and allowed tokens"
+    return processed, errors
 
 
 def _described(

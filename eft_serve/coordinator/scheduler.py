@@ -254,7 +254,7 @@ def _draft(request: Request, sequence: SequenceState, budget: int) -> Draft | No
     if sequence.term.name != request.speculation.drafter or not count:
         return None
     position = len(request.output_token_ids) + len(request.draft_token_ids)
-    return request.speculation.draft(request.generation, count, position, request.num_ids)
+    return request.speculation.draft(count, position, request.num_ids)
 
 
 def _step(

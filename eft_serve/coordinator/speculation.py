@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from eft_serve.types import Draft, GenerationRequest, SpecDecodeStats, Speculative, Term
+from eft_serve.types import Draft, GenerationRequest, SamplingParams, SpecDecodeStats, Speculative, Term
 
 
 @dataclass(slots=True)
@@ -22,13 +22,15 @@ class Speculation:
     num_requested: int = 0  # draft tokens that the drafter is asked for in this step
     confidences: list[float] = field(default_factory=list)  # the drafter's probability of each draft token
     stats: SpecDecodeStats = field(default_factory=SpecDecodeStats)
+    sampling: SamplingParams = field(default_factory=SamplingParams)  # of the drafter
 
     @classmethod
     def of(cls, generation: GenerationRequest) -> Speculation:
         """Forced tokens are not drafted."""
         asked = generation.speculative if generation.forced_token_ids is None else None
         settings = asked or Speculative(draft="none")
-        return cls(_drafter(settings.draft, generation.combination.terms), settings)
+        drafter = _drafter(settings.draft, generation.combination.terms)
+        return cls(drafter, settings, sampling=generation.sampling.for_draft)
 
     def count_drafted(self, count: int) -> None:
         self.stats += SpecDecodeStats(num_drafted=count)
@@ -49,7 +51,7 @@ class Speculation:
         may_draft = is_on and (self.settings.overlap or num_drafted == 0)
         self.num_requested = max(0, min(self.settings.num_tokens, num_left - num_drafted)) if may_draft else 0
 
-    def draft(self, generation: GenerationRequest, count: int, position: int, num_ids: int) -> Draft:
+    def draft(self, count: int, position: int, num_ids: int) -> Draft:
         """The drafting instruction for the drafter's step.
 
         Args:
@@ -61,7 +63,7 @@ class Speculation:
             num_tokens=count,
             position=position,
             num_ids=num_ids,
-            sampling=generation.sampling,
+            sampling=self.sampling,
             confidence=prod(self.confidences),
             min_confidence=self.settings.min_confidence,
         )

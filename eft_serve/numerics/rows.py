@@ -17,14 +17,15 @@ from eft_serve.types import SamplingParams
 
 
 class LogitsProcessor(Protocol):
-    """Changes the logits before sampling: a bias, a penalty, a mask."""
+    """Changes a request's logits before sampling: a bias, a penalty, a mask. Made once for a request."""
 
-    def __call__(self, token_ids: Sequence[int], logits: Tensor) -> None:
-        """Change the logits of one row in place.
+    def __call__(self, output_token_ids: Sequence[int], draft_token_ids: Sequence[int], logits: Tensor) -> None:
+        """Change the logits in place.
 
         Args:
-            token_ids: the output before this row, the draft tokens before it included.
-            logits: [vocab_size] float32, combined, not normalised; −inf is impossible.
+            output_token_ids: before the first row; what an earlier call had is their beginning.
+            draft_token_ids: row i follows the output and the first i of them.
+            logits: [num_rows, vocab_size] float32, combined, not normalised; −inf is impossible.
         """
         ...
 

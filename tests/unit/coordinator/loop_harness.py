@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from fake_models import EOS, VOCAB_SIZE, ToyBackend, endpoint, toy_logits
@@ -155,14 +156,51 @@ def naive(req: Request) -> list[int]:
         return req.generation.forced_token_ids
     output: list[int] = []
     sampling = req.generation.sampling
-    while len(output) < sampling.max_tokens and not (output and output[-1] == EOS and not sampling.ignore_eos):
+    ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [EOS])}
+    prompt = next(req.generation.prompts[term.name] for term in req.combination.terms if term.counts)
+    while len(output) < sampling.max_tokens and not (output and output[-1] in ends):
         combined = torch.zeros(VOCAB_SIZE)
         for term in req.combination.terms:
             logits = toy_logits(term.model, req.generation.prompts[term.name] + output, term.adapter)
-            combined += term.coefficient * torch.log_softmax(logits, -1)
+            combined += term.coefficient * logits
+        control(combined, sampling, prompt, output, ends)
         drawn = sample(combined[None], [sampling], [len(output)]) if sampling.temperature else combined.argmax()
         output.append(int(drawn))
     return output
+
+
+def control(
+    logits: torch.Tensor, sampling: SamplingParams, prompt: list[int], output: list[int], ends: set[int]
+) -> None:
+    """Every control in the stated order, written down without a thought for speed."""
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    for token in {*prompt, *output}:
+        logits[token] *= 1 / sampling.repetition_penalty if logits[token] > 0 else sampling.repetition_penalty
+    for token in set(output):
+        logits[token] -= output.count(token) * sampling.frequency_penalty + sampling.presence_penalty
+    for token in range(len(logits)):
+        banned = sampling.allowed_token_ids is not None and token not in sampling.allowed_token_ids
+        banned |= any([*output, token][-len(word) :] == list(word) for word in sampling.bad_words)
+        banned |= token in ends and len(output) < sampling.min_tokens
+        if banned:
+            logits[token] = -torch.inf
+
+
+def controls(rng: random.Random) -> dict[str, Any]:
+    """Some controls, most of them at values that change nothing."""
+    tokens = range(VOCAB_SIZE)
+    drawn: dict[str, Any] = {
+        "logit_bias": tuple((token, rng.uniform(-9, 9)) for token in rng.sample(tokens, 5)),
+        "repetition_penalty": rng.choice([0.8, 1.3]),
+        "presence_penalty": rng.choice([-1.0, 1.5]),
+        "frequency_penalty": rng.choice([-0.5, 0.7]),
+        "allowed_token_ids": tuple(rng.sample(tokens, rng.randint(26, 40))),
+        "bad_words": tuple(tuple(rng.sample(tokens, rng.randint(1, 3))) for _ in range(20)),
+        "min_tokens": rng.randint(1, 12),
+        "stop_token_ids": tuple(rng.sample(tokens, 3)),
+    }
+    return {name: value for name, value in drawn.items() if rng.random() < 0.3}
 
 
 def three_models(**kwargs: int) -> dict[str, Endpoint]:
@@ -199,6 +237,7 @@ def many(rng: random.Random, count: int) -> list[Request]:
             temperature=rng.choice([0.0, 0.7, 1.0]),
             top_p=rng.choice([0.5, 1.0]),
             seed=rng.randrange(2**62),
+            **controls(rng),
         )
         for i in range(count)
     ]

@@ -81,7 +81,7 @@ def test_the_drafter_gets_the_confidence_of_the_draft_tokens_before_its_own(
     drafted(request_, [5, 6, 7], [0.5, 0.5, 0.5], asked=4)
     if taken:
         request_.take(taken)
-    draft = request_.speculation.draft(request_.generation, count=2, position=3, num_ids=100)
+    draft = request_.speculation.draft(count=2, position=3, num_ids=100)
     assert draft.confidence == confidence
     assert draft.min_confidence == Speculative().min_confidence
 

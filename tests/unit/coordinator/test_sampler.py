@@ -86,9 +86,11 @@ class Ban:
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
 
-    def __call__(self, token_ids: Sequence[int], logits: Tensor) -> None:
-        self.seen.append(list(token_ids))
-        logits[list(token_ids)] = -torch.inf
+    def __call__(self, output_token_ids: Sequence[int], draft_token_ids: Sequence[int], logits: Tensor) -> None:
+        for index, row in enumerate(logits):
+            before = [*output_token_ids, *draft_token_ids[:index]]
+            self.seen.append(before)
+            row[before] = -torch.inf
 
 
 def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_the_combined_logits_alone() -> None:
@@ -100,7 +102,7 @@ def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_
     batch = RowBatch([other.rows(), rows])
     combined, _ = CpuBackend().combine(batch)
     before = combined.clone()
-    processed = process(batch, combined)
+    processed, _ = process(batch, combined)
     assert ban.seen == [[10, 11], [10, 11, 12], [10, 11, 12, 13]]
     assert torch.equal(combined, before)
     assert torch.equal(processed[0], combined[0])
@@ -112,18 +114,18 @@ def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_
 def test_no_processors_cost_no_copy() -> None:
     batch = RowBatch([ready(1).rows()])
     combined, _ = CpuBackend().combine(batch)
-    assert process(batch, combined) is combined
+    assert process(batch, combined)[0] is combined
 
 
-def forbid_everything(token_ids: Sequence[int], logits: Tensor) -> None:
+def forbid_everything(output: Sequence[int], drafts: Sequence[int], logits: Tensor) -> None:
     logits.fill_(-torch.inf)
 
 
-def leave_nan(token_ids: Sequence[int], logits: Tensor) -> None:
-    logits[3] = torch.nan
+def leave_nan(output: Sequence[int], drafts: Sequence[int], logits: Tensor) -> None:
+    logits[:, 3] = torch.nan
 
 
-def fail(token_ids: Sequence[int], logits: Tensor) -> None:
+def fail(output: Sequence[int], drafts: Sequence[int], logits: Tensor) -> None:
     raise RuntimeError("a grammar broke")
 
 

@@ -1,0 +1,63 @@
+"""What a request's sampling parameters mean for its models' vocabularies: end tokens and logits processors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from eft_serve.checkpoints.vocabulary import Vocabulary
+from eft_serve.coordinator.request import Request
+from eft_serve.errors import InvalidRequestError
+from eft_serve.numerics.processors import Allowed, BadWords, LogitBias, MinTokens, Penalties
+from eft_serve.numerics.rows import LogitsProcessor
+from eft_serve.types import SamplingParams
+
+
+def end_token_ids(request: Request, vocabularies: Sequence[Vocabulary]) -> frozenset[int]:
+    """Tokens that end the output: its own, and unless ignored those of any term with a coefficient; none if forced.
+
+    Args:
+        vocabularies: of its terms, in their order.
+    """
+    sampling = request.generation.sampling
+    if request.is_forced:
+        return frozenset()
+    counting = zip(request.sequences, vocabularies, strict=True)
+    models = [vocabulary.eos_token_ids for sequence, vocabulary in counting if sequence.term.counts]
+    return frozenset(sampling.stop_token_ids).union(*(() if sampling.ignore_eos else models))
+
+
+def processors(request: Request, vocabularies: Sequence[Vocabulary]) -> tuple[LogitsProcessor, ...]:
+    """In the order in which they change the logits.
+
+    Raises:
+        InvalidRequestError: a parameter names a token that the models do not have.
+    """
+    sampling = request.generation.sampling
+    for param, token_id in _named_token_ids(sampling):
+        if not 0 <= token_id < request.num_ids:
+            raise InvalidRequestError(f"{param}: token id {token_id} is not in 0..{request.num_ids - 1}", param=param)
+    return () if request.is_forced else tuple(_processors(request, sampling, end_token_ids(request, vocabularies)))
+
+
+def _processors(request: Request, sampling: SamplingParams, ends: frozenset[int]) -> Iterator[LogitsProcessor]:
+    if sampling.logit_bias:
+        yield LogitBias(sampling.logit_bias)
+    penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+    if penalties != (1, 0, 0):
+        # Each term has its own prompt; the one that `usage` counts is the first with a coefficient.
+        prompt = next(sequence.prompt_token_ids for sequence in request.sequences if sequence.term.counts)
+        yield Penalties((token_id for token_id in prompt if token_id < request.num_ids), *penalties)
+    if sampling.allowed_token_ids is not None:
+        yield Allowed(sampling.allowed_token_ids, request.num_ids)
+    if sampling.bad_words:
+        yield BadWords(sampling.bad_words)
+    if sampling.min_tokens:
+        yield MinTokens(sampling.min_tokens, sorted(end for end in ends if end < request.num_ids))
+
+
+def _named_token_ids(sampling: SamplingParams) -> Iterator[tuple[str, int]]:
+    """(parameter, token id)"""
+    yield from (("logit_bias", token_id) for token_id, _ in sampling.logit_bias)
+    yield from (("allowed_token_ids", token_id) for token_id in sampling.allowed_token_ids or ())
+    yield from (("bad_words", token_id) for word in sampling.bad_words for token_id in word)
+    yield from (("stop_token_ids", token_id) for token_id in sampling.stop_token_ids)
