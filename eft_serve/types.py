@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -240,6 +240,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     speculative: Speculative | None = None  # None: no draft tokens
     forced_token_ids: list[int] | None = None  # a given output that is only scored; None: the output is sampled
     components: int | None = None  # number of alternatives to each token; None: no components
+    logprobs: int | None = None  # the same, of the combination alone; None: no log-probabilities
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # before or after its controls
     tenant: str = "anonymous"
     timeout_s: float = 600.0  # the coordinator ends it then, also if its reader vanished
 
@@ -323,7 +325,7 @@ class TokenComponents(msgspec.Struct, frozen=True, array_like=True):
 
     token_id: int
     logprob: float  # under the combination, at temperature 1 and before top-p and the like
-    models: list[float]  # log-probability under each term, in the combination's order
+    models: list[float]  # under each term, in the combination's order; empty if only the combination's are wanted
     rewards: list[float]  # log π_tuned − log π_reference of each fine-tuning, in the recipe's order
     reward: float  # their weighted sum; 0 without fine-tunings
     top: list[TokenComponents] = []  # the most likely tokens under the combination; their own `top` is empty

@@ -109,6 +109,7 @@ def _first_mistake(error: ValidationError) -> InvalidRequestError:
     first = error.errors(include_url=False, include_input=False)[0]
     # pydantic names the branch of a union after the field; these parts are not in the caller's JSON
     where = [str(part)[:MOST_SHOWN] for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
+    where += [first["ctx"]["param"]] if first["type"] == "cross_field" else []
     param = ".".join(where) or None
     message = "unknown parameter" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
     return InvalidRequestError(f"{param}: {message}" if param else message, param=param)

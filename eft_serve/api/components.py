@@ -17,7 +17,7 @@ class ComponentsFormat:
     terms: tuple[str, ...]
     rewards: tuple[str, ...]  # by fine-tuning; a plain model has none
     decode_token: Callable[[int], str]
-    with_top: bool
+    num_top: int
 
     @classmethod
     def of(cls, combination: Combination, renderer: PromptRenderer, num_alternatives: int) -> ComponentsFormat:
@@ -25,13 +25,13 @@ class ComponentsFormat:
             terms=tuple(term.name for term in combination.terms),
             rewards=tuple(reward.name for reward in combination.rewards),
             decode_token=renderer.token_decoder(combination.terms[0].model),
-            with_top=num_alternatives > 0,
+            num_top=num_alternatives,
         )
 
     def token(self, token: TokenComponents) -> dict[str, Any]:
         """One token with its alternatives."""
         shown = self._alone(token)
-        return shown | {"top": [self._alone(other) for other in token.top]} if self.with_top else shown
+        return shown | {"top": [self._alone(other) for other in token.top[: self.num_top]]} if self.num_top else shown
 
     def total(self, tokens: Sequence[TokenComponents]) -> dict[str, Any]:
         """Sums over all tokens of an output."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from eft_serve.api.components import ComponentsFormat
+from eft_serve.api.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsFormat
 from eft_serve.types import Delta, FinishReason, SpecDecodeStats, TokenComponents
 
 JsonObject = dict[str, Any]
@@ -70,6 +71,10 @@ class Format(Protocol):
     whole: str
     part: str
 
+    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes]) -> LogprobsFormat:
+        """The form of its log-probabilities."""
+        ...
+
     def opening(self, index: int) -> JsonObject | None:
         """What a choice's stream begins with."""
         ...
@@ -91,6 +96,9 @@ class ChatFormat:
     """`chat.completion`: a role first, then text, then an empty delta with the finish reason."""
 
     prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes]) -> LogprobsFormat:
+        return ChatLogprobs(num_top, bytes_of)
 
     def opening(self, index: int) -> JsonObject | None:
         return self._part(index, {"role": "assistant", "content": ""})
@@ -115,6 +123,9 @@ class CompletionFormat:
     """`text_completion`: text, and the finish reason with the last of it."""
 
     prefix, whole, part = "cmpl-", "text_completion", "text_completion"
+
+    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes]) -> LogprobsFormat:
+        return CompletionLogprobs(num_top, bytes_of)
 
     def opening(self, index: int) -> JsonObject | None:
         return None
@@ -146,11 +157,14 @@ class Envelope:
     with_token_ids: bool = False  # every choice has the ids of its tokens, as vLLM's `return_token_ids` gives them
     with_reward: bool = False  # every choice has that of all its tokens
     components: ComponentsFormat | None = None  # every choice has those of its tokens
+    logprobs: LogprobsFormat | None = None  # every choice has those of its tokens
+    with_running_usage: bool = False  # that in every chunk is the usage so far
 
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int, candidates: Sequence[Choice]) -> JsonObject:
         """The answer in one piece, with these of the candidates."""
         shown = [
-            self.format.choice(i, c) | self._extras(c.token_ids, c.components, c.reward if self.with_reward else None)
+            self.format.choice(i, c)
+            | self._extras(i, c.token_ids, c.components, c.reward if self.with_reward else None)
             for i, c in enumerate(choices)
         ]
         body = self._body(self.format.whole, shown)
@@ -159,24 +173,28 @@ class Envelope:
     def parts(self, index: int, delta: Delta, reward: float | None = None) -> list[JsonObject]:
         """A delta as stream choices; what it has besides text comes with the first, even where there is no text yet."""
         parts = self.format.parts(index, delta.text, delta.finish_reason)
-        extras = self._extras(delta.token_ids, delta.components or (), reward) if delta.token_ids else {}
+        extras = self._extras(index, delta.token_ids, delta.components or (), reward) if delta.token_ids else {}
         if not extras:
             return parts
         first, *rest = parts or [self.format.choice_part(index)]
         return [first | extras, *rest]
 
     def _extras(
-        self, token_ids: Sequence[int], components: Sequence[TokenComponents], reward: float | None
+        self, index: int, token_ids: Sequence[int], components: Sequence[TokenComponents], reward: float | None
     ) -> JsonObject:
         extras: JsonObject = {"token_ids": token_ids} if self.with_token_ids else {}
+        if self.logprobs is not None:
+            extras["logprobs"] = self.logprobs.of(index, components)
         eft: JsonObject = {} if reward is None else {"reward": reward}
         if self.components is not None:
             eft["tokens"] = [self.components.token(token) for token in components]
         return extras | {"eft": eft} if eft else extras
 
-    def chunk(self, part: JsonObject) -> JsonObject:
+    def chunk(self, part: JsonObject, num_prompt_tokens: int, choices: Sequence[Choice]) -> JsonObject:
         """One stream choice as a chunk."""
         body = self._body(self.format.part, [part])
+        if self.with_running_usage:
+            return body | {"usage": usage(num_prompt_tokens, choices, self.with_report)}
         return body | {"usage": None} if self.with_usage else body
 
     def usage_chunk(self, num_prompt_tokens: int, choices: Sequence[Choice]) -> JsonObject:

@@ -56,6 +56,7 @@ class GenerationResponse(ModelResponse):
             int(time.time()),
             call.body.model,
             with_usage=bool(options and options.include_usage),
+            with_running_usage=bool(options and options.include_usage and options.continuous_usage_stats),
             with_report=call.body.eft.report,
             with_token_ids=bool(call.body.return_token_ids),
             with_reward=call.body.is_ranked,
@@ -88,19 +89,26 @@ class GenerationResponse(ModelResponse):
         if eft.components is not None:
             shown = ComponentsFormat.of(combination, self._context.renderer, eft.components)
             self._envelope = dataclasses.replace(self._envelope, components=shown)
+        if body.num_logprobs is not None:
+            bytes_of = self._context.renderer.bytes_of(combination.terms[0].model)
+            logprobs = call.format.logprobs(body.num_logprobs, bytes_of)
+            self._envelope = dataclasses.replace(self._envelope, logprobs=logprobs)
         speculative = call.ensemble.speculative(eft.speculative.changes)
         prompts = await call.render(combination.terms, call.ensemble.prompting)
         max_tokens = self._max_tokens(combination.terms, prompts)
         self._progress.num_prompt_tokens = len(prompts[first_that_counts(combination.terms)])
+        bad_words = await self._context.renderer.words(combination.terms, body.bad_words or ())
         seeds = [choice_seed(body.seed, i) for i in range(body.num_candidates)]
         return [
             GenerationRequest(
                 request_id=f"{self._id}-{i}",
                 combination=combination,
                 prompts=prompts,
-                sampling=body.sampling(max_tokens, seed),
+                sampling=body.sampling(max_tokens, seed, bad_words),
                 speculative=speculative,
                 components=body.components,
+                logprobs=body.num_logprobs,
+                logprobs_mode=eft.logprobs_mode,
                 tenant=call.tenant.name,
                 timeout_s=max(0.0, self._deadline - self._now()),
             )
@@ -163,7 +171,8 @@ class GenerationResponse(ModelResponse):
             self._progress.opened.add(index)
             opening = self._call.format.opening(index)
             parts = [opening, *parts] if opening else parts
-        return [self._envelope.chunk(part) for part in parts]
+        progress = self._progress
+        return [self._envelope.chunk(part, progress.num_prompt_tokens, progress.choices) for part in parts]
 
     @staticmethod
     async def _send_events(send: Send, events: list[JsonObject]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -62,6 +62,9 @@ class EftKnobs(RecipeKnobs):
     """`usage` also says how many draft tokens were accepted and rejected."""
     components: int | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Every choice also has what each model says of its tokens; with a number, also of that many alternatives."""
+
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
+    """`logprobs` before the request's biases, penalties and allowed tokens, or after them; vLLM's names."""
 
     @field_validator("components", mode="before", json_schema_input_type=bool | int | None)
     @classmethod

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,19 @@ if TYPE_CHECKING:
 PIECE_CHARACTERS = 16_384  # encoded at a time to see whether a long text can fit
 PIECE_SLACK = 256  # tokens that a piece may have more than its part of the whole text, because it was cut
 
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
 Message = Mapping[str, str]
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Letter → byte of byte-level tokenizers: printable bytes stand for themselves, the others come after 255."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_OF = _byte_alphabet()
 
 
 def plain_chat(messages: Sequence[Message]) -> str:
@@ -31,7 +45,7 @@ def plain_chat(messages: Sequence[Message]) -> str:
     return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ModelTokenizer:
     """One model's tokenizer; safe to use from several threads."""
 
@@ -80,6 +94,33 @@ class ModelTokenizer:
         if self.has_unknown:
             self.check_known(ids, param)
         return ids
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """A token's part of the text, which may be part of a character; special tokens read as they are named."""
+        backend = self.tokenizer.backend_tokenizer
+        token = backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self.added_token_ids:
+            return str(token).encode()
+        if "ByteLevel" in self.decoders:
+            return bytes(BYTE_OF[letter] for letter in token) if BYTE_OF.keys() >= set(token) else str(token).encode()
+        if "ByteFallback" in self.decoders and (byte := BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        if not self.decoders.isdisjoint(("Metaspace", "Replace")):
+            return str(token).replace("\u2581", " ").encode()
+        return str(backend.decode([token_id], skip_special_tokens=False)).encode()
+
+    @cached_property
+    def added_token_ids(self) -> frozenset[int]:
+        """Tokens that stand for themselves, special ones among them."""
+        return frozenset(self.tokenizer.backend_tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def decoders(self) -> frozenset[str]:
+        """The kinds of its decoders."""
+        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
+        return frozenset(each["type"] for each in (decoder, *decoder.get("decoders", ())) if "type" in each)
 
     def check_length(self, text: str, max_tokens: int, param: str) -> None:
         """Refuse a text that cannot fit, however long it is, in about the time that a text that fits takes.

@@ -150,6 +150,23 @@ class PromptRenderer:
             raise InvalidRequestError("completion: must hold at least one token", param="completion")
         return ids
 
+    def bytes_of(self, model: str) -> Callable[[int], bytes]:
+        """The text of single tokens of this model, see `ModelTokenizer.bytes_of`."""
+        return self._tokenizers[model].bytes_of
+
+    async def words(self, terms: Sequence[Term], words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word, at the beginning of a text and after a space."""
+        if not words:
+            return ()
+        tokenizer = self._one_vocabulary(terms, "bad_words")
+
+        def encode() -> tuple[tuple[int, ...], ...]:
+            texts = [text for word in words for text in (word, f" {word.lstrip()}")]
+            encoded = (tokenizer.encode(text, False, "bad_words", sys.maxsize) for text in texts)
+            return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
+
+        return await self._run(encode, sum(map(len, words)))
+
     def token_decoder(self, model: str) -> Callable[[int], str]:
         """Decodes single tokens of this model, special tokens included."""
         decode = self._tokenizers[model].tokenizer.backend_tokenizer.decode

@@ -9,13 +9,17 @@ import secrets
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from eft_serve.api.knobs import EftKnobs, Strict
-from eft_serve.types import SamplingParams
+from eft_serve.types import MAX_ALTERNATIVES, SamplingParams
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 16  # OpenAI accepts 4; each is searched for in every token's text
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKENS = 128
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 128
 SEED_RANGE = 2**63
 
 
@@ -49,7 +53,23 @@ def _text_or_ids(value: object) -> object:
     raise ValueError("must be a string or a list of token ids")
 
 
+def _whole(value: object) -> object:
+    """JSON has one kind of number, and some clients write 2 as 2.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
+
+
+def _given(value: object) -> object:
+    """`null` is the default."""
+    return EftKnobs() if value is None else value
+
+
+def _mistake(param: str, message: str) -> PydanticCustomError:
+    """Of several fields together; the parameter is named by its context."""
+    return PydanticCustomError("cross_field", "{message}", {"param": param, "message": message})
 
 
 class StreamOptions(Strict):
@@ -57,6 +77,26 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     """One more chunk at the end, without choices and with `usage`."""
+    continuous_usage_stats: bool = False
+    """vLLM's: `usage` so far in every chunk."""
+
+
+VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (),
+    "cache_salt": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": (),
+    "mm_processor_kwargs": (),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "request_id": (),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+"""Parameters of vLLM that are not served, each with the values besides null that change nothing."""
 
 
 class GenerationBody(Strict):
@@ -64,18 +104,38 @@ class GenerationBody(Strict):
 
     model: str = Field(max_length=256)
     """A recipe's name, or a plain model's."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Whole | None = Field(default=None, ge=1)
+    min_tokens: Whole | None = Field(default=None, ge=0)
+    """Neither an end token nor a stop string ends the output before."""
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    top_k: Whole | None = Field(default=None, ge=-1, le=2**31 - 1)
     """Keep the k likeliest tokens; 0 and -1 keep all."""
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     """Drop tokens less likely than this fraction of the likeliest token's probability."""
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    """Subtracted from the logits of tokens that the output has."""
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
+    """The same, for each time that the output has them."""
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    """Divides positive logits and multiplies others, of tokens in the prompt or the output; 1 changes nothing."""
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIASES),
+        ]
+        | None
+    ) = None
+    """By token id, added to the token's logit; -100 bans it."""
+    allowed_token_ids: Annotated[list[Whole], Field(min_length=1)] | None = None
+    """Only these tokens may be generated."""
+    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_BAD_WORDS)] | None = None
+    """Texts that are never generated, at the beginning of a word or inside."""
+    n: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
-    best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    best_of: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
     """Generate this many, and answer with the n whose tokens have the largest reward."""
-    seed: int | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
+    seed: Whole | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
     """Same seed, same request, same tokens; taken modulo 2^63."""
     stop: (
         Annotated[
@@ -85,13 +145,19 @@ class GenerationBody(Strict):
         ]
         | None
     ) = None
-    ignore_eos: bool = False
+    stop_token_ids: Annotated[list[Whole], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    """Tokens that end the output, as end tokens do."""
+    include_stop_str_in_output: bool | None = None
+    """The stop string, or the token that ends the output, is part of the text."""
+    skip_special_tokens: bool | None = None
+    """False shows special tokens in the text; the default does not."""
+    ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     """vLLM's: every choice also has `token_ids`."""
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted and not used."""
-    eft: EftKnobs = EftKnobs()
+    eft: Annotated[EftKnobs, BeforeValidator(_given)] = EftKnobs()
 
     @field_validator("best_of")
     @classmethod
@@ -106,7 +172,11 @@ class GenerationBody(Strict):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream to be true")
+            raise _mistake("stream_options", "needs stream to be true")
+        if self.min_tokens and self.requested_tokens and self.min_tokens > self.requested_tokens:
+            raise _mistake("min_tokens", f"{self.min_tokens} is more than {self.limit_param}, {self.requested_tokens}")
+        if self.eft.logprobs_mode == "processed_logprobs" and self.components is not None:
+            raise _mistake("eft.logprobs_mode", "components and best_of go by raw_logprobs; leave one of them out")
         return self
 
     @property
@@ -127,8 +197,18 @@ class GenerationBody(Strict):
         """As the coordinator takes it: to rank answers, it needs their rewards."""
         return 0 if self.is_ranked and self.eft.components is None else self.eft.components
 
-    def sampling(self, max_tokens: int, seed: int) -> SamplingParams:
-        """How to draw one choice's tokens; `seed` is that choice's own."""
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to each token whose log-probabilities are wanted; None: no log-probabilities."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int, seed: int, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+        """How to draw one choice's tokens.
+
+        Args:
+            seed: that choice's own.
+            bad_words: the tokens of each.
+        """
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -136,8 +216,18 @@ class GenerationBody(Strict):
             min_p=self.min_p or 0.0,
             seed=seed,
             max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
             stop=tuple(self.stop or ()),
-            ignore_eos=self.ignore_eos,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop_str_in_output=bool(self.include_stop_str_in_output),
+            skip_special_tokens=self.skip_special_tokens is not False,
+            ignore_eos=bool(self.ignore_eos),
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            bad_words=bad_words,
         )
 
     @property
@@ -157,10 +247,14 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
     content: Annotated[str, BeforeValidator(_text)]
+    name: str | None = Field(default=None, max_length=256)
+    """The speaker, for templates that show it."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "name": (),
         "refusal": (),
+        "reasoning": (),
+        "reasoning_content": (),
+        "tool_call_id": (),
         "audio": (),
         "annotations": ([],),
         "function_call": (),
@@ -170,40 +264,51 @@ class Message(Strict):
     @property
     def rendered(self) -> dict[str, str]:
         """In the form that chat templates take."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        role = "system" if self.role == "developer" else self.role
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": self.content} | named
 
 
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1)
     """OpenAI's newer name for `max_tokens`."""
+    logprobs: bool | None = None
+    """Each choice also has the log-probabilities of its tokens."""
+    top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
+    """And of this many alternatives to each."""
+    metadata: dict[str, str] | None = None
+    """Accepted and not used."""
+    prompt_cache_key: str | None = None
+    """Accepted and not used."""
+    safety_identifier: str | None = None
+    """Accepted and not used."""
 
-    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
+        "add_generation_prompt": (True,),
         "audio": (),
-        "frequency_penalty": (0, 0.0),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "documents": ([],),
+        "echo": (False,),
         "function_call": ("none",),
         "functions": ([],),
-        "logit_bias": ({},),
-        "logprobs": (False,),
-        "metadata": ({},),
+        "include_reasoning": (True, False),  # there is none
         "modalities": (["text"],),
         "moderation": (),
         "parallel_tool_calls": (True, False),  # without tools there is nothing to call
         "prediction": (),
-        "presence_penalty": (0, 0.0),
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": ("none",),
         "response_format": ({"type": "text"},),
-        "safety_identifier": (),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -211,8 +316,14 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _one_limit(self) -> ChatBody:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
+            raise _mistake("max_completion_tokens", "differs from max_tokens; send one of them")
+        if self.top_logprobs and not self.logprobs:
+            raise _mistake("top_logprobs", "needs logprobs to be true")
         return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def requested_tokens(self) -> int | None:
@@ -228,15 +339,14 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
     """Text, or token ids where all models that run share a tokenizer."""
+    logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
+    """Each choice also has the log-probabilities of its tokens, and of this many alternatives to each."""
 
-    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "echo": (False,),
-        "frequency_penalty": (0, 0.0),
-        "logit_bias": ({},),
-        "logprobs": (),
-        "presence_penalty": (0, 0.0),
-        "suffix": ("",),
-    }
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {"echo": (False,), "suffix": ("",)}
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 def choice_seed(seed: int | None, choice: int) -> int:

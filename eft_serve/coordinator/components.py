@@ -17,26 +17,46 @@ from eft_serve.types import TokenComponents
 
 
 def describe(request: Request, rows: RequestRows, token_ids: Sequence[int], combined: Tensor) -> list[TokenComponents]:
-    """Components of each token that a request has sampled.
+    """Log-probabilities of each token that a request has sampled, under the combination and, if wanted, each term.
 
     Args:
-        request: asks for components.
+        request: asks for components or log-probabilities.
         rows: its rows; the tokens were sampled from the first ones.
         token_ids: the sampled tokens.
-        combined: [at least num_tokens, at least vocab_size] float32, not normalised.
+        combined: [at least num_tokens, at least vocab_size] float32, not normalised: combined or processed logits.
 
     Raises:
         ValueError: a term, whatever its coefficient, has NaN, +inf or no possible token in these rows.
     """
     count = len(token_ids)
     chosen = combined[:count, : rows.vocab_size]
-    num_alternatives = min(request.generation.components or 0, rows.vocab_size)
+    generation = request.generation
+    num_alternatives = min(max(generation.components or 0, generation.logprobs or 0), rows.vocab_size)
     taken = torch.tensor([token_ids], device=chosen.device).T
     described = torch.cat([taken, chosen.topk(num_alternatives).indices], dim=1)  # [count, 1 + alternatives]
+    combined_logprobs = token_logprobs(chosen, described)
+    if generation.components is None:
+        return _plain(described, combined_logprobs)
     by_term = torch.stack(
         [token_logprobs(term[:count, : rows.vocab_size].to(chosen.device), described) for term in rows.logits]
     )
-    return _described(request, described, token_logprobs(chosen, described), by_term)
+    return _described(request, described, combined_logprobs, by_term)
+
+
+def _plain(token_ids: Tensor, logprobs: Tensor) -> list[TokenComponents]:
+    """The combination's alone; arguments as in `_described`."""
+    rows = zip(token_ids.tolist(), logprobs.tolist(), strict=True)
+    return [
+        TokenComponents(
+            ids[0],
+            own[0],
+            [],
+            [],
+            0.0,
+            [TokenComponents(i, v, [], [], 0.0) for i, v in zip(ids[1:], own[1:], strict=True)],
+        )
+        for ids, own in rows
+    ]
 
 
 def _described(request: Request, token_ids: Tensor, logprobs: Tensor, by_term: Tensor) -> list[TokenComponents]:

@@ -99,7 +99,7 @@ class Sampler:
             outputs = [
                 EngineError(f"request {request.request_id}: {errors[index]}")
                 if index in errors
-                else _described(request, rows, verify(rows, drawn[where]), combined[where])
+                else _described(request, rows, verify(rows, drawn[where]), combined[where], processed[where])
                 for index, (request, (rows, where)) in enumerate(zip(requests, batch, strict=True))
             ]
         return outputs, seconds
@@ -129,12 +129,14 @@ def process(batch: RowBatch, combined: Tensor) -> tuple[Tensor, Errors]:
 
 
 def _described(
-    request: Request, rows: RequestRows, token_ids: list[int], combined: Tensor
+    request: Request, rows: RequestRows, token_ids: list[int], combined: Tensor, processed: Tensor
 ) -> SamplerOutput | EftServeError:
-    if request.generation.components is None:
+    generation = request.generation
+    if generation.components is None and generation.logprobs is None:
         return SamplerOutput(token_ids)
+    logits = processed if generation.logprobs_mode == "processed_logprobs" else combined
     try:
-        return SamplerOutput(token_ids, describe(request, rows, token_ids, combined))
+        return SamplerOutput(token_ids, describe(request, rows, token_ids, logits))
     except ValueError as error:  # a term of coefficient 0 whose logits are not finite
         return EngineError(f"request {request.request_id}: {error}")
 

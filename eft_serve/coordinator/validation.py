@@ -64,6 +64,7 @@ def _out_of_range(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
         ("max_tokens", generation.sampling.max_tokens, 1, MAX_TOKENS),
         ("timeout_s", generation.timeout_s, 0, MAX_TIMEOUT_S),
         ("components", generation.components or 0, 0, MAX_ALTERNATIVES),
+        ("logprobs", generation.logprobs or 0, 0, MAX_ALTERNATIVES),
         ("speculative.num_tokens", speculative.num_tokens, 1, MAX_DRAFT_TOKENS),
         ("speculative.min_confidence", speculative.min_confidence, 0, 1),
     ):
