@@ -47,9 +47,9 @@ def save_tokenizer(path: Path, *, template: str | None = CHAT_TEMPLATE, extra_to
     return path
 
 
-def make_config(tmp_path: Path, **server: Any) -> AppConfig:
+def make_config(tmp_path: Path, template: str = CHAT_TEMPLATE, **server: Any) -> AppConfig:
     """Three models, two recipes; the large one has no chat template."""
-    paths = {m: save_tokenizer(tmp_path / m, template=None if m == "large" else CHAT_TEMPLATE) for m in MODELS}
+    paths = {m: save_tokenizer(tmp_path / m, template=None if m == "large" else template) for m in MODELS}
     tuned = [{"model": "small-chat"}]
     return AppConfig.parse(
         {

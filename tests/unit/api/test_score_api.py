@@ -122,7 +122,7 @@ def message(**fields: Any) -> dict[str, Any]:
         ({"items": [{"completion": "a"}]}, "items.0"),
         ({"items": [message() | {"prompt": "a"}]}, "items.0"),
         ({"items": ["a"]}, "items.0"),
-        ({"items": [message(), message(name="Bob")]}, "items.1.messages.0.name"),
+        ({"items": [message(), message(name=1)]}, "items.1.messages.0.name"),
         ({"items": [message(), message(role="robot")]}, "items.1.messages.0.role"),
         ({"items": [message(), {**message(), "foo": 1}]}, "items.1.foo"),
         (items("a", "a", "a", [1, 257]), "items.3.completion"),

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fake_models import EOS, VOCAB_SIZE, ToyBackend, endpoint, toy_logits
@@ -124,6 +124,8 @@ def request(
     adapted: Mapping[str, str] | None = None,
     forced_token_ids: list[int] | None = None,
     components: int | None = None,
+    logprobs: int | None = None,
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs",
     **sampling: object,
 ) -> Request:
     adapted = adapted or {}
@@ -146,6 +148,8 @@ def request(
         speculative=speculative,
         forced_token_ids=forced_token_ids,
         components=components,
+        logprobs=logprobs,
+        logprobs_mode=logprobs_mode,
     )
     return Request.create(generation, time.monotonic() if now is None else now)
 
@@ -159,14 +163,20 @@ def naive(req: Request) -> list[int]:
     ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [EOS])}
     prompt = next(req.generation.prompts[term.name] for term in req.combination.terms if term.counts)
     while len(output) < sampling.max_tokens and not (output and output[-1] in ends):
-        combined = torch.zeros(VOCAB_SIZE)
-        for term in req.combination.terms:
-            logits = toy_logits(term.model, req.generation.prompts[term.name] + output, term.adapter)
-            combined += term.coefficient * logits
+        combined = combined_logits(req, output)
         control(combined, sampling, prompt, output, ends)
         drawn = sample(combined[None], [sampling], [len(output)]) if sampling.temperature else combined.argmax()
         output.append(int(drawn))
     return output
+
+
+def combined_logits(req: Request, output: list[int]) -> torch.Tensor:
+    """Of the token after this output."""
+    combined = torch.zeros(VOCAB_SIZE)
+    for term in req.combination.terms:
+        logits = toy_logits(term.model, req.generation.prompts[term.name] + output, term.adapter)
+        combined += term.coefficient * logits
+    return combined
 
 
 def control(
@@ -233,6 +243,7 @@ def many(rng: random.Random, count: int) -> list[Request]:
             speculative=speculative(rng),
             forced_token_ids=some_tokens(rng, 20) if rng.random() < 0.3 else None,
             components=rng.choice([None, 0, 2]),
+            logprobs=rng.choice([None, 0, 2]),
             max_tokens=rng.randint(1, 20),
             temperature=rng.choice([0.0, 0.7, 1.0]),
             top_p=rng.choice([0.5, 1.0]),

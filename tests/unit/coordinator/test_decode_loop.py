@@ -47,7 +47,8 @@ def test_tokens_are_as_if_alone(seed: int, count: int, budget: int, kv_tokens: i
         assert harness.tokens(req.request_id) == naive(req)
         assert harness.last(req.request_id).finish_reason in {FinishReason.STOP, FinishReason.LENGTH}
         described = [c.token_id for d in harness.deltas[req.request_id] for c in d.components or ()]
-        assert described == (naive(req) if req.generation.components is not None else [])
+        is_described = req.generation.components is not None or req.generation.logprobs is not None
+        assert described == (naive(req) if is_described else [])
     assert not any(harness.backend.sequences.values()), "every sequence was freed"
     assert harness.backend.max_computed <= budget
     assert_accounted(harness, requests)

@@ -1,0 +1,112 @@
+"""Controls and log-probabilities in the whole loop, against the naive loop; their tokens are in test_decode_loop.py."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Literal
+
+import pytest
+import torch
+from fake_models import EOS, VOCAB_SIZE, ToyBackend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loop_harness import (
+    EFT,
+    Harness,
+    LetterVocabulary,
+    combined_logits,
+    control,
+    controls,
+    naive,
+    prompts_for,
+    request,
+    speculative,
+    three_models,
+)
+
+from eft_serve.coordinator.controls import processors
+
+PROMPTS = {model: [1, 2] for model in EFT}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.sampled_from(["raw_logprobs", "processed_logprobs"]))
+def test_logprobs_are_those_of_the_combination_before_its_controls_or_after(
+    seed: int, mode: Literal["raw_logprobs", "processed_logprobs"]
+) -> None:
+    rng = random.Random(seed)
+    req = request(
+        "r",
+        prompts_for(rng),
+        speculative=speculative(rng),
+        logprobs=3,
+        logprobs_mode=mode,
+        temperature=rng.choice([0.0, 0.7]),
+        **controls(rng),
+    )
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(req)
+    harness.drive()
+    tokens = harness.tokens("r")
+    assert tokens == naive(req)
+    sampling, prompt = req.generation.sampling, req.generation.prompts["base"]
+    ends = {EOS, *sampling.stop_token_ids}
+    described = [c for d in harness.deltas["r"] for c in d.components or ()]
+    assert [c.token_id for c in described] == tokens
+    for place, component in enumerate(described):
+        logits = combined_logits(req, tokens[:place])
+        if mode == "processed_logprobs":
+            control(logits, sampling, prompt, tokens[:place], ends)
+        expected = torch.log_softmax(logits, -1)
+        assert component.logprob == pytest.approx(float(expected[component.token_id]), abs=1e-4)
+        assert component.models == []
+        top = expected.topk(3)
+        assert [other.logprob for other in component.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "param"),
+    [
+        ({"logit_bias": ((VOCAB_SIZE, 1.0),)}, "logit_bias"),
+        ({"allowed_token_ids": (1, -1)}, "allowed_token_ids"),
+        ({"bad_words": ((1, VOCAB_SIZE),)}, "bad_words"),
+        ({"stop_token_ids": (2**40,)}, "stop_token_ids"),
+    ],
+)
+def test_a_control_of_a_token_that_the_models_do_not_have_is_refused_by_field(
+    sampling: dict[str, Any], param: str
+) -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("bad", PROMPTS, **sampling))
+    harness.submit(request("good", PROMPTS))
+    harness.drive()
+    failure = harness.last("bad").failure
+    assert failure is not None
+    assert (failure.kind, failure.param) == ("InvalidRequestError", param)
+    assert harness.tokens("good") == naive(request("good", PROMPTS))
+
+
+def test_controls_that_leave_no_token_end_their_own_request() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("bad", PROMPTS, allowed_token_ids=(5,), bad_words=((5,),)))
+    harness.submit(request("good", PROMPTS))
+    harness.drive()
+    failure = harness.last("bad").failure
+    assert failure is not None
+    assert "no token is possible with its logit_bias" in failure.message
+    assert harness.tokens("good") == naive(request("good", PROMPTS))
+
+
+def test_forced_tokens_are_described_as_the_combination_has_them() -> None:
+    req = request("r", PROMPTS, forced_token_ids=[3, 4], logprobs=0, logit_bias=((3, 9.0),))
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(req)
+    harness.drive()
+    (first, _) = [c for d in harness.deltas["r"] for c in d.components or ()]
+    assert first.logprob == pytest.approx(float(torch.log_softmax(combined_logits(req, []), -1)[3]), abs=1e-4)
+
+
+def test_a_request_without_controls_has_no_processors() -> None:
+    req = request("r", PROMPTS)
+    req.num_ids = VOCAB_SIZE
+    assert processors(req, [LetterVocabulary()] * 3) == ()  # type: ignore[list-item]
