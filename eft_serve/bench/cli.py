@@ -44,12 +44,13 @@ def coordinator(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of each measurement.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Times that the sides take turns.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of the coordinator's math.")] = 1,
+    controls: Annotated[bool, typer.Option("--controls", help="Also log-probabilities and penalties.")] = False,
 ) -> None:
     """What a step costs the coordinator, greedy and sampled, beside copying its logits once."""
     _become_like_a_replica()
     from eft_serve.bench.coordinator import run
 
-    run([int(v) for v in vocab.split(",")], [int(b) for b in batch.split(",")], steps, rounds, threads)
+    run([int(v) for v in vocab.split(",")], [int(b) for b in batch.split(",")], steps, rounds, threads, controls)
 
 
 @app.command()

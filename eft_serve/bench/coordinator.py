@@ -24,11 +24,20 @@ from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
 from eft_serve.types import GenerationRequest, SamplingParams
 
-GREEDY = "greedy"
-SIDES = {  # temperature and top-p
-    GREEDY: (0.0, 1.0),
-    "t1": (1.0, 1.0),
-    "top_p": (0.7, 0.9),
+GREEDY, PLAIN = "greedy", "t1"
+SIDES: Mapping[str, Mapping[str, Any]] = {  # sampling parameters
+    GREEDY: {"temperature": 0.0},
+    PLAIN: {"temperature": 1.0},
+    "top_p": {"temperature": 0.7, "top_p": 0.9},
+}
+CONTROLS: Mapping[str, Mapping[str, Any]] = {  # beside the plain side, with its temperature
+    "logprobs": {"logprobs": 5},
+    "penalties": {
+        "repetition_penalty": 1.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.5,
+        "logit_bias": tuple((token_id, 1.0) for token_id in range(1000, 1050)),
+    },
 }
 PHASES = ("combine", "process", "sample")
 HEADLINE_VOCAB_SIZE = 128_256
@@ -74,12 +83,13 @@ class Coordinator(LocalStack):
 
 
 def _request(request_id: str, side: str, num_tokens: int) -> Request:
-    temperature, top_p = SIDES[side]
-    sampling = SamplingParams(
-        temperature=temperature, top_p=top_p, seed=int(request_id), max_tokens=num_tokens, ignore_eos=True
-    )
+    settings = {**(SIDES[side] if side in SIDES else {**SIDES[PLAIN], **CONTROLS[side]})}
+    logprobs = settings.pop("logprobs", None)
+    sampling = SamplingParams(seed=int(request_id), max_tokens=num_tokens, ignore_eos=True, **settings)
     prompts = {role: [1] for role in ROLES}
-    generation = GenerationRequest(request_id=request_id, combination=EFT, prompts=prompts, sampling=sampling)
+    generation = GenerationRequest(
+        request_id=request_id, combination=EFT, prompts=prompts, sampling=sampling, logprobs=logprobs
+    )
     return Request.create(generation, time.monotonic())
 
 
@@ -110,15 +120,17 @@ class Round:
     floor_s: float
 
 
-def measure(vocab_size: int, batches: Sequence[int], num_steps: int, num_rounds: int) -> dict[int, list[Round]]:
+def measure(
+    vocab_size: int, batches: Sequence[int], num_steps: int, num_rounds: int, names: Sequence[str] = (*SIDES,)
+) -> dict[int, list[Round]]:
     """Rounds by batch, in which the sides take turns and another one is first each time."""
     rounds: dict[int, list[Round]] = {batch: [] for batch in batches}
     floor = CopyFloor(vocab_size, max(batches))
     coordinator = Coordinator(vocab_size, max(batches))
     try:
         for number in range(num_rounds):
-            first = number % len(SIDES)
-            sides = [*SIDES][first:] + [*SIDES][:first]
+            first = number % len(names)
+            sides = [*names[first:], *names[:first]]
             for batch in batches:
                 measured = {side: coordinator.measure(side, batch, num_steps) for side in sides}
                 steps = {side: step for side, (step, _) in measured.items()}
@@ -131,14 +143,18 @@ def measure(vocab_size: int, batches: Sequence[int], num_steps: int, num_rounds:
 
 def summarize(rounds: Sequence[Round]) -> dict[str, Any]:
     """Medians over the rounds of one vocabulary and batch; a ratio is of what was measured in one round."""
+    sides = [*rounds[0].step_s]
     sampled = [side for side in SIDES if side != GREEDY]
     return {
+        "controls_over_plain": {
+            side: _median(r.step_s[side] / r.step_s[PLAIN] for r in rounds) for side in sides if side in CONTROLS
+        },
         "over_greedy": {side: _median(r.step_s[side] / r.step_s[GREEDY] for r in rounds) for side in sampled},
         "combine_and_sample_over_floor": {
-            side: _median(r.combine_and_sample_s[side] / r.floor_s for r in rounds) for side in SIDES
+            side: _median(r.combine_and_sample_s[side] / r.floor_s for r in rounds) for side in sides
         },
-        "overhead_ms_p50": {side: _median(r.step_s[side] * 1e3 for r in rounds) for side in SIDES},
-        "combine_and_sample_ms": {side: _median(r.combine_and_sample_s[side] * 1e3 for r in rounds) for side in SIDES},
+        "overhead_ms_p50": {side: _median(r.step_s[side] * 1e3 for r in rounds) for side in sides},
+        "combine_and_sample_ms": {side: _median(r.combine_and_sample_s[side] * 1e3 for r in rounds) for side in sides},
         "floor_ms": _median(r.floor_s * 1e3 for r in rounds),
     }
 
@@ -158,6 +174,7 @@ def result(summaries: Mapping[int, Mapping[int, Mapping[str, Any]]]) -> dict[str
 
     return {
         "over_greedy": headline["over_greedy"],
+        **({"controls_over_plain": headline["controls_over_plain"]} if headline["controls_over_plain"] else {}),
         "combine_and_sample_over_floor": headline["combine_and_sample_over_floor"],
         "at": {"batch": batch, "vocab": vocab_size},
         "overhead_ms_p50": of_all("overhead_ms_p50"),
@@ -166,12 +183,20 @@ def result(summaries: Mapping[int, Mapping[int, Mapping[str, Any]]]) -> dict[str
     }
 
 
-def run(vocab_sizes: Sequence[int], batches: Sequence[int], num_steps: int, num_rounds: int, threads: int) -> None:
+def run(
+    vocab_sizes: Sequence[int],
+    batches: Sequence[int],
+    num_steps: int,
+    num_rounds: int,
+    threads: int,
+    with_controls: bool = False,
+) -> None:
     """Measure and print, a table for each vocabulary; the last line is JSON."""
     torch.set_num_threads(threads)
+    names = (*SIDES, *CONTROLS) if with_controls else (*SIDES,)
     summaries = {}
     for vocab_size in vocab_sizes:
-        rounds = measure(vocab_size, batches, num_steps, num_rounds)
+        rounds = measure(vocab_size, batches, num_steps, num_rounds, names)
         summaries[vocab_size] = {batch: summarize(each) for batch, each in rounds.items()}
         _show(vocab_size, summaries[vocab_size])
     report.finish({**result(summaries), "threads": threads})
@@ -192,6 +217,6 @@ def _show(vocab_size: int, summaries: Mapping[int, Mapping[str, Any]]) -> None:
                 summary["combine_and_sample_over_floor"][side],
             ]
             for batch, summary in summaries.items()
-            for side in SIDES
+            for side in summary["overhead_ms_p50"]
         ],
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eft_serve.coordinator.request import Request
-from eft_serve.numerics.logprobs import token_logprobs
+from eft_serve.numerics.logprobs import token_logprobs, top_logprobs
 from eft_serve.numerics.rows import RequestRows
 from eft_serve.types import TokenComponents
 
@@ -29,17 +29,12 @@ def describe(request: Request, rows: RequestRows, token_ids: Sequence[int], comb
         ValueError: a term, whatever its coefficient, has NaN, +inf or no possible token in these rows.
     """
     count = len(token_ids)
-    chosen = combined[:count, : rows.vocab_size]
     generation = request.generation
     num_alternatives = min(max(generation.components or 0, generation.logprobs or 0), rows.vocab_size)
-    taken = torch.tensor([token_ids], device=chosen.device).T
-    described = torch.cat([taken, chosen.topk(num_alternatives).indices], dim=1)  # [count, 1 + alternatives]
-    combined_logprobs = token_logprobs(chosen, described)
+    described, combined_logprobs = top_logprobs(combined[:count], rows.vocab_size, token_ids, num_alternatives)
     if generation.components is None:
         return _plain(described, combined_logprobs)
-    by_term = torch.stack(
-        [token_logprobs(term[:count, : rows.vocab_size].to(chosen.device), described) for term in rows.logits]
-    )
+    by_term = torch.stack([token_logprobs(term[:count, : rows.vocab_size], described) for term in rows.logits])
     return _described(request, described, combined_logprobs, by_term)
 
 

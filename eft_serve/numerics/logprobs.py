@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from eft_serve.numerics.kernels.describing import describe_rows
 
 
 def log_softmax(logits: Tensor) -> Tensor:
@@ -32,6 +36,28 @@ def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     """
     require_possible(logits)
     return logits.gather(1, token_ids).float() - torch.logsumexp(logits.float(), dim=-1, keepdim=True)
+
+
+def top_logprobs(logits: Tensor, width: int, token_ids: Sequence[int], num_top: int) -> tuple[Tensor, Tensor]:
+    """Each row's token and its most likely tokens, and their log-probabilities.
+
+    Args:
+        logits: [num_rows, at least width] float32, contiguous, with a possible token in every row.
+        width: columns that count, at least `num_top`.
+        token_ids: [num_rows].
+
+    Returns:
+        Token ids, [num_rows, 1 + num_top] int64, and their log-probabilities, float32 of the same shape, on the CPU.
+    """
+    chosen = torch.tensor([token_ids], dtype=torch.int64).T
+    if logits.device.type == "cpu":
+        top, normalisers = np.empty((len(logits), num_top), np.int64), np.empty(len(logits))
+        describe_rows(logits.numpy(), width, top, normalisers)
+        described = torch.cat([chosen, torch.from_numpy(top)], dim=1)
+        return described, (logits.gather(1, described).double() - torch.from_numpy(normalisers)[:, None]).float()
+    rows = logits[:, :width]
+    described = torch.cat([chosen.to(logits.device), rows.topk(num_top).indices], dim=1)
+    return described.cpu(), token_logprobs(rows, described).cpu()
 
 
 def require_possible(logits: Tensor) -> Tensor:

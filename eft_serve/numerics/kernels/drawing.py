@@ -76,8 +76,8 @@ _MASS_UNITS = np.float32(1 << exponential.MASS_BITS)
 
 
 @compiled
-def _mass(x: np.float32) -> np.int64:
-    """exp(x) of x ≤ 0 in units of 2⁻⁴⁰; no mass for less than that."""
+def _power(x: np.float32) -> np.float32:
+    """exp(x) of x ≤ 0, or of −87 where x is less."""
     x = _LEAST if x < _LEAST else x
     y = x * _PER_LOG_2 + _NO_FRACTIONS
     n = y - _NO_FRACTIONS
@@ -87,7 +87,13 @@ def _mass(x: np.float32) -> np.int64:
     p = p * r + _C4
     p = p * r + _C3
     p = p * r + _C2
-    return np.int64(times_power(p * r * r + r + _ONE, y) * _MASS_UNITS)
+    return times_power(p * r * r + r + _ONE, y)
+
+
+@compiled
+def _mass(x: np.float32) -> np.int64:
+    """exp(x) of x ≤ 0 in units of 2⁻⁴⁰; no mass for less than that."""
+    return np.int64(_power(x) * _MASS_UNITS)
 
 
 # Drawing.

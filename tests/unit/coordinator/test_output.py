@@ -63,6 +63,7 @@ STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
         ([1, 3, 4, 1], {"stop": ("STOP",), "include_stop_str_in_output": True}, ("aSTOP", 3, STOP)),
         ([1, 3, 2], {"stop": ("STOP",)}, ("aSTb", 3, None)),
         ([3, 4, 1, 3, 4], {"stop": ("STOP",), "min_tokens": 2}, ("STOP!a", 5, STOP)),
+        ([1, 2], {"stop": ("b",), "min_tokens": 1}, ("a", 2, STOP)),
         ([3, 4, 1], {"stop": ("STOP",), "min_tokens": 1}, ("STOP!a", 3, None)),
         ([1, 3], {"stop": ("STOP",), "max_tokens": 2}, ("aST", 2, LENGTH)),
         ([1, END], {"stop": ("STOP",), "include_stop_str_in_output": True, "max_tokens": 2}, ("a", 2, STOP)),
