@@ -5,11 +5,13 @@ It shares no code with what it checks: transformers' own forward, log-softmax, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from eft_serve.types import SamplingParams
 
 
 def load(checkpoint: Path) -> PreTrainedModel:
@@ -48,6 +50,57 @@ def emulated_logprobs(
         outside = token_ids[probs.cumsum(dim=-1) - probs >= truncate_top_p]
         ratio[outside[outside != token_ids[0]]] = 0.0
     return torch.log_softmax(unscaled + ratio, dim=-1)
+
+
+@torch.inference_mode()
+def next_logits(model: PreTrainedModel, token_ids: Sequence[int], num_tokens: int) -> torch.Tensor:
+    """Of the next token, [num_tokens] float32, not normalised."""
+    logits: torch.Tensor = model(torch.tensor([list(token_ids)]), use_cache=False).logits
+    return logits[0, -1, :num_tokens].float()
+
+
+def control(
+    logits: torch.Tensor,
+    sampling: SamplingParams,
+    prompt_token_ids: Sequence[int],
+    output: Sequence[int],
+    ends: Collection[int],
+) -> None:
+    """Every control of `SamplingParams` in its order, on one row of combined logits in place, whatever it costs."""
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
+    for token in {*prompt_token_ids, *output}:
+        logits[token] *= 1 / sampling.repetition_penalty if logits[token] > 0 else sampling.repetition_penalty
+    for token in set(output):
+        logits[token] -= output.count(token) * sampling.frequency_penalty + sampling.presence_penalty
+    for token in range(len(logits)):
+        banned = sampling.allowed_token_ids is not None and token not in sampling.allowed_token_ids
+        banned |= any([*output, token][-len(word) :] == list(word) for word in sampling.bad_words)
+        banned |= token in ends and len(output) < sampling.min_tokens
+        if banned:
+            logits[token] = -torch.inf
+
+
+def generate_controlled(
+    models: Mapping[str, PreTrainedModel],  # "base", "reference", "tuned"
+    prompt_token_ids: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    num_tokens: int,
+    eos_token_ids: frozenset[int],
+) -> tuple[list[int], list[float]]:
+    """Greedy tokens of base + (tuned − reference) under controls, and their log-probabilities before these."""
+    output: list[int] = []
+    logprobs: list[float] = []
+    ends = {*eos_token_ids, *sampling.stop_token_ids}
+    while len(output) < sampling.max_tokens and not (output and output[-1] in ends):
+        terms = {role: next_logits(model, [*prompt_token_ids, *output], num_tokens) for role, model in models.items()}
+        logits = terms["base"] + terms["tuned"] - terms["reference"]
+        raw = torch.log_softmax(logits, dim=-1)
+        control(logits, sampling, prompt_token_ids, output, ends)
+        output.append(int(logits.argmax()))
+        logprobs.append(float(raw[output[-1]]))
+    return output, logprobs
 
 
 def generate_emulated(

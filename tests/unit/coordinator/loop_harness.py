@@ -17,6 +17,7 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.request import Request
 from eft_serve.numerics.sampling import sample
+from eft_serve.testing.naive import control
 from eft_serve.types import (
     Combination,
     Delta,
@@ -177,24 +178,6 @@ def combined_logits(req: Request, output: list[int]) -> torch.Tensor:
         logits = toy_logits(term.model, req.generation.prompts[term.name] + output, term.adapter)
         combined += term.coefficient * logits
     return combined
-
-
-def control(
-    logits: torch.Tensor, sampling: SamplingParams, prompt: list[int], output: list[int], ends: set[int]
-) -> None:
-    """Every control in the stated order, written down without a thought for speed."""
-    for token, bias in sampling.logit_bias:
-        logits[token] += bias
-    for token in {*prompt, *output}:
-        logits[token] *= 1 / sampling.repetition_penalty if logits[token] > 0 else sampling.repetition_penalty
-    for token in set(output):
-        logits[token] -= output.count(token) * sampling.frequency_penalty + sampling.presence_penalty
-    for token in range(len(logits)):
-        banned = sampling.allowed_token_ids is not None and token not in sampling.allowed_token_ids
-        banned |= any([*output, token][-len(word) :] == list(word) for word in sampling.bad_words)
-        banned |= token in ends and len(output) < sampling.min_tokens
-        if banned:
-            logits[token] = -torch.inf
 
 
 def controls(rng: random.Random) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from loop_harness import (
     Harness,
     LetterVocabulary,
     combined_logits,
-    control,
     controls,
     naive,
     prompts_for,
@@ -25,6 +24,7 @@ from loop_harness import (
 )
 
 from eft_serve.coordinator.controls import processors
+from eft_serve.testing.naive import control
 
 PROMPTS = {model: [1, 2] for model in EFT}
 
