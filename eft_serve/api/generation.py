@@ -98,13 +98,14 @@ class GenerationResponse(ModelResponse):
         max_tokens = self._max_tokens(combination.terms, prompts)
         self._progress.num_prompt_tokens = len(prompts[first_that_counts(combination.terms)])
         bad_words = await self._context.renderer.words(combination.terms, body.bad_words or ())
+        stop_token_ids = self._context.renderer.special_token_ids(combination.terms, body.stop or ())
         seeds = [choice_seed(body.seed, i) for i in range(body.num_candidates)]
         return [
             GenerationRequest(
                 request_id=f"{self._id}-{i}",
                 combination=combination,
                 prompts=prompts,
-                sampling=body.sampling(max_tokens, seed, bad_words),
+                sampling=body.sampling(max_tokens, seed, bad_words, stop_token_ids),
                 speculative=speculative,
                 components=body.components,
                 logprobs=body.num_logprobs,

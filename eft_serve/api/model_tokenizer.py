@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eft_serve.checkpoints.chat_template import check_template
 from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.checkpoints.tokenizer import load_tokenizer
 from eft_serve.checkpoints.vocabulary import head_rows, known_tokens
@@ -38,6 +39,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+
+
+def _templates(template: str | dict[str, str] | None) -> dict[str, str]:
+    """Every template of a tokenizer, by what is added to its name in an error."""
+    if isinstance(template, dict):
+        return {f" {name!r}": text for name, text in template.items()}
+    return {} if template is None else {"": template}
 
 
 def plain_chat(messages: Sequence[Message]) -> str:
@@ -67,6 +75,8 @@ class ModelTokenizer:
         vocabulary = tokenizer.get_vocab()
         try:
             known = known_tokens(vocabulary, head_rows(path))
+            for name, text in _templates(tokenizer.chat_template).items():
+                check_template(text, f"{path}: the tokenizer's chat_template{name}")
         except BrokenFileError as error:
             raise CheckpointError(str(error), param="models") from error
         return cls(
@@ -110,6 +120,12 @@ class ModelTokenizer:
         if not self.decoders.isdisjoint(("Metaspace", "Replace")):
             return str(token).replace("\u2581", " ").encode()
         return str(backend.decode([token_id], skip_special_tokens=False)).encode()
+
+    def special_token_ids(self, texts: Iterable[str]) -> list[int]:
+        """Of the texts that are special tokens, the ids: decoded text does not show them."""
+        added = self.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        special = {token.content: token_id for token_id, token in added.items() if token.special}
+        return [special[text] for text in texts if text in special]
 
     @cached_property
     def added_token_ids(self) -> frozenset[int]:

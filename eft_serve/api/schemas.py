@@ -6,6 +6,7 @@ Types are strict: `"1"` is not a number. Sampling defaults are OpenAI's.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -202,12 +203,19 @@ class GenerationBody(Strict):
         """Alternatives to each token whose log-probabilities are wanted; None: no log-probabilities."""
         raise NotImplementedError
 
-    def sampling(self, max_tokens: int, seed: int, bad_words: tuple[tuple[int, ...], ...] = ()) -> SamplingParams:
+    def sampling(
+        self,
+        max_tokens: int,
+        seed: int,
+        bad_words: tuple[tuple[int, ...], ...] = (),
+        stop_token_ids: Iterable[int] = (),
+    ) -> SamplingParams:
         """How to draw one choice's tokens.
 
         Args:
             seed: that choice's own.
             bad_words: the tokens of each.
+            stop_token_ids: of the stop strings that are special tokens.
         """
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -218,7 +226,7 @@ class GenerationBody(Strict):
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
             stop=tuple(self.stop or ()),
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            stop_token_ids=(*(self.stop_token_ids or ()), *stop_token_ids),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
             skip_special_tokens=self.skip_special_tokens is not False,
             ignore_eos=bool(self.ignore_eos),

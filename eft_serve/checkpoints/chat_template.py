@@ -28,13 +28,19 @@ def read_template(path: Path) -> str:
     Raises:
         BrokenFileError: it cannot be read or parsed.
     """
-    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
         text = path.expanduser().read_text()
-        environment.from_string(text)
     except (OSError, UnicodeDecodeError) as error:
         raise BrokenFileError(f"{path} cannot be read: {error}") from error
+    check_template(text, str(path))
+    return text
+
+
+def check_template(text: str, name: str) -> None:
+    """Raises `BrokenFileError` with this name when a chat template cannot be parsed."""
+    environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+    try:
+        environment.from_string(text)
     except TemplateError as error:
         line = getattr(error, "lineno", None)
-        raise BrokenFileError(f"{path} is no chat template: {error}" + (f" (line {line})" if line else "")) from error
-    return text
+        raise BrokenFileError(f"{name} is no chat template: {error}" + (f" (line {line})" if line else "")) from error

@@ -54,11 +54,14 @@ class Vocabulary:
             if max(ids.values()) != len(ids) - 1:
                 message = f"{checkpoint}: token ids have gaps: {len(ids)} tokens up to id {max(ids.values())}"
                 raise CheckpointError(message, param="models")
-            ends = read_end_tokens(checkpoint)
+            ends = read_end_tokens(checkpoint) or frozenset()
         except BrokenFileError as error:
             raise CheckpointError(str(error), param="models") from error
-        if ends is None:
-            ends = frozenset([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+        if tokenizer.eos_token_id is not None:  # vLLM stops at both
+            ends |= {tokenizer.eos_token_id}
+        if unknown := [token_id for token_id in ends if token_id >= len(ids)]:
+            message = f"{checkpoint}: the end token {unknown[0]} is none of its {len(ids)} tokens"
+            raise CheckpointError(f"{message}; correct eos_token_id or the tokenizer's eos_token", param="models")
         return cls(tokenizer, ids, ends)
 
 

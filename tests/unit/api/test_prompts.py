@@ -311,3 +311,16 @@ async def test_a_long_text_leaves_the_interpreter_to_others(tokenizers: dict[str
         await asyncio.sleep(0.001)
         longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
     assert longest < (last - started) / 2, "the event loop stood still while a text was encoded"
+
+
+def test_a_models_own_chat_template_that_cannot_be_parsed_is_an_error_at_the_start(tmp_path: Path) -> None:
+    path = save_tokenizer(tmp_path / "broken", template="{% for m in messages %}{{ m['content'] }}")
+    with pytest.raises(CheckpointError, match="the tokenizer's chat template is no chat template"):
+        ModelTokenizer.load(path)
+
+
+def test_stop_strings_that_are_special_tokens_are_their_ids(tokenizers: dict[str, ModelTokenizer]) -> None:
+    renderer = PromptRenderer(tokenizers)
+    base = [term for term, _ in terms("base")]
+    assert renderer.special_token_ids(base, ["<s>", "s", "<s> "]) == [0]
+    assert renderer.special_token_ids(base, []) == []

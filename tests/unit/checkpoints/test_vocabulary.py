@@ -31,7 +31,24 @@ def test_tokens_ends_and_text_of_the_embedded_family() -> None:
 def test_several_ends_are_read_from_the_generation_config(tmp_path: Path) -> None:
     copy = copy_of_small(tmp_path)
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
-    assert Vocabulary.load(copy).eos_token_ids == {1, 7}
+    vocabulary = Vocabulary.load(copy)
+    assert vocabulary.eos_token_ids == {1, 7, vocabulary.tokenizer.eos_token_id}, "as vLLM"
+
+
+@pytest.mark.parametrize("ends", [3072, [1, 3072], [2**40]])
+def test_an_end_token_that_the_model_does_not_have_is_refused(tmp_path: Path, ends: object) -> None:
+    copy = copy_of_small(tmp_path)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"the end token \d+ is none of its 3072 tokens"):
+        Vocabulary.load(copy)
+
+
+def test_an_empty_list_of_end_tokens_names_none(tmp_path: Path) -> None:
+    copy = copy_of_small(tmp_path)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    (copy / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    vocabulary = Vocabulary.load(copy)
+    assert vocabulary.eos_token_ids == {7, vocabulary.tokenizer.eos_token_id}
 
 
 def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
@@ -42,7 +59,7 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
         Vocabulary.load(copy)
 
 
-@pytest.mark.parametrize("ends", ["</s>", [1, "</s>"], {"id": 1}])
+@pytest.mark.parametrize("ends", ["</s>", [1, "</s>"], {"id": 1}, -1, "2", True, [1.0]])
 def test_an_end_token_that_is_no_id_is_refused_with_its_file(tmp_path: Path, ends: object) -> None:
     copy = copy_of_small(tmp_path)
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
