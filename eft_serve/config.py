@@ -127,7 +127,7 @@ class ServerConfig(Frozen):
     tenants_file: Path | None = None
     """YAML of tenants; without it only loopback clients are served."""
     resources: Resources = Resources()
-    default_max_tokens: int = Field(default=256, ge=1)
+    default_max_tokens: int | None = Field(default=None, ge=1)
     """`max_tokens` of a chat request that does not set it."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of one request, from arrival to the last token."""

@@ -156,6 +156,6 @@ class ModelResponse(Response):
         return asyncio.get_running_loop().time()
 
 
-def first_that_counts(terms: Sequence[Term]) -> str:
-    """Name of the term whose prompt `usage` counts."""
-    return next(term.name for term in terms if term.counts)
+def first_that_counts(terms: Sequence[Term]) -> Term:
+    """The term whose prompt `usage` counts."""
+    return next(term for term in terms if term.counts)

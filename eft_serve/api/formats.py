@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from eft_serve.api.components import ComponentsFormat
 from eft_serve.api.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsFormat
-from eft_serve.types import Delta, FinishReason, SpecDecodeStats, TokenComponents
+from eft_serve.types import Delta, FinishReason, SpecDecodeStats, TokenComponents, Usage
 
 JsonObject = dict[str, Any]
 
@@ -20,12 +20,16 @@ class Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    spec_decode: SpecDecodeStats = field(default_factory=SpecDecodeStats)
+    usage: Usage | None = None  # once it is complete
     components: list[TokenComponents] = field(default_factory=list)  # of each token, where they are wanted
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def spec_decode(self) -> SpecDecodeStats:
+        return SpecDecodeStats() if self.usage is None else self.usage.spec_decode
 
     @property
     def reward(self) -> float:
@@ -37,18 +41,27 @@ class Choice:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.finish_reason = delta.finish_reason
-        self.spec_decode = delta.usage.spec_decode if delta.usage else self.spec_decode
+        self.usage = delta.usage or self.usage
         self.components += delta.components or ()
 
 
-def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool) -> JsonObject:
-    """Tokens used; the prompt counts once however many choices there are, as in OpenAI's API."""
+def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool, counted_model: str = "") -> JsonObject:
+    """Tokens used; the prompt counts once however many choices there are, as in OpenAI's API.
+
+    Args:
+        with_report: with the acceptance of draft tokens.
+        counted_model: the model whose prompt it is.
+    """
     num_generated = sum(choice.num_tokens for choice in choices)
     used: JsonObject = {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt_tokens + num_generated,
     }
+    first = choices[0].usage if choices else None
+    if first is not None and counted_model in first.models:
+        cached = min(first.models[counted_model].cached_tokens, num_prompt_tokens)
+        used["prompt_tokens_details"] = {"cached_tokens": cached}
     if with_report:
         report = sum((choice.spec_decode for choice in choices), SpecDecodeStats())
         used["completion_tokens_details"] = {
@@ -153,6 +166,7 @@ class Envelope:
     created: int  # Unix seconds
     model: str
     with_usage: bool = False  # every chunk has a usage field, null but in the last
+    counted_model: str = ""  # whose prompt and cached tokens usage has
     with_report: bool = False  # usage says how many draft tokens were accepted
     with_token_ids: bool = False  # every choice has the ids of its tokens, as vLLM's `return_token_ids` gives them
     with_reward: bool = False  # every choice has that of all its tokens
@@ -168,7 +182,7 @@ class Envelope:
             for i, c in enumerate(choices)
         ]
         body = self._body(self.format.whole, shown)
-        return body | {"usage": usage(num_prompt_tokens, candidates, self.with_report)}
+        return body | {"usage": self._usage(num_prompt_tokens, candidates)}
 
     def parts(self, index: int, delta: Delta, reward: float | None = None) -> list[JsonObject]:
         """A delta as stream choices; what it has besides text comes with the first, even where there is no text yet."""
@@ -194,12 +208,15 @@ class Envelope:
         """One stream choice as a chunk."""
         body = self._body(self.format.part, [part])
         if self.with_running_usage:
-            return body | {"usage": usage(num_prompt_tokens, choices, self.with_report)}
+            return body | {"usage": self._usage(num_prompt_tokens, choices)}
         return body | {"usage": None} if self.with_usage else body
 
     def usage_chunk(self, num_prompt_tokens: int, choices: Sequence[Choice]) -> JsonObject:
         """The last chunk, without choices."""
-        return self._body(self.format.part, []) | {"usage": usage(num_prompt_tokens, choices, self.with_report)}
+        return self._body(self.format.part, []) | {"usage": self._usage(num_prompt_tokens, choices)}
 
     def _body(self, kind: str, choices: list[JsonObject]) -> JsonObject:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    def _usage(self, num_prompt_tokens: int, choices: Sequence[Choice]) -> JsonObject:
+        return usage(num_prompt_tokens, choices, self.with_report, self.counted_model)

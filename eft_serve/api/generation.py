@@ -38,7 +38,7 @@ class GenerationCall(Call):
     body: GenerationBody
     format: Format
     prompt_param: str
-    default_max_tokens: int
+    default_max_tokens: int | None  # None: what the context has room for
     render: Callable[[Sequence[Term], Prompting], Awaitable[Prompts]]
 
 
@@ -96,7 +96,9 @@ class GenerationResponse(ModelResponse):
         speculative = call.ensemble.speculative(eft.speculative.changes)
         prompts = await call.render(combination.terms, call.ensemble.prompting)
         max_tokens = self._max_tokens(combination.terms, prompts)
-        self._progress.num_prompt_tokens = len(prompts[first_that_counts(combination.terms)])
+        counted = first_that_counts(combination.terms)
+        self._progress.num_prompt_tokens = len(prompts[counted.name])
+        self._envelope = dataclasses.replace(self._envelope, counted_model=counted.adapter or counted.model)
         bad_words = await self._context.renderer.words(combination.terms, body.bad_words or ())
         stop_token_ids = self._context.renderer.special_token_ids(combination.terms, body.stop or ())
         seeds = [choice_seed(body.seed, i) for i in range(body.num_candidates)]
@@ -133,7 +135,7 @@ class GenerationResponse(ModelResponse):
                 "fewer, or shorten the prompt",
                 param=limit,
             )
-        return requested or min(self._call.default_max_tokens, room)
+        return requested or min(self._call.default_max_tokens or room, room)
 
     def _note(self, index: int, delta: Delta) -> None:
         self._clock.saw(index, delta, self._now())

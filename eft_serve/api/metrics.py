@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from eft_serve.types import Delta
 
 STEPS = (1, 1.5, 2, 3, 4, 5, 6.5, 8)
-BUCKETS = (*(step * decade for decade in (1e-3, 1e-2, 1e-1, 1.0) for step in STEPS), 10.0, 20.0, 30.0, 60.0)
+DECADES = (1000, 100, 10, 1)
+BUCKETS = (*(step / parts for parts in DECADES for step in STEPS), 10.0, 20.0, 30.0, 60.0)  # exact as decimals
 
 
 class ApiMetrics:

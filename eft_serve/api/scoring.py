@@ -61,7 +61,7 @@ class ScoreResponse(ModelResponse):
             prompts = await renderer.completion(terms, prompting, item.prompt)
         given = await renderer.given(terms, item.completion)
         self._check_room(terms, prompts, len(given), "prompt" if item.messages is None else "messages")
-        self._progress.num_prompt_tokens += len(prompts[first_that_counts(terms)])
+        self._progress.num_prompt_tokens += len(prompts[first_that_counts(terms).name])
         return GenerationRequest(
             request_id=f"{self._id}-{index}",
             combination=combination,

@@ -14,9 +14,15 @@ HEADERS = (
     (b"x-accel-buffering", b"no"),  # otherwise nginx would buffer tokens
 )
 
+_LINE_BREAKS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x2028, 0x2029))
+"""Some clients split lines at these too."""
+
 _encoder = msgspec.json.Encoder()
 
 
 def encode(event: Mapping[str, Any]) -> bytes:
-    """One event; JSON holds no raw line break, so it is always a single `data` line."""
-    return b"data: " + _encoder.encode(event) + b"\n\n"
+    """One event, always a single `data` line: JSON escapes line breaks, and Unicode's other ones are escaped here."""
+    data = _encoder.encode(event)
+    for raw, escaped in _LINE_BREAKS:
+        data = data.replace(raw, escaped)
+    return b"data: " + data + b"\n\n"

@@ -174,15 +174,16 @@ class DecodeLoop:
 
     def _advance(self, requests: Sequence[Request], drawn: Sequence[SamplerOutput | EftServeError]) -> None:
         """Append each request's new tokens; end the requests that they finish."""
-        now, num_taken = time.monotonic(), 0
+        now, num_taken = time.monotonic(), {False: 0, True: 0}  # by whether they were forced
         for request, taken in zip(requests, drawn, strict=True):
             if isinstance(taken, EftServeError):
                 self.requests.fail(request, taken)
                 continue
             if not request.output_token_ids:
                 self.metrics.queue_seconds.observe(now - request.arrival)
-            num_taken += self.requests.take(request, taken, now)
-        self.metrics.generated_tokens.inc(num_taken)
+            num_taken[request.is_forced] += self.requests.take(request, taken, now)
+        self.metrics.generated_tokens.inc(num_taken[False])
+        self.metrics.scored_tokens.inc(num_taken[True])
 
     def _end_all(self) -> None:
         """Take what is queued, so that nobody waits for an answer, and end everybody."""

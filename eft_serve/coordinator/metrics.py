@@ -12,7 +12,7 @@ from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
 from eft_serve.types import RequestEnd, StepResult
 
 _DECADE = (1, 1.5, 2, 3, 4, 5, 6.5, 8)
-STEP_BUCKETS = [step * scale for scale in (1e-4, 1e-3, 1e-2, 1e-1, 1.0) for step in _DECADE] + [10.0, 30.0, 60.0]
+STEP_BUCKETS = [step / parts for parts in (10_000, 1000, 100, 10, 1) for step in _DECADE] + [10.0, 30.0, 60.0]
 
 
 class CoordinatorMetrics:
@@ -56,6 +56,7 @@ class CoordinatorMetrics:
             registry=self.registry,
         )
         self.generated_tokens = Counter("eft_generated_tokens", "Tokens drawn", registry=self.registry)
+        self.scored_tokens = Counter("eft_scored_tokens", "Given tokens that were scored", registry=self.registry)
         self.decode_passes = Counter(
             "eft_decode_passes", "Steps that gave a request tokens, of requests that ended", registry=self.registry
         )

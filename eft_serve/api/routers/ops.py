@@ -17,12 +17,14 @@ PROBE_TIMEOUT_S = 5.0
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Response:
     """200 as long as this process answers; says nothing of the models."""
     return json_response({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """200 when every model answered a step, 503 with what is missing otherwise."""
@@ -34,6 +36,7 @@ async def ready(request: Request) -> Response:
     return json_response({"status": "ready"})
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus text of every process; with tenants it needs a key of one that has `metrics: true`."""

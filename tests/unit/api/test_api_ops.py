@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from api_fakes import Stack, chat, make_config
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from eft_serve.api.metrics import ApiMetrics, TokenClock
+from eft_serve.api.metrics import BUCKETS, ApiMetrics, TokenClock
+from eft_serve.api.sse import encode
+from eft_serve.coordinator.metrics import STEP_BUCKETS
 from eft_serve.types import Delta
 
 
@@ -75,3 +78,20 @@ def test_tokens_that_arrive_together_share_the_time_they_took() -> None:
     assert (sample("time_to_first_token", "count"), sample("time_to_first_token", "sum")) == (1, 0.5)
     assert sample("inter_token_latency", "count") == 3
     assert sample("inter_token_latency", "sum") == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics"])
+async def test_a_head_request_has_the_status_of_a_get(stack: Stack, path: str) -> None:
+    async with stack.client() as client:
+        assert (await client.head(path)).status_code == (await client.get(path)).status_code == 200
+
+
+def test_the_edges_of_histograms_read_as_they_were_meant() -> None:
+    assert [edge for edge in (*BUCKETS, *STEP_BUCKETS) if len(repr(edge)) > 7] == []
+
+
+def test_an_event_is_one_line_for_those_too_who_split_at_unicodes_line_breaks() -> None:
+    text = "a\u2028b\u2029c\x85d\ne"
+    event = encode({"content": text})
+    assert len(event.decode().splitlines()) == 2
+    assert json.loads(event.removeprefix(b"data: ")) == {"content": text}

@@ -11,7 +11,16 @@ from api_fakes import Stack, chat, deltas, events, make_config, save_tokenizer
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import UnavailableError
-from eft_serve.types import Combination, FinishReason, GenerationRequest, SamplingParams, Term
+from eft_serve.types import (
+    Combination,
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    ModelUsage,
+    SamplingParams,
+    Term,
+    Usage,
+)
 
 
 @pytest.fixture
@@ -208,3 +217,24 @@ async def test_the_openai_client_lists_models(stack: Stack) -> None:
     assert (await client.models.retrieve("down")).object == "model"
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("nobody")
+
+
+async def test_without_a_default_an_answer_may_fill_the_context(tmp_path: Path) -> None:
+    stack = Stack(make_config(tmp_path))
+    async with stack.client() as client:
+        await client.post("/v1/chat/completions", json=chat())
+    (request,) = stack.service.requests
+    assert request.sampling.max_tokens == stack.service.context_length - max(map(len, request.prompts.values()))
+
+
+async def test_usage_says_how_many_prompt_tokens_were_cached(stack: Stack) -> None:
+    used = {"large": ModelUsage(19, 16), "small": ModelUsage(9, 0), "small-chat": ModelUsage(9, 9)}
+
+    def answer(request: GenerationRequest) -> list[Delta]:
+        usage = Usage(models=used, seconds=1.0)
+        return [Delta(text="a", token_ids=[65], finish_reason=FinishReason.STOP, usage=usage)]
+
+    stack.service.answer = answer
+    async with stack.client() as client:
+        whole = (await client.post("/v1/chat/completions", json=chat(n=2))).json()
+    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}

@@ -315,7 +315,7 @@ async def test_a_long_text_leaves_the_interpreter_to_others(tokenizers: dict[str
 
 def test_a_models_own_chat_template_that_cannot_be_parsed_is_an_error_at_the_start(tmp_path: Path) -> None:
     path = save_tokenizer(tmp_path / "broken", template="{% for m in messages %}{{ m['content'] }}")
-    with pytest.raises(CheckpointError, match="the tokenizer's chat template is no chat template"):
+    with pytest.raises(CheckpointError, match="the tokenizer's chat_template is no chat template"):
         ModelTokenizer.load(path)
 
 

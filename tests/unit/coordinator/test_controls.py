@@ -110,3 +110,12 @@ def test_a_request_without_controls_has_no_processors() -> None:
     req = request("r", PROMPTS)
     req.num_ids = VOCAB_SIZE
     assert processors(req, [LetterVocabulary()] * 3) == ()  # type: ignore[list-item]
+
+
+def test_scored_tokens_do_not_count_as_generated() -> None:
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("scored", PROMPTS, forced_token_ids=[3, 4, 5]))
+    harness.submit(request("drawn", PROMPTS, max_tokens=2, ignore_eos=True))
+    harness.drive()
+    value = harness.metrics.registry.get_sample_value
+    assert (value("eft_generated_tokens_total"), value("eft_scored_tokens_total")) == (2, 3)
