@@ -52,8 +52,10 @@ def demo(
 @app.command()
 def serve(
     config: Annotated[Path, typer.Argument(help="A deployments/ YAML, or a bare configuration.")],
-    host: Annotated[str, typer.Option(help="Where HTTP listens; beyond loopback only with tenants.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str | None, typer.Option(help="Where HTTP listens; the file's, or loopback. Beyond it only with tenants.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="The file's, or 8000; 0 takes a free one.")] = None,
     dashboard: Annotated[bool, typer.Option(help="Ray's dashboard and job server, on loopback.")] = True,
     timeout_s: Annotated[float, typer.Option(help="Everything must be ready within this.")] = 600.0,
 ) -> None:

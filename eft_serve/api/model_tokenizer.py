@@ -62,6 +62,7 @@ class ModelTokenizer:
     fingerprint: str  # digest of all that turns text into ids
     num_ids: int  # of the tokens that the model has: 0 <= id < num_ids
     has_unknown: bool = False  # the tokenizer has tokens beyond these
+    own_template: str | None = None  # of an adapter, in place of the tokenizer's
 
     @classmethod
     def load(cls, path: Path) -> ModelTokenizer:
@@ -180,7 +181,7 @@ class ModelTokenizer:
     @property
     def template(self) -> str | None:
         """The model's own chat template, to see whether two models render alike."""
-        template = self.tokenizer.chat_template
+        template = self.own_template or self.tokenizer.chat_template
         return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
     def render(self, messages: Sequence[Message], template: str | None = None) -> str:
@@ -189,6 +190,7 @@ class ModelTokenizer:
         Raises:
             InvalidRequestError: the template refuses the messages (with its own message) or fails.
         """
+        template = template or self.own_template
         if template is None and self.template is None:
             return plain_chat(messages)
         try:

@@ -10,14 +10,14 @@ import asyncio
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from eft_serve.api.model_tokenizer import Message, ModelTokenizer
-from eft_serve.checkpoints.chat_template import read_template
+from eft_serve.checkpoints.chat_template import directory_template, read_template
 from eft_serve.checkpoints.json_file import BrokenFileError
-from eft_serve.config import AppConfig
+from eft_serve.config import AdapterConfig, AppConfig
 from eft_serve.config_recipes import PromptConfig
 from eft_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
 from eft_serve.types import Term
@@ -102,9 +102,13 @@ class PromptRenderer:
         paths = {name: config.checkpoint_of(name) for name in config.models}
         loaded = {path: ModelTokenizer.load(path) for path in set(paths.values())}
         tokenizers = {name: loaded[path] for name, path in paths.items()}
+        adapters = {name: model for name, model in config.models.items() if isinstance(model, AdapterConfig)}
         files = {role.chat_template for recipe in config.recipes.values() for _, role in recipe.roles}
         try:
             templates = {path: read_template(path) for path in files if path is not None}
+            for name, adapter in adapters.items():
+                if (own := directory_template(adapter.directory)) is not None:
+                    tokenizers[name] = replace(tokenizers[name], own_template=own)
         except BrokenFileError as error:
             raise ConfigError(f"chat_template: {error}", param="recipes") from error
         return cls(tokenizers, templates, max_model_len)
@@ -209,7 +213,7 @@ class PromptRenderer:
         self, terms: Sequence[Term], prompting: Prompting, encode: Callable[[Reader], list[int]], characters: int
     ) -> Prompts:
         """`encode` once for all terms that are prompted alike; in a thread when there is much to encode."""
-        readers = {term.name: self._reader(term.model, prompting[term.name]) for term in terms}
+        readers = {term.name: self._reader(term, prompting[term.name]) for term in terms}
         own = sum(
             len(r.prompting.system_prompt or "") + len(r.prompting.response_prefix or "") for r in readers.values()
         )
@@ -229,11 +233,11 @@ class PromptRenderer:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _reader(self, model: str, prompting: PromptConfig) -> Reader:
+    def _reader(self, term: Term, prompting: PromptConfig) -> Reader:
         template = prompting.chat_template
         return Reader(
-            self._tokenizers[model],
+            self._tokenizers.get(term.adapter or term.model, self._tokenizers[term.model]),
             prompting,
             None if template is None else self._templates[template],
-            self._max_model_len(model),
+            self._max_model_len(term.model),
         )

@@ -9,7 +9,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.json_file import BrokenFileError, read_json
 
 
 class _Generation(Extension):
@@ -34,6 +34,28 @@ def read_template(path: Path) -> str:
         raise BrokenFileError(f"{path} cannot be read: {error}") from error
     check_template(text, str(path))
     return text
+
+
+def directory_template(directory: Path) -> str | None:
+    """The chat template among a directory's own files; None where there is none.
+
+    Raises:
+        BrokenFileError: it cannot be read or parsed.
+    """
+    file, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    if file.is_file():
+        return read_template(file)
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # of several, by name
+        template = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}.get(
+            "default"
+        )
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        raise BrokenFileError(f"{settings}: chat_template is not a text")
+    check_template(template, str(settings))
+    return template
 
 
 def check_template(text: str, name: str) -> None:

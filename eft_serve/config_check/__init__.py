@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from eft_serve.config import AppConfig
 from eft_serve.config_check.adapters import adapter_problems
-from eft_serve.config_check.files import load_any
+from eft_serve.config_check.files import http_address, load_any
 from eft_serve.config_check.models import model_problems
 from eft_serve.config_check.problem import Problem
 from eft_serve.config_check.recipes import recipe_problems
@@ -16,7 +16,7 @@ from eft_serve.config_check.resources import ClusterResources, resource_problems
 from eft_serve.config_check.server import server_problems
 from eft_serve.config_check.templates import template_problems
 
-__all__ = ["ClusterResources", "Problem", "check", "load_any"]
+__all__ = ["ClusterResources", "Problem", "check", "http_address", "load_any"]
 
 
 def check(config: AppConfig, cluster: ClusterResources | None = None) -> list[Problem]:

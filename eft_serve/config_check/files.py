@@ -82,6 +82,23 @@ def load_any(path: Path) -> AppConfig:
     return config
 
 
+def http_address(path: Path) -> tuple[str | None, int | None]:
+    """Where a deploy file has HTTP listen, host and port; None for what it does not say.
+
+    Raises:
+        ConfigError: the file cannot be read, or has settings that only `serve deploy` applies.
+    """
+    data = _read(path)
+    if not is_deploy_file(data):
+        return None, None
+    options = data.get("http_options") or {}
+    others = [f"http_options.{key}" for key in options if key not in ("host", "port")]
+    others += [key for key in data if key not in ("applications", "http_options", "proxy_location")]
+    if others:
+        raise ConfigError(f"{path}: {', '.join(others)}: only `serve deploy` applies these; leave them out here")
+    return options.get("host"), options.get("port")
+
+
 def is_deploy_file(data: Any) -> bool:
     """Whether this is Ray Serve's deploy file rather than a configuration."""
     return isinstance(data, dict) and "applications" in data

@@ -33,9 +33,9 @@ class Line:
     mistake: str | None = None
 
     @property
-    def key(self) -> str:
-        """The key that links the answer to it, even without a custom_id."""
-        return self.custom_id if self.custom_id is not None else f"line {self.number}"
+    def key(self) -> str | int:
+        """Links the answer to it: the custom_id, or without one the number."""
+        return self.custom_id if self.custom_id is not None else self.number
 
 
 def read_lines(path: Path) -> Iterator[Line]:
@@ -84,13 +84,13 @@ def _mistakes(data: dict[str, Any]) -> Iterator[str]:
         yield "body.stream: a batch does not stream; leave it out"
 
 
-def input_keys(path: Path) -> set[str]:
+def input_keys(path: Path) -> set[str | int]:
     """The keys of all lines.
 
     Raises:
         ConfigError: the file cannot be read, or two lines have the same custom_id.
     """
-    numbers: dict[str, int] = {}
+    numbers: dict[str | int, int] = {}
     for line in read_lines(path):
         first = numbers.setdefault(line.key, line.number)
         if first != line.number:
@@ -117,7 +117,7 @@ class OutputFile:
     again.
     """
 
-    def __init__(self, path: Path, keys: set[str]) -> None:
+    def __init__(self, path: Path, keys: set[str | int]) -> None:
         """Open the file, or resume it.
 
         Raises:
@@ -150,9 +150,9 @@ class OutputFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._file.close()
 
-    def _resume(self, keys: set[str]) -> set[str]:
+    def _resume(self, keys: set[str | int]) -> set[str | int]:
         """Keys that have an answer; truncates the file after the last of them."""
-        done: set[str] = set()
+        done: set[str | int] = set()
         end = tail = 0
         self._file.seek(0)
         for number, raw in enumerate(self._file, start=1):
@@ -171,11 +171,12 @@ class OutputFile:
         self._file.truncate(end)
         return done
 
-    def _parse(self, number: int, raw: bytes) -> tuple[str, bool]:
+    def _parse(self, number: int, raw: bytes) -> tuple[str | int, bool]:
         """(key, whether the request was unreached) of an output line."""
         try:
             data = json.loads(raw)
-            key = data["custom_id"] if data["custom_id"] is not None else data["id"].replace("-", " ")
-            return str(key), data["error"] is not None and data["error"]["code"] == UNREACHED
+            custom_id = data["custom_id"]
+            key = int(data["id"].removeprefix("line-")) if custom_id is None else str(custom_id)
+            return key, data["error"] is not None and data["error"]["code"] == UNREACHED
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"--output: line {number} of {self.path} is not an answer; name another file") from error

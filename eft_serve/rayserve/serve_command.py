@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from eft_serve.config import AppConfig
-from eft_serve.config_check import ClusterResources, check, load_any
+from eft_serve.config_check import ClusterResources, check, http_address, load_any
 from eft_serve.errors import ConfigError
 from eft_serve.rayserve.environment import job_environment
 from eft_serve.rayserve.local import LocalApp, local_app
@@ -21,13 +21,23 @@ from eft_serve.rayserve.local import LocalApp, local_app
 HEALTH_POLL_S = 1.0
 
 
-def serve_until_stopped(path: Path, *, host: str, port: int, dashboard: bool, timeout_s: float) -> None:
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+
+
+def serve_until_stopped(path: Path, *, host: str | None, port: int | None, dashboard: bool, timeout_s: float) -> None:
     """Serve the configuration of this file.
+
+    Args:
+        host: None for the file's `http_options.host`, or loopback.
+        port: None for the file's `http_options.port`, or 8000; 0 takes a free one.
 
     Raises:
         ConfigError: the configuration or the address cannot be served; every mistake is named, and nothing was started.
     """
     config = load_any(path)
+    named_host, named_port = http_address(path)
+    host = host or named_host or DEFAULT_HOST
+    port = next(p for p in (port, named_port, DEFAULT_PORT) if p is not None)
     _refuse_mistakes(config, host)
     console = Console()
     with local_app(config, host=host, port=port, dashboard=dashboard, timeout_s=timeout_s) as served:
@@ -44,7 +54,7 @@ def _refuse_mistakes(config: AppConfig, host: str) -> None:
     errors = [problem for problem in check(config, here) if problem.severity == "error"]
     lines = [f"{problem.path}: {problem.message}" for problem in errors]
     if config.server.tenants_file is None and not _is_loopback(host):
-        lines.append(f"--host {host}: without server.tenants_file only loopback is served; create tenants first")
+        lines.append(f"host {host}: without server.tenants_file only loopback is served; create tenants first")
     if lines:
         raise ConfigError("\n".join(lines))
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from eft_serve.config import AppConfig
-from eft_serve.config_check import load_any
+from eft_serve.config_check import http_address, load_any
 from eft_serve.errors import ConfigError
 
 INNER: dict[str, Any] = {"models": {"m": {"path": "x"}}}
@@ -91,3 +91,25 @@ def test_anchors_and_merges_are_no_duplicates(tmp_path: Path) -> None:
     path.write_text("models:\n  a: &a {path: x, dtype: float32}\n  b: {<<: *a, path: y}\n  c: {<<: *a, path: z}\n")
     config = load_any(path)
     assert [(m.path, m.dtype) for m in config.deployments.values()] == [(p, "float32") for p in "xyz"]
+
+
+def test_the_address_is_the_deploy_files_and_a_bare_configuration_has_none(tmp_path: Path) -> None:
+    options = {"host": "127.0.0.2", "port": 8101}
+    named = write(tmp_path / "named.yaml", deploy(application(INNER), http_options=options, proxy_location="HeadOnly"))
+    assert http_address(named) == ("127.0.0.2", 8101)
+    assert http_address(write(tmp_path / "bare.yaml", INNER)) == (None, None)
+    assert http_address(write(tmp_path / "none.yaml", deploy(application(INNER)))) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"http_options": {"port": 1, "root_path": "/x"}}, "http_options.root_path"),
+        ({"logging_config": {"encoding": "JSON"}}, "logging_config"),
+    ],
+)
+def test_what_a_local_server_does_not_apply_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{named}: only `serve deploy` applies"):
+        http_address(write(tmp_path / "file.yaml", deploy(application(INNER), **settings)))

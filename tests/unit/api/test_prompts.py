@@ -324,3 +324,22 @@ def test_stop_strings_that_are_special_tokens_are_their_ids(tokenizers: dict[str
     base = [term for term, _ in terms("base")]
     assert renderer.special_token_ids(base, ["<s>", "s", "<s> "]) == [0]
     assert renderer.special_token_ids(base, []) == []
+
+
+async def test_an_adapters_own_chat_template_renders_its_prompt(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "small")
+    for name, template in (("asks", "{% for m in messages %}Q: {{ m['content'] }}{% endfor %}"), ("plain", None)):
+        (tmp_path / name).mkdir()
+        if template:
+            (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    adapters = {name: {"model": "small", "adapter": str(tmp_path / name)} for name in ("asks", "plain")}
+    config = AppConfig.parse({"models": {"small": {"path": str(tmp_path / "small")}, **adapters}})
+    renderer = PromptRenderer.load(config, lambda model: 512)
+    adapted = [Term(name, "small", 1.0, adapter=name) for name in adapters]
+    prompts = await renderer.chat(adapted, dict.fromkeys(adapters, AS_ITSELF), [{"role": "user", "content": "Hi"}])
+    tokenizer = ModelTokenizer.load(tmp_path / "small")
+    assert text_of(tokenizer, prompts["asks"]) == "Q: Hi"
+    assert text_of(tokenizer, prompts["plain"]) == "<|user|>Hi\n<|assistant|>"
+    (tmp_path / "asks" / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja is no chat template"):
+        PromptRenderer.load(config, lambda model: 512)

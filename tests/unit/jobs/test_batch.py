@@ -98,6 +98,23 @@ def test_each_line_in_gets_one_line_out(tmp_path: Path, output: Path, stub: Stub
     assert KEY not in done.stdout + done.stderr + output.read_text()
 
 
+def test_an_invalid_line_is_no_namesake_of_a_custom_id_and_both_are_kept(
+    tmp_path: Path, output: Path, stub: Stub
+) -> None:
+    source = write(tmp_path / "in.jsonl", request("line 3"), request("line-3"), "not json")
+    for _ in range(2):
+        assert run(source, output, stub.url).returncode == 0
+    assert [line["custom_id"] for line in read(output)] in (
+        ["line 3", "line-3", None],
+        ["line-3", "line 3", None],
+        [None, "line 3", "line-3"],
+        [None, "line-3", "line 3"],
+        ["line 3", None, "line-3"],
+        ["line-3", None, "line 3"],
+    )
+    assert len(stub.asked) == 2
+
+
 def test_a_killed_batch_goes_on_where_it_was(tmp_path: Path, output: Path, stub: Stub) -> None:
     names = [f"r{i}" for i in range(40)]
     source = write(tmp_path / "in.jsonl", *map(request, names))
