@@ -146,6 +146,11 @@ class Combination(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rewards: tuple[Reward, ...] = ()  # over the terms; empty unless components are requested
     recipe: str = ""  # as the client named it: a recipe or a plain model; for usage only
 
+    @property
+    def counted(self) -> Term:
+        """The first term with a coefficient: its tokenizer decodes, and `usage` counts its prompt."""
+        return next(term for term in self.terms if term.counts)
+
 
 ZERO = 1e-9  # a smaller coefficient is a rounding error of knobs that cancel
 
@@ -324,7 +329,7 @@ class TokenComponents(msgspec.Struct, frozen=True, array_like=True):
     """Each part of the combination for one token, in natural logarithms."""
 
     token_id: int
-    logprob: float  # under the combination, at temperature 1 and before top-p and the like
+    logprob: float  # under the combination, before its controls unless the request wants it processed
     models: list[float]  # under each term, in the combination's order; empty if only the combination's are wanted
     rewards: list[float]  # log π_tuned − log π_reference of each fine-tuning, in the recipe's order
     reward: float  # their weighted sum; 0 without fine-tunings

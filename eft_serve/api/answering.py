@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -25,9 +26,10 @@ from eft_serve.api.streams import Indexed, checked, merged, while_connected
 from eft_serve.ensemble import Ensemble
 from eft_serve.errors import DeadlineError, EftServeError
 from eft_serve.tenancy.tenants import Tenant
-from eft_serve.types import Delta, GenerationRequest, Term
+from eft_serve.types import Delta, GenerationRequest
 
 STALLED_CLIENT_S = 5.0  # beyond the deadline, for the last event to be read
+INLINE_COMPONENTS = 256  # log-probabilities of tokens: about a millisecond of work
 
 logger = logging.getLogger(__name__)
 
@@ -65,16 +67,17 @@ class ModelResponse(Response):
         call: what is asked for.
         prefix: of the answer's id.
         num_choices: how many requests to the models it takes.
+        keeps: whether it is answered as a whole.
     """
 
-    def __init__(self, context: Context, call: Call, prefix: str, num_choices: int) -> None:
+    def __init__(self, context: Context, call: Call, prefix: str, num_choices: int, *, keeps: bool = True) -> None:
         super().__init__()
         self._context = context
         self._call = call
         # The id is ours, not the client's: two requests under one id would share state in the engines.
         self._id = prefix + uuid.uuid4().hex
         self._deadline = call.arrival + context.service.config.server.request_timeout_s
-        self._progress = Progress([Choice() for _ in range(num_choices)])
+        self._progress = Progress([Choice(keeps) for _ in range(num_choices)])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         timeout_s = self._deadline + STALLED_CLIENT_S - self._now()
@@ -102,9 +105,13 @@ class ModelResponse(Response):
             async for _ in deltas:
                 pass
 
-    async def _send_whole(self, body: JsonObject, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_whole(self, body: Callable[[], JsonObject], scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the object that `body` makes; a large one is made in a thread, or it would stall every stream."""
+        size = sum(1 + len(token.top) for choice in self._progress.choices for token in choice.components)
+        make = partial(_response, body)
+        response = make() if size <= INLINE_COMPONENTS else await asyncio.to_thread(make)
         self._progress.answered = True
-        await json_response(body)(scope, receive, send)
+        await response(scope, receive, send)
 
     async def _deltas(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Indexed, None]:
         """What the models generate, within the deadline, noted in the progress as it comes."""
@@ -156,6 +163,5 @@ class ModelResponse(Response):
         return asyncio.get_running_loop().time()
 
 
-def first_that_counts(terms: Sequence[Term]) -> Term:
-    """The term whose prompt `usage` counts."""
-    return next(term for term in terms if term.counts)
+def _response(body: Callable[[], JsonObject]) -> Response:
+    return json_response(body())

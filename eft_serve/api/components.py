@@ -24,7 +24,7 @@ class ComponentsFormat:
         return cls(
             terms=tuple(term.name for term in combination.terms),
             rewards=tuple(reward.name for reward in combination.rewards),
-            decode_token=renderer.token_decoder(combination.terms[0].model),
+            decode_token=renderer.token_decoder(combination.counted.model),
             num_top=num_alternatives,
         )
 

@@ -17,6 +17,9 @@ JsonObject = dict[str, Any]
 class Choice:
     """One answer, complete or in progress."""
 
+    keeps: bool = True  # what it consists of; a streamed answer is gone once it is sent
+    num_tokens: int = 0
+    reward: float = 0.0  # the sum over all its tokens
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -24,25 +27,19 @@ class Choice:
     components: list[TokenComponents] = field(default_factory=list)  # of each token, where they are wanted
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
-    @property
     def spec_decode(self) -> SpecDecodeStats:
         return SpecDecodeStats() if self.usage is None else self.usage.spec_decode
 
-    @property
-    def reward(self) -> float:
-        """The sum over all its tokens."""
-        return sum(token.reward for token in self.components)
-
     def add(self, delta: Delta) -> None:
         """Add what a delta brings."""
-        self.text += delta.text
-        self.token_ids += delta.token_ids
+        self.num_tokens += len(delta.token_ids)
+        self.reward += sum(token.reward for token in delta.components or ())
         self.finish_reason = delta.finish_reason
         self.usage = delta.usage or self.usage
-        self.components += delta.components or ()
+        if self.keeps:
+            self.text += delta.text
+            self.token_ids += delta.token_ids
+            self.components += delta.components or ()
 
 
 def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool, counted_model: str = "") -> JsonObject:
@@ -84,8 +81,14 @@ class Format(Protocol):
     whole: str
     part: str
 
-    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes]) -> LogprobsFormat:
-        """The form of its log-probabilities."""
+    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes], hidden: frozenset[int]) -> LogprobsFormat:
+        """The form of its log-probabilities.
+
+        Args:
+            num_top: alternatives to each token.
+            bytes_of: a token's part of the text.
+            hidden: tokens that the text does not show.
+        """
         ...
 
     def opening(self, index: int) -> JsonObject | None:
@@ -110,7 +113,7 @@ class ChatFormat:
 
     prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes]) -> LogprobsFormat:
+    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes], hidden: frozenset[int]) -> LogprobsFormat:
         return ChatLogprobs(num_top, bytes_of)
 
     def opening(self, index: int) -> JsonObject | None:
@@ -137,8 +140,8 @@ class CompletionFormat:
 
     prefix, whole, part = "cmpl-", "text_completion", "text_completion"
 
-    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes]) -> LogprobsFormat:
-        return CompletionLogprobs(num_top, bytes_of)
+    def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes], hidden: frozenset[int]) -> LogprobsFormat:
+        return CompletionLogprobs(num_top, bytes_of, hidden)
 
     def opening(self, index: int) -> JsonObject | None:
         return None

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from eft_serve.api import sse
-from eft_serve.api.answering import Call, ModelResponse, first_that_counts
+from eft_serve.api.answering import Call, ModelResponse
 from eft_serve.api.components import ComponentsFormat
 from eft_serve.api.context import Context
 from eft_serve.api.errors import domain_body, internal_body
@@ -48,7 +48,7 @@ class GenerationResponse(ModelResponse):
     _call: GenerationCall
 
     def __init__(self, context: Context, call: GenerationCall) -> None:
-        super().__init__(context, call, call.format.prefix, call.body.num_candidates)
+        super().__init__(context, call, call.format.prefix, call.body.num_candidates, keeps=not call.body.stream)
         options = call.body.stream_options
         self._envelope = Envelope(
             call.format,
@@ -75,7 +75,10 @@ class GenerationResponse(ModelResponse):
             await self._run_all(requests)
         candidates = self._progress.choices
         shown = best(candidates, body.num_choices) if body.is_ranked else candidates
-        whole = self._envelope.whole(shown, self._progress.num_prompt_tokens, candidates)
+
+        def whole() -> JsonObject:
+            return self._envelope.whole(shown, self._progress.num_prompt_tokens, candidates)
+
         await self._send_whole(whole, scope, receive, send)
 
     async def _prepare(self) -> list[GenerationRequest]:
@@ -89,18 +92,23 @@ class GenerationResponse(ModelResponse):
         if eft.components is not None:
             shown = ComponentsFormat.of(combination, self._context.renderer, eft.components)
             self._envelope = dataclasses.replace(self._envelope, components=shown)
+        counted = combination.counted
+        tokenizer = self._context.renderer.tokenizer(counted.model)
         if body.num_logprobs is not None:
-            bytes_of = self._context.renderer.bytes_of(combination.terms[0].model)
-            logprobs = call.format.logprobs(body.num_logprobs, bytes_of)
+            hidden = frozenset() if body.skip_special_tokens is False else frozenset(tokenizer.special.values())
+            logprobs = call.format.logprobs(body.num_logprobs, tokenizer.bytes_of, hidden)
             self._envelope = dataclasses.replace(self._envelope, logprobs=logprobs)
         speculative = call.ensemble.speculative(eft.speculative.changes)
         prompts = await call.render(combination.terms, call.ensemble.prompting)
         max_tokens = self._max_tokens(combination.terms, prompts)
-        counted = first_that_counts(combination.terms)
+        if body.min_tokens and body.min_tokens > max_tokens:
+            message = f"min_tokens: {body.min_tokens} is more than the {max_tokens} tokens that may be generated"
+            raise InvalidRequestError(message, param="min_tokens")
         self._progress.num_prompt_tokens = len(prompts[counted.name])
         self._envelope = dataclasses.replace(self._envelope, counted_model=counted.adapter or counted.model)
         bad_words = await self._context.renderer.words(combination.terms, body.bad_words or ())
-        stop_token_ids = self._context.renderer.special_token_ids(combination.terms, body.stop or ())
+        special = tokenizer.special  # a stop string that is one never shows in the text
+        stop_token_ids = [special[text] for text in body.stop or () if text in special]
         seeds = [choice_seed(body.seed, i) for i in range(body.num_candidates)]
         return [
             GenerationRequest(
@@ -111,7 +119,7 @@ class GenerationResponse(ModelResponse):
                 speculative=speculative,
                 components=body.components,
                 logprobs=body.num_logprobs,
-                logprobs_mode=eft.logprobs_mode,
+                logprobs_mode=eft.logprobs_mode or "raw_logprobs",
                 tenant=call.tenant.name,
                 timeout_s=max(0.0, self._deadline - self._now()),
             )

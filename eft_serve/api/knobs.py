@@ -63,8 +63,8 @@ class EftKnobs(RecipeKnobs):
     components: int | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Every choice also has what each model says of its tokens; with a number, also of that many alternatives."""
 
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
-    """`logprobs` before the request's biases, penalties and allowed tokens, or after them; vLLM's names."""
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] | None = None
+    """`logprobs` before all controls (the default) or after them, temperature and top-p among them; vLLM's names."""
 
     @field_validator("components", mode="before", json_schema_input_type=bool | int | None)
     @classmethod

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import codecs
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 from eft_serve.types import TokenComponents
 
 JsonObject = dict[str, Any]
+
+IMPOSSIBLE = -9999.0  # vLLM's, for a probability of 0: JSON has no infinity
 
 
 class LogprobsFormat(Protocol):
@@ -30,37 +33,61 @@ class ChatLogprobs:
     def of(self, index: int, tokens: Sequence[TokenComponents]) -> JsonObject:
         """See `LogprobsFormat`."""
         content = [
-            self._token(token) | {"top_logprobs": [self._token(other) for other in token.top[: self.num_top]]}
+            self._token(token) | {"top_logprobs": [self._token(other) for other in _top(token, self.num_top)]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
 
     def _token(self, token: TokenComponents) -> JsonObject:
         own = self.bytes_of(token.token_id)
-        return {"token": own.decode(errors="replace"), "logprob": token.logprob, "bytes": list(own)}
+        return {"token": own.decode(errors="replace"), "logprob": _finite(token), "bytes": list(own)}
+
+
+class _Offset:
+    """Characters of a choice's text so far."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several tokens
+
+    def add(self, text: bytes) -> None:
+        self.characters += len(self._decoder.decode(text))
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionLogprobs:
-    """`choices[].logprobs` of a text completion; offsets count the characters of the tokens before."""
+    """`choices[].logprobs` of a text completion; offsets are of the character that a token begins or goes on with."""
 
     num_top: int
     bytes_of: Callable[[int], bytes]
-    _offsets: defaultdict[int, int] = field(default_factory=lambda: defaultdict(int))  # by choice
+    hidden: frozenset[int]  # tokens that the text does not show
+    _offsets: dict[int, _Offset] = field(default_factory=dict)  # by choice
 
     def of(self, index: int, tokens: Sequence[TokenComponents]) -> JsonObject:
         """See `LogprobsFormat`."""
+        offset = self._offsets.setdefault(index, _Offset())
         shown: JsonObject = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
             text = self._text(token)
-            # Likelier first: of tokens that read alike, as broken characters do, the likelier one is shown.
-            top = {self._text(other): other.logprob for other in reversed(token.top[: self.num_top])}
+            top: dict[str, float] = {}
+            for other in _top(token, self.num_top):  # of tokens that read alike the most likely one is shown
+                top.setdefault(self._text(other), other.logprob)
             shown["tokens"].append(text)
-            shown["token_logprobs"].append(token.logprob)
-            shown["top_logprobs"].append({text: token.logprob} | dict(reversed(top.items())))
-            shown["text_offset"].append(self._offsets[index])
-            self._offsets[index] += len(text)
+            shown["token_logprobs"].append(_finite(token))
+            shown["top_logprobs"].append(top | {text: _finite(token)})
+            shown["text_offset"].append(offset.characters)
+            if token.token_id not in self.hidden:
+                offset.add(self.bytes_of(token.token_id))
         return shown
 
     def _text(self, token: TokenComponents) -> str:
         return self.bytes_of(token.token_id).decode(errors="replace")
+
+
+def _top(token: TokenComponents, count: int) -> list[TokenComponents]:
+    """The most likely tokens that are possible at all."""
+    return [other for other in token.top[:count] if other.logprob > -inf]
+
+
+def _finite(token: TokenComponents) -> float:
+    return max(token.logprob, IMPOSSIBLE)

@@ -8,11 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eft_serve.checkpoints.chat_template import check_template
 from eft_serve.checkpoints.json_file import BrokenFileError
@@ -41,6 +40,12 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()
 
 
+def _decoder_kinds(decoder: Mapping[str, Any] | None) -> Iterator[str]:
+    for each in (decoder or {}, *(decoder or {}).get("decoders", ())):
+        if "type" in each:
+            yield each["type"]
+
+
 def _templates(template: str | dict[str, str] | None) -> dict[str, str]:
     """Every template of a tokenizer, by what is added to its name in an error."""
     if isinstance(template, dict):
@@ -53,7 +58,7 @@ def plain_chat(messages: Sequence[Message]) -> str:
     return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class ModelTokenizer:
     """One model's tokenizer; safe to use from several threads."""
 
@@ -62,6 +67,9 @@ class ModelTokenizer:
     fingerprint: str  # digest of all that turns text into ids
     num_ids: int  # of the tokens that the model has: 0 <= id < num_ids
     has_unknown: bool = False  # the tokenizer has tokens beyond these
+    decoders: frozenset[str] = frozenset()  # their kinds
+    added_token_ids: frozenset[int] = frozenset()  # tokens that stand for themselves
+    special: Mapping[str, int] = field(default_factory=dict)  # of these, text → id of those that decoded text hides
     own_template: str | None = None  # of an adapter, in place of the tokenizer's
 
     @classmethod
@@ -73,7 +81,8 @@ class ModelTokenizer:
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()  # a prompt is refused when it is too long, never cut
         backend.no_padding()
-        vocabulary = tokenizer.get_vocab()
+        vocabulary, described = tokenizer.get_vocab(), backend.to_str()
+        added = backend.get_added_tokens_decoder()
         try:
             known = known_tokens(vocabulary, head_rows(path))
             for name, text in _templates(tokenizer.chat_template).items():
@@ -83,9 +92,12 @@ class ModelTokenizer:
         return cls(
             tokenizer,
             vocabulary=_digest(json.dumps(known, sort_keys=True)),
-            fingerprint=_digest(backend.to_str()),
+            fingerprint=_digest(described),
             num_ids=max(known.values()) + 1,
             has_unknown=len(known) < len(vocabulary),
+            decoders=frozenset(_decoder_kinds(json.loads(described).get("decoder"))),
+            added_token_ids=frozenset(added),
+            special={token.content: token_id for token_id, token in added.items() if token.special},
         )
 
     def encode(self, text: str, add_special_tokens: bool, param: str, max_tokens: int) -> list[int]:
@@ -121,23 +133,6 @@ class ModelTokenizer:
         if not self.decoders.isdisjoint(("Metaspace", "Replace")):
             return str(token).replace("\u2581", " ").encode()
         return str(backend.decode([token_id], skip_special_tokens=False)).encode()
-
-    def special_token_ids(self, texts: Iterable[str]) -> list[int]:
-        """Of the texts that are special tokens, the ids: decoded text does not show them."""
-        added = self.tokenizer.backend_tokenizer.get_added_tokens_decoder()
-        special = {token.content: token_id for token_id, token in added.items() if token.special}
-        return [special[text] for text in texts if text in special]
-
-    @cached_property
-    def added_token_ids(self) -> frozenset[int]:
-        """Tokens that stand for themselves, special ones among them."""
-        return frozenset(self.tokenizer.backend_tokenizer.get_added_tokens_decoder())
-
-    @cached_property
-    def decoders(self) -> frozenset[str]:
-        """The kinds of its decoders."""
-        decoder = json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder") or {}
-        return frozenset(each["type"] for each in (decoder, *decoder.get("decoders", ())) if "type" in each)
 
     def check_length(self, text: str, max_tokens: int, param: str) -> None:
         """Refuse a text that cannot fit, however long it is, in about the time that a text that fits takes.

@@ -154,14 +154,9 @@ class PromptRenderer:
             raise InvalidRequestError("completion: must hold at least one token", param="completion")
         return ids
 
-    def bytes_of(self, model: str) -> Callable[[int], bytes]:
-        """The text of single tokens of this model, see `ModelTokenizer.bytes_of`."""
-        return self._tokenizers[model].bytes_of
-
-    def special_token_ids(self, terms: Sequence[Term], texts: Sequence[str]) -> list[int]:
-        """See `ModelTokenizer.special_token_ids`; of the first term, whose text is shown."""
-        model = next(term.model for term in terms if term.counts)
-        return self._tokenizers[model].special_token_ids(texts) if texts else []
+    def tokenizer(self, model: str) -> ModelTokenizer:
+        """The tokenizer of this model."""
+        return self._tokenizers[model]
 
     async def words(self, terms: Sequence[Term], words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each word, at the beginning of a text and after a space."""

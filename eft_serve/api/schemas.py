@@ -21,6 +21,7 @@ MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 128
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
+MAX_ALLOWED = 2**15
 SEED_RANGE = 2**63
 
 
@@ -60,6 +61,7 @@ def _whole(value: object) -> object:
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
+TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
 TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
 
 
@@ -105,8 +107,8 @@ class GenerationBody(Strict):
 
     model: str = Field(max_length=256)
     """A recipe's name, or a plain model's."""
-    max_tokens: Whole | None = Field(default=None, ge=1)
-    min_tokens: Whole | None = Field(default=None, ge=0)
+    max_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
+    min_tokens: Whole | None = Field(default=None, ge=0, lt=2**31)
     """Neither an end token nor a stop string ends the output before."""
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
@@ -118,20 +120,25 @@ class GenerationBody(Strict):
     """Subtracted from the logits of tokens that the output has."""
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     """The same, for each time that the output has them."""
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, allow_inf_nan=False)
     """Divides positive logits and multiplies others, of tokens in the prompt or the output; 1 changes nothing."""
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+            dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]],
             Field(max_length=MAX_BIASES),
         ]
         | None
     ) = None
-    """By token id, added to the token's logit; -100 bans it."""
-    allowed_token_ids: Annotated[list[Whole], Field(min_length=1)] | None = None
+    """By token id, added to the token's logit; -100 makes it as good as impossible."""
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None = None
     """Only these tokens may be generated."""
-    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_BAD_WORDS)] | None = None
-    """Texts that are never generated, at the beginning of a word or inside."""
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], Field(max_length=MAX_BAD_WORDS)
+        ]
+        | None
+    ) = None
+    """Tokens of these texts that are never generated in this order, with a space before them or without."""
     n: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     best_of: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -146,7 +153,7 @@ class GenerationBody(Strict):
         ]
         | None
     ) = None
-    stop_token_ids: Annotated[list[Whole], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     """Tokens that end the output, as end tokens do."""
     include_stop_str_in_output: bool | None = None
     """The stop string, or the token that ends the output, is part of the text."""
@@ -171,13 +178,18 @@ class GenerationBody(Strict):
         return best_of
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> GenerationBody:
+    def _fields_agree(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
             raise _mistake("stream_options", "needs stream to be true")
+        options = self.stream_options
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise _mistake("stream_options.continuous_usage_stats", "needs include_usage to be true")
         if self.min_tokens and self.requested_tokens and self.min_tokens > self.requested_tokens:
             raise _mistake("min_tokens", f"{self.min_tokens} is more than {self.limit_param}, {self.requested_tokens}")
         if self.eft.logprobs_mode == "processed_logprobs" and self.components is not None:
             raise _mistake("eft.logprobs_mode", "components and best_of go by raw_logprobs; leave one of them out")
+        if self.eft.logprobs_mode is not None and self.num_logprobs is None:
+            raise _mistake("eft.logprobs_mode", "needs logprobs")
         return self
 
     @property
@@ -234,7 +246,7 @@ class GenerationBody(Strict):
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(set(self.allowed_token_ids)),
             bad_words=bad_words,
         )
 
@@ -281,7 +293,7 @@ class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: Whole | None = Field(default=None, ge=1)
+    max_completion_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
     """OpenAI's newer name for `max_tokens`."""
     logprobs: bool | None = None
     """Each choice also has the log-probabilities of its tokens."""
@@ -322,7 +334,7 @@ class ChatBody(GenerationBody):
     }
 
     @model_validator(mode="after")
-    def _one_limit(self) -> ChatBody:
+    def _chat_fields_agree(self) -> ChatBody:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise _mistake("max_completion_tokens", "differs from max_tokens; send one of them")
         if self.top_logprobs and not self.logprobs:
@@ -350,7 +362,11 @@ class CompletionBody(GenerationBody):
     logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Each choice also has the log-probabilities of its tokens, and of this many alternatives to each."""
 
-    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {"echo": (False,), "suffix": ("",)}
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
+        "add_special_tokens": (True,),
+        "echo": (False,),
+        "suffix": ("",),
+    }
 
     @property
     def num_logprobs(self) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import Receive, Scope, Send
 
-from eft_serve.api.answering import Call, ModelResponse, first_that_counts
+from eft_serve.api.answering import Call, ModelResponse
 from eft_serve.api.components import ComponentsFormat
 from eft_serve.api.context import Context
 from eft_serve.api.formats import JsonObject, usage
@@ -40,7 +40,7 @@ class ScoreResponse(ModelResponse):
         async with self._context.limits.admit(self._call.tenant, len(self._items), "items"):
             combination = self._call.ensemble.resolve(self._call.body.eft.knobs, every=True)
             await self._run_all(await self._prepare(combination))
-        await self._send_whole(self._body(combination), scope, receive, send)
+        await self._send_whole(lambda: self._body(combination), scope, receive, send)
 
     async def _prepare(self, combination: Combination) -> list[GenerationRequest]:
         requests, prompting = [], self._call.ensemble.prompting
@@ -61,7 +61,7 @@ class ScoreResponse(ModelResponse):
             prompts = await renderer.completion(terms, prompting, item.prompt)
         given = await renderer.given(terms, item.completion)
         self._check_room(terms, prompts, len(given), "prompt" if item.messages is None else "messages")
-        self._progress.num_prompt_tokens += len(prompts[first_that_counts(terms).name])
+        self._progress.num_prompt_tokens += len(prompts[combination.counted.name])
         return GenerationRequest(
             request_id=f"{self._id}-{index}",
             combination=combination,

@@ -6,7 +6,6 @@ Knows JSON, and none of its contents.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,6 +14,7 @@ import msgspec
 from eft_serve.errors import InvalidRequestError
 
 MOST_SHOWN = 100  # characters of a key in an error
+MOST_PARTS = 10  # of a place, from the outside
 MOST_DIGITS = 20  # of a 64-bit integer with its sign
 
 
@@ -67,9 +67,15 @@ def _refuse(raw: bytes | bytearray, error: Exception) -> NoReturn:
         raise InvalidRequestError(message) from error
     except (UnicodeDecodeError, RecursionError) as found:
         raise InvalidRequestError(f"the body is not valid JSON: {found}") from error
-    for place, mistake in _mistakes(data, ""):
-        raise InvalidRequestError(f"{place}: {mistake}", param=place) from error
-    raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+    try:
+        mistake = _first_mistake(data)
+    except RecursionError:
+        mistake = None
+    if mistake is None:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+    reason, path = mistake
+    place = ".".join(reversed(path[-MOST_PARTS:]))
+    raise InvalidRequestError(f"{place}: {reason}", param=place) from error
 
 
 def _with_mistakes(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,15 +94,18 @@ def _float(text: str) -> float | _Mistake:
     return value if abs(value) < float("inf") else _Mistake("the number is too large")
 
 
-def _mistakes(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """(place, reason) of each mistake; places are written as `messages.0.content`."""
+def _first_mistake(value: Any) -> tuple[str, list[str]] | None:
+    """The reason, and the keys of its place from the inside out."""
     if isinstance(value, _Mistake):
-        yield place, value.reason
-    elif isinstance(value, str) and not _is_text(value):
-        yield place, "the text has half of a surrogate pair"
-    elif isinstance(value, dict | list):
+        return value.reason, []
+    if isinstance(value, str) and not _is_text(value):
+        return "the text has half of a surrogate pair", []
+    if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _mistakes(inner, f"{place}.{_shown(key)}" if place else _shown(key))
+            if (found := _first_mistake(inner)) is not None:
+                found[1].append(_shown(key))
+                return found
+    return None
 
 
 def _shown(key: str | int) -> str:

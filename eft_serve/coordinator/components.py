@@ -1,6 +1,6 @@
 """Each term's log-probabilities of the sampled tokens and of their most likely alternatives.
 
-They are taken from a term's own logits or from the combined logits, before temperature, top-p and the like.
+A term's are of its own logits; those of the combination are of combined or, on request, processed logits.
 """
 
 from __future__ import annotations

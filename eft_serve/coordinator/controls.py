@@ -11,6 +11,16 @@ from eft_serve.numerics.processors import Allowed, BadWords, LogitBias, MinToken
 from eft_serve.numerics.rows import LogitsProcessor
 from eft_serve.types import SamplingParams
 
+CONTROLS = (
+    "logit_bias",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "allowed_token_ids",
+    "bad_words",
+    "min_tokens",
+)
+
 
 def end_token_ids(request: Request, vocabularies: Sequence[Vocabulary]) -> frozenset[int]:
     """Tokens that end the output: its own, and unless ignored those of any term with a coefficient; none if forced.
@@ -33,9 +43,10 @@ def processors(request: Request, vocabularies: Sequence[Vocabulary]) -> tuple[Lo
         InvalidRequestError: a parameter names a token that the models do not have.
     """
     sampling = request.generation.sampling
-    for param, token_id in _named_token_ids(sampling):
-        if not 0 <= token_id < request.num_ids:
-            raise InvalidRequestError(f"{param}: token id {token_id} is not in 0..{request.num_ids - 1}", param=param)
+    for param, token_ids in _named_token_ids(sampling):
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < request.num_ids:
+            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < request.num_ids)
+            raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{request.num_ids - 1}", param=param)
     return () if request.is_forced else tuple(_processors(request, sampling, end_token_ids(request, vocabularies)))
 
 
@@ -55,9 +66,15 @@ def _processors(request: Request, sampling: SamplingParams, ends: frozenset[int]
         yield MinTokens(sampling.min_tokens, sorted(end for end in ends if end < request.num_ids))
 
 
-def _named_token_ids(sampling: SamplingParams) -> Iterator[tuple[str, int]]:
-    """(parameter, token id)"""
-    yield from (("logit_bias", token_id) for token_id, _ in sampling.logit_bias)
-    yield from (("allowed_token_ids", token_id) for token_id in sampling.allowed_token_ids or ())
-    yield from (("bad_words", token_id) for word in sampling.bad_words for token_id in word)
-    yield from (("stop_token_ids", token_id) for token_id in sampling.stop_token_ids)
+def _named_token_ids(sampling: SamplingParams) -> Iterator[tuple[str, Sequence[int]]]:
+    """(parameter, token ids)"""
+    yield "logit_bias", [token_id for token_id, _ in sampling.logit_bias]
+    yield "allowed_token_ids", sampling.allowed_token_ids or ()
+    yield "bad_words", [token_id for word in sampling.bad_words for token_id in word]
+    yield "stop_token_ids", sampling.stop_token_ids
+
+
+def used_controls(sampling: SamplingParams) -> list[str]:
+    """The parameters that change logits before temperature."""
+    plain = SamplingParams()
+    return [name for name in CONTROLS if getattr(sampling, name) != getattr(plain, name)]

@@ -62,18 +62,26 @@ class Detokenizer:
             self._restart(self.window[self.num_settled :])
             text = self._decoded(self.window)
         fresh = self._show(text)
-        num_pending = len(self.window) - self.num_settled
-        for size in range(min(MAX_PENDING, num_pending - 1), 0, -1):
-            if not text.endswith(REPLACEMENT):
-                break
-            before, after = (self._decoded(part) for part in (self.window[:-size], self.window[-size:]))
-            is_whole = after != "" and REPLACEMENT not in after
-            if is_whole or (num_pending > MAX_PENDING and before + after == text):
-                fresh += before[len(self.shown) :]
-                self._restart(self.window[-size:])
-                fresh += self._show(after)
-                break
+        size = self._num_open(text) if text.endswith(REPLACEMENT) else 0
+        if size:
+            before, after, shown = self._decoded(self.window[:-size]), self.window[-size:], self.shown
+            fresh += before[len(shown) :]
+            self._restart(after)
+            self.shown = shown[len(before) :]
+            fresh += self._show(self._decoded(after))
         return fresh
+
+    def _num_open(self, text: str) -> int:
+        """How many of the last tokens are to be decoded apart, because those before cannot change; 0 for none."""
+        num_pending = len(self.window) - self.num_settled
+        sizes = range(min(MAX_PENDING, num_pending - 1), 0, -1)
+        parts = [(size, self._decoded(self.window[:-size]), self._decoded(self.window[-size:])) for size in sizes]
+        for size, _, after in parts:
+            if after and REPLACEMENT not in after:  # a whole character behind broken bytes
+                return size
+        if num_pending > MAX_PENDING:
+            return next((size for size, before, after in parts if before + after == text), 0)
+        return 0
 
     def _show(self, text: str) -> str:
         """The part of the window's text that is new and can no longer change."""

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from eft_serve.coordinator.components import describe
+from eft_serve.coordinator.controls import used_controls
 from eft_serve.coordinator.request import Request
-from eft_serve.errors import EftServeError, EngineError
-from eft_serve.numerics.backends import Errors, SamplingBackend
-from eft_serve.numerics.logprobs import require_possible
+from eft_serve.errors import EftServeError, EngineError, InvalidRequestError
+from eft_serve.numerics.backends import SamplingBackend
+from eft_serve.numerics.device_sampling import filtered_logits
 from eft_serve.numerics.rows import RequestRows, RowBatch, tiles
+from eft_serve.numerics.sampling_rows import SamplingRows
 from eft_serve.numerics.verify import verify
-from eft_serve.types import TokenComponents
+from eft_serve.types import SamplingParams, TokenComponents
 
 logger = logging.getLogger(__name__)
 
@@ -92,40 +94,47 @@ class Sampler:
             combined, errors = self._backend.combine(batch)
         with _timed(seconds, "process"):
             processed, impossible = process(batch, combined)
-            errors |= impossible
         with _timed(seconds, "sample"):
             drawn = self._backend.sample(batch, processed)
         with _timed(seconds, "describe"):
-            outputs = [
-                EngineError(f"request {request.request_id}: {errors[index]}")
-                if index in errors
-                else _described(request, rows, verify(rows, drawn[where]), combined[where], processed[where])
-                for index, (request, (rows, where)) in enumerate(zip(requests, batch, strict=True))
-            ]
+            outputs: list[SamplerOutput | EftServeError] = []
+            for index, (request, (rows, where)) in enumerate(zip(requests, batch, strict=True)):
+                token_ids = verify(rows, drawn[where])
+                if index in errors:
+                    outputs.append(EngineError(f"request {request.request_id}: {errors[index]}"))
+                elif impossible.get(index, rows.num_rows) < len(token_ids):
+                    outputs.append(_nothing_possible(rows.sampling))
+                else:
+                    outputs.append(_described(request, rows, token_ids, combined[where], processed[where]))
         return outputs, seconds
 
 
-def process(batch: RowBatch, combined: Tensor) -> tuple[Tensor, Errors]:
+def process(batch: RowBatch, combined: Tensor) -> tuple[Tensor, dict[int, int]]:
     """The logits to sample from: the combined logits, changed by the requests' processors on a copy.
 
     Returns:
-        As `SamplingBackend.combine`; an error where the result has NaN, +inf or no possible token.
+        The logits, and by index of a request its first row with NaN, +inf or no possible token; it holds 0 then. A row
+        behind a draft token that cannot be accepted may be one and does no harm.
     """
-    errors: Errors = {}
+    impossible: dict[int, int] = {}
     if not any(request.processors for request in batch.requests):
-        return combined, errors
+        return combined, impossible
     processed = combined.clone()
     for index, (request, rows) in enumerate(batch):
         if request.processors:
             logits = processed[rows, : request.vocab_size]
             for processor in request.processors:
                 processor(request.output_token_ids, request.draft_token_ids, logits)
-            try:
-                require_possible(logits)
-            except ValueError:
-                logits.zero_()
-                errors[index] = "no token is possible with its logit_bias, penalties and allowed tokens"
-    return processed, errors
+            bad = ~logits.amax(dim=-1).isfinite()
+            if bad.any():
+                logits[bad] = 0
+                impossible[index] = int(bad.nonzero()[0])
+    return processed, impossible
+
+
+def _nothing_possible(sampling: SamplingParams) -> InvalidRequestError:
+    used = used_controls(sampling)
+    return InvalidRequestError(f"{', '.join(used)}: no token is possible with these together", param=used[0])
 
 
 def _described(
@@ -134,11 +143,21 @@ def _described(
     generation = request.generation
     if generation.components is None and generation.logprobs is None:
         return SamplerOutput(token_ids)
-    logits = processed if generation.logprobs_mode == "processed_logprobs" else combined
+    logits = combined
+    if generation.logprobs_mode == "processed_logprobs":
+        logits = _as_sampled(processed[: len(token_ids), : rows.vocab_size], rows)
     try:
         return SamplerOutput(token_ids, describe(request, rows, token_ids, logits))
     except ValueError as error:  # a term of coefficient 0 whose logits are not finite
         return EngineError(f"request {request.request_id}: {error}")
+
+
+def _as_sampled(logits: Tensor, rows: RequestRows) -> Tensor:
+    """What tokens are drawn from: after temperature, top-k, top-p and min-p; greedy rows have none of these."""
+    if rows.sampling.temperature == 0:
+        return logits.contiguous()
+    positions = rows.positions[: len(logits)]
+    return filtered_logits(logits, SamplingRows.of([rows.sampling] * len(positions), positions))
 
 
 @contextmanager

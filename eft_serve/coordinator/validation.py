@@ -39,6 +39,8 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
         yield "request_id", f"{generation.request_id!r} is empty or has a slash"
     if generation.forced_token_ids == []:
         yield "completion", "must hold at least one token"
+    if generation.components is not None and generation.logprobs_mode != "raw_logprobs":
+        yield "logprobs_mode", "components are raw_logprobs"
     yield from _out_of_range(generation)
     if not any(term.coefficient for term in terms):
         yield "terms", "no term has a coefficient"
@@ -62,6 +64,7 @@ def _out_of_range(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
     speculative = generation.speculative or Speculative()
     for param, value, low, high in (
         ("max_tokens", generation.sampling.max_tokens, 1, MAX_TOKENS),
+        ("min_tokens", generation.sampling.min_tokens, 0, generation.sampling.max_tokens),
         ("timeout_s", generation.timeout_s, 0, MAX_TIMEOUT_S),
         ("components", generation.components or 0, 0, MAX_ALTERNATIVES),
         ("logprobs", generation.logprobs or 0, 0, MAX_ALTERNATIVES),

@@ -51,13 +51,16 @@ class Penalties:
         for token_id in output_token_ids[self._num_counted :]:
             self._count(token_id, 1)
         self._num_counted = len(output_token_ids)
-        drafted = draft_token_ids[: len(logits) - 1]
-        for index, row in enumerate(logits):
-            for token_id in drafted[max(0, index - 1) : index]:
-                self._count(token_id, 1)
-            self._apply(row)
-        for token_id in drafted:
-            self._count(token_id, -1)
+        counted = []  # draft tokens, which may be rejected
+        try:
+            for index, row in enumerate(logits):
+                for token_id in draft_token_ids[max(0, index - 1) : index]:
+                    self._count(token_id, 1)
+                    counted.append(token_id)
+                self._apply(row)
+        finally:
+            for token_id in counted:
+                self._count(token_id, -1)
 
     def _count(self, token_id: int, change: int) -> None:
         slot = self._slots.setdefault(token_id, len(self._slots))
@@ -95,8 +98,15 @@ class BadWords:
     """Makes the last token of a sequence impossible after the tokens before it."""
 
     def __init__(self, words: Iterable[Sequence[int]]) -> None:
-        self._words = [(list(beginning), last) for *beginning, last in words]
-        self._longest = max((len(beginning) for beginning, _ in self._words), default=0)
+        self._always: list[int] = []  # words of one token
+        self._after: dict[int, list[tuple[list[int], int]]] = {}  # (beginning, last token) by the token before the last
+        self._longest = 0
+        for *beginning, last in words:
+            self._longest = max(self._longest, len(beginning))
+            if beginning:
+                self._after.setdefault(beginning[-1], []).append((beginning, last))
+            else:
+                self._always.append(last)
 
     def __call__(self, output_token_ids: Sequence[int], draft_token_ids: Sequence[int], logits: Tensor) -> None:
         """See `LogitsProcessor`."""
@@ -105,8 +115,8 @@ class BadWords:
         num_output = len(output_token_ids) - start
         for index, row in enumerate(logits):
             tail = before[: num_output + index]
-            banned = [last for begin, last in self._words if not begin or tail[-len(begin) :] == begin]
-            row[banned] = -torch.inf
+            candidates = self._after.get(tail[-1], ()) if tail else ()
+            row[self._always + [last for begin, last in candidates if tail[-len(begin) :] == begin]] = -torch.inf
 
 
 class MinTokens:

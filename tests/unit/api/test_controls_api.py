@@ -67,6 +67,13 @@ async def test_each_control_reaches_the_coordinator(stack: Stack, path: str, bod
     )
 
 
+async def test_a_stop_string_that_is_a_special_token_is_its_id_too(stack: Stack) -> None:
+    async with stack.client() as client:
+        await client.post("/v1/completions", json=COMPLETION | {"stop": ["<s>", "s"], "stop_token_ids": [5]})
+    (request,) = stack.service.requests
+    assert (request.sampling.stop, request.sampling.stop_token_ids) == (("<s>", "s"), (5, 0))
+
+
 async def test_the_speaker_of_a_message_reaches_a_template_that_shows_it(tmp_path: Path) -> None:
     stack = Stack(
         make_config(tmp_path, template="{% for m in messages %}{{ m['name'] }}: {{ m['content'] }}{% endfor %}")

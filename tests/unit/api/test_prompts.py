@@ -319,11 +319,8 @@ def test_a_models_own_chat_template_that_cannot_be_parsed_is_an_error_at_the_sta
         ModelTokenizer.load(path)
 
 
-def test_stop_strings_that_are_special_tokens_are_their_ids(tokenizers: dict[str, ModelTokenizer]) -> None:
-    renderer = PromptRenderer(tokenizers)
-    base = [term for term, _ in terms("base")]
-    assert renderer.special_token_ids(base, ["<s>", "s", "<s> "]) == [0]
-    assert renderer.special_token_ids(base, []) == []
+def test_special_tokens_are_known_by_their_text(tokenizers: dict[str, ModelTokenizer]) -> None:
+    assert tokenizers["base"].special == {"<s>": 0}
 
 
 async def test_an_adapters_own_chat_template_renders_its_prompt(tmp_path: Path) -> None:

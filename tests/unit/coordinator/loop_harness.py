@@ -190,7 +190,7 @@ def controls(rng: random.Random) -> dict[str, Any]:
         "frequency_penalty": rng.choice([-0.5, 0.7]),
         "allowed_token_ids": tuple(rng.sample(tokens, rng.randint(26, 40))),
         "bad_words": tuple(tuple(rng.sample(tokens, rng.randint(1, 3))) for _ in range(20)),
-        "min_tokens": rng.randint(1, 12),
+        "min_tokens": rng.randint(1, 12),  # its requests have at least so many
         "stop_token_ids": tuple(rng.sample(tokens, 3)),
     }
     return {name: value for name, value in drawn.items() if rng.random() < 0.3}
@@ -227,13 +227,13 @@ def many(rng: random.Random, count: int) -> list[Request]:
             forced_token_ids=some_tokens(rng, 20) if rng.random() < 0.3 else None,
             components=rng.choice([None, 0, 2]),
             logprobs=rng.choice([None, 0, 2]),
-            max_tokens=rng.randint(1, 20),
+            max_tokens=rng.randint(max(1, int(own.get("min_tokens", 1))), 20),
             temperature=rng.choice([0.0, 0.7, 1.0]),
             top_p=rng.choice([0.5, 1.0]),
             seed=rng.randrange(2**62),
-            **controls(rng),
+            **own,
         )
-        for i in range(count)
+        for i, own in enumerate(controls(rng) for _ in range(count))
     ]
 
 

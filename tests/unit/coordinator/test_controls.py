@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from typing import Any, Literal
 
@@ -24,7 +25,10 @@ from loop_harness import (
 )
 
 from eft_serve.coordinator.controls import processors
+from eft_serve.coordinator.sampler import Sampler, SamplerOutput
+from eft_serve.numerics.backends import CpuBackend
 from eft_serve.testing.naive import control
+from eft_serve.types import SamplingParams
 
 PROMPTS = {model: [1, 2] for model in EFT}
 
@@ -42,6 +46,10 @@ def test_logprobs_are_those_of_the_combination_before_its_controls_or_after(
         logprobs=3,
         logprobs_mode=mode,
         temperature=rng.choice([0.0, 0.7]),
+        top_k=rng.choice([0, 5]),
+        top_p=rng.choice([0.8, 1.0]),
+        min_p=rng.choice([0.0, 0.05]),
+        max_tokens=20,
         **controls(rng),
     )
     harness = Harness(ToyBackend(three_models()))
@@ -57,11 +65,27 @@ def test_logprobs_are_those_of_the_combination_before_its_controls_or_after(
         logits = combined_logits(req, tokens[:place])
         if mode == "processed_logprobs":
             control(logits, sampling, prompt, tokens[:place], ends)
+            narrow(logits, sampling)
         expected = torch.log_softmax(logits, -1)
         assert component.logprob == pytest.approx(float(expected[component.token_id]), abs=1e-4)
         assert component.models == []
         top = expected.topk(3)
         assert [other.logprob for other in component.top] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+def narrow(logits: torch.Tensor, sampling: SamplingParams) -> None:
+    """Temperature, top-k, top-p of the rest, and min-p, token by token."""
+    if sampling.temperature == 0:
+        return
+    logits /= sampling.temperature
+    order = sorted(range(len(logits)), key=lambda token: -float(logits[token]))
+    order = order[: sampling.top_k or len(order)]
+    probs = torch.softmax(logits[order].double(), 0).tolist()
+    kept = [token for place, token in enumerate(order) if sum(probs[:place]) < sampling.top_p or place == 0]
+    least = float(logits.max()) + (math.log(sampling.min_p) if sampling.min_p else -math.inf)
+    for token in range(len(logits)):
+        if token not in kept or float(logits[token]) < least:
+            logits[token] = -torch.inf
 
 
 @pytest.mark.parametrize(
@@ -93,8 +117,25 @@ def test_controls_that_leave_no_token_end_their_own_request() -> None:
     harness.drive()
     failure = harness.last("bad").failure
     assert failure is not None
-    assert "no token is possible with its logit_bias" in failure.message
+    assert (failure.kind, failure.param) == ("InvalidRequestError", "allowed_token_ids")
+    assert failure.message == "allowed_token_ids, bad_words: no token is possible with these together"
     assert harness.tokens("good") == naive(request("good", PROMPTS))
+
+
+def test_a_row_behind_a_draft_token_that_cannot_be_drawn_does_no_harm() -> None:
+    """Drafters do not know the controls: after a token that they do not allow, nothing may be possible."""
+    never = next(token for token in range(3, VOCAB_SIZE))
+    allowed: dict[str, Any] = {"allowed_token_ids": (1, 2), "bad_words": ((never, 1), (never, 2)), "ignore_eos": True}
+    req = request("r", PROMPTS, max_tokens=3, **allowed)
+    req.draft_token_ids = [never]
+    rows = torch.zeros(2, VOCAB_SIZE)
+    req.num_ids = VOCAB_SIZE
+    req.processors = processors(req, [LetterVocabulary()] * 3)  # type: ignore[list-item]
+    for sequence in req.sequences:
+        sequence.rows = rows
+    (output,) = Sampler(CpuBackend(), 1, lambda *_: None).sample([req])
+    assert isinstance(output, SamplerOutput)
+    assert output.token_ids == [1]
 
 
 def test_forced_tokens_are_described_as_the_combination_has_them() -> None:

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eft_serve.coordinator.detokenizer import REPLACEMENT, Detokenizer, StopChecker
@@ -60,6 +60,38 @@ def test_the_window_stays_short() -> None:
     assert len(detokenizer.window) < 10
 
 
+PIECES = [
+    b" ",
+    b"a",
+    b" \xf0\x9f",
+    b"\x98\x80",
+    b"\xe2",
+    b"\x82\xac",
+    b"\xef\xbf\xbd",
+    b"\x80",
+    b"a\xe2\x82",
+    b"\xac b",
+    b"\xf0",
+]
+
+
+@dataclass(frozen=True)
+class PieceDecoder:
+    """A byte-level tokenizer whose tokens are several bytes."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        return b"".join(PIECES[token_id] for token_id in token_ids).decode("utf-8", errors="replace")
+
+
+@settings(max_examples=500)
+@given(st.lists(st.integers(0, len(PIECES) - 1), max_size=30))
+def test_tokens_of_several_bytes_give_the_text_of_all_of_them(tokens: list[int]) -> None:
+    detokenizer = Detokenizer.after_prompt(PieceDecoder(), [1])
+    joined = "".join(detokenizer.push([token]) for token in tokens) + detokenizer.flush()
+    assert joined == PieceDecoder().decode(tokens)
+    assert len(detokenizer.window) < 20
+
+
 @dataclass(frozen=True)
 class ByteFallback:
     """As sentencepiece's: in a run of single bytes that is no UTF-8, every byte is a replacement character.
@@ -92,6 +124,7 @@ def letters(text: str) -> list[int]:
         ([0xE3, *"€".encode(), 0xE3], ["", "", "", "�€", ""]),
         ([0xE3] * 3 + [*"😀".encode()], ["", "", "", "�", "�", "�", "😀"]),
         ([0xE3] * 6, ["", "", "", "�", "�", "�"]),
+        ([0x80, 0x9F, 0xE2, 0x20, 0x0A], ["", "", "", "��� ", "\n"]),
     ],
 )
 def test_broken_bytes_hold_nothing_back_beyond_a_character(tokens: list[int], pieces: list[str]) -> None:
