@@ -45,8 +45,8 @@ ATTENTIONS: dict[str, type[VarlenAttention] | type[PagedAttention] | type[Groupe
     attention.name: attention for attention in (VarlenAttention, PagedAttention, GroupedAttention)
 }
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)  # of one all-reduce; a dead peer shows at once, a stopped one after this
-PROBE_TOKENS = 8
-PROBE_BLOCKS = 2
+PROBE_TOKENS = 2 * BLOCK_SIZE + 8  # more than two blocks, so that a wrong layout of blocks shows
+PROBE_BLOCKS = 4  # of the probe, and of the sequence beside it
 
 Probes = dict[str | None, Tensor]  # logits [num_tokens, vocab_size] by adapter; None is the model as it is
 
@@ -110,8 +110,9 @@ class ModelRunner:
         return {adapter: self._stock_logits(adapter) for adapter in (None, *self._adapters.names)}
 
     def probe_ids(self) -> list[int]:
-        """A short prompt whose token ids exist in any vocabulary."""
-        return [(7 * i + 3) % self.num_embeddings for i in range(PROBE_TOKENS)]
+        """A prompt whose token ids exist in any vocabulary."""
+        count = min(PROBE_TOKENS, self.max_model_len or PROBE_TOKENS)
+        return [(7 * i + 3) % self.num_embeddings for i in range(count)]
 
     @torch.no_grad()
     def _stock_logits(self, adapter: str | None) -> Tensor:
@@ -228,10 +229,11 @@ class ModelRunner:
 
     def _probe(self, adapter: str | None) -> Tensor:
         """Logits of the probe's second half, run in two pieces, then of a plain sequence's second token beside it."""
-        ids, cut = self.probe_ids(), PROBE_TOKENS // 2
-        rest = PROBE_TOKENS - cut
-        first = [BatchRow(ids[:cut], 0, [1], 0, adapter), BatchRow(ids[:1], 0, [2], 0)]
-        second = [BatchRow(ids[cut:], cut, [1], rest, adapter), BatchRow(ids[1:2], 1, [2], 1)]
+        ids = self.probe_ids()
+        cut, (*own, other) = len(ids) // 2, range(1, PROBE_BLOCKS + 1)
+        rest = len(ids) - cut
+        first = [BatchRow(ids[:cut], 0, own, 0, adapter), BatchRow(ids[:1], 0, [other], 0)]
+        second = [BatchRow(ids[cut:], cut, own, rest, adapter), BatchRow(ids[1:2], 1, [other], 1)]
         self.forward(ForwardBatch(first))
         return self.forward(ForwardBatch(second))
 

@@ -40,8 +40,15 @@ class PagedTensors:
                 cache.index_fill_(0, blocks, 0.0)
 
     def write(self, layer: int, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store [num_tokens, kv_heads, head_dim] at [num_tokens * kv_heads] rows, see `head_rows`."""
+        """Store [num_tokens, kv_heads, head_dim] at [num_tokens * kv_heads] rows, see `head_rows`.
+
+        Raises:
+            ValueError: these are not the heads that the cache was made for.
+        """
         for cache, new in ((self.keys[layer], key), (self.values[layer], value)):
+            if new.shape[1:] != (cache.shape[1], cache.shape[3]):
+                made_for = f"{cache.shape[1]} heads of {cache.shape[3]}"
+                raise ValueError(f"layer {layer} stores {new.shape[1]} heads of {new.shape[2]}, its cache has {made_for}")
             cache.view(-1, cache.shape[3]).index_copy_(0, rows, new.reshape(-1, cache.shape[3]))
 
     def gather(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:

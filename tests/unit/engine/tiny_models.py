@@ -52,9 +52,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {"new_decoder_architecture": False, "multi_query": False, "parallel_attn": False, "alibi": True},
     ),
     "bloom": ("bloom", {"n_head": 4, "n_layer": 2}),
+    "jetmoe": (
+        "jetmoe",
+        {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
 }
 COMPACT = {"llama", "mistral", "qwen2", "qwen2-sliding", "qwen3"}
-PADDED = {"falcon-new", "falcon-mqa", "falcon-alibi", "bloom"}
+PADDED = {"falcon-new", "falcon-mqa", "falcon-alibi", "bloom", "jetmoe"}
 
 
 def build_config(architecture: str, **changes: Any) -> PretrainedConfig:
