@@ -48,7 +48,9 @@ class PagedTensors:
         for cache, new in ((self.keys[layer], key), (self.values[layer], value)):
             if new.shape[1:] != (cache.shape[1], cache.shape[3]):
                 made_for = f"{cache.shape[1]} heads of {cache.shape[3]}"
-                raise ValueError(f"layer {layer} stores {new.shape[1]} heads of {new.shape[2]}, its cache has {made_for}")
+                raise ValueError(
+                    f"layer {layer} stores {new.shape[1]} heads of {new.shape[2]}, its cache has {made_for}"
+                )
             cache.view(-1, cache.shape[3]).index_copy_(0, rows, new.reshape(-1, cache.shape[3]))
 
     def gather(self, layer: int, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
