@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.config import AdapterConfig, AppConfig
 from eft_serve.config_recipes import PromptConfig
 from eft_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
-from eft_serve.types import Term
+from eft_serve.types import Combination, Term
 
 NUM_THREADS = 2  # that render and encode; more texts wait, so that their memory is bounded
 INLINE_CHARACTERS = 2048  # one or two milliseconds of work; more runs in a thread, or it would stall every stream
@@ -28,6 +29,23 @@ INLINE_CHARACTERS = 2048  # one or two milliseconds of work; more runs in a thre
 T = TypeVar("T")
 Prompts = dict[str, list[int]]  # by term
 Prompting = Mapping[str, PromptConfig]  # by term
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text to encode."""
+
+    text: str
+    add_special_tokens: bool
+    param: str  # of the request, that it is of
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The tokens of an output that is given."""
+
+    token_ids: list[int]
+    split_token: str | None = None  # of prompt and output together, the token across the cut; None: the cut is clean
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +63,44 @@ class Reader:
         template = self.tokenizer.template if self.template is None else self.template
         return self.tokenizer.fingerprint, template, self.prompting.system_prompt, self.prompting.response_prefix
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a chat; a template brings its special tokens, the plain format gets the tokenizer's."""
+    def chat(self, messages: Sequence[Message]) -> Text:
+        """The text of a chat; a template brings its special tokens, the plain format gets the tokenizer's."""
         text = self.tokenizer.render(_instructed(messages, self.prompting.system_prompt), self.template)
         is_plain = self.template is None and self.tokenizer.template is None
-        text += self.prompting.response_prefix or ""
-        return self._encode(text, is_plain, "messages")
+        return Text(text + (self.prompting.response_prefix or ""), is_plain, "messages")
 
-    def encode_text(self, prompt: str) -> list[int]:
-        """Token ids of a text: the system prompt on a line before it, the answer's beginning right after it."""
+    def completion(self, prompt: str) -> Text:
+        """The text of a prompt: the system prompt on a line before it, the answer's beginning right after it."""
         before = f"{self.prompting.system_prompt}\n" if self.prompting.system_prompt else ""
-        text = before + prompt + (self.prompting.response_prefix or "")
-        return self._encode(text, True, "prompt")
+        return Text(before + prompt + (self.prompting.response_prefix or ""), True, "prompt")
 
-    def _encode(self, text: str, add_special_tokens: bool, param: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens, param, self.max_tokens)
+    def encode(self, text: Text) -> list[int]:
+        """Its token ids; raises as `ModelTokenizer.encode`."""
+        return self.tokenizer.encode(text.text, text.add_special_tokens, text.param, self.max_tokens)
+
+    def continuation(self, before: Text, completion: str) -> Given:
+        """The tokens of a text as they follow another one in the tokens of both together.
+
+        If one of these is across the cut, the completion is encoded alone, but not as the beginning of a text: some
+        tokenizers put a space before that.
+        """
+        plain = replace(before, add_special_tokens=False)  # some tokenizers add them at the end too
+        own = self.encode(plain)
+        whole = self.encode(replace(plain, text=before.text + completion, param="completion"))
+        if whole[: len(own)] == own:
+            return Given(whole[len(own) :])
+        across = next(a for a, b in zip_longest(whole, own) if a != b)
+        line = Text("\n", False, "completion")
+        joined, start = (self.encode(replace(line, text=text)) for text in (line.text + completion, line.text))
+        alone = joined[len(start) :] if joined[: len(start)] == start else self.encode(replace(line, text=completion))
+        return Given(alone, None if across is None else self.tokenizer.bytes_of(across).decode(errors="replace"))
+
+
+def _before(reader: Reader, prompt: str | Sequence[int] | Sequence[Message]) -> Text:
+    if isinstance(prompt, str):
+        return reader.completion(prompt)
+    messages = [each for each in prompt if not isinstance(each, int)]
+    return reader.chat(messages) if messages else Text("", False, "completion")
 
 
 def _instructed(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
@@ -120,7 +161,7 @@ class PromptRenderer:
             InvalidRequestError: a template refuses the messages.
         """
         characters = sum(len(m["content"]) for m in messages)
-        return await self._each(terms, prompting, lambda reader: reader.encode_chat(messages), characters)
+        return await self._each(terms, prompting, lambda reader: reader.encode(reader.chat(messages)), characters)
 
     async def completion(self, terms: Sequence[Term], prompting: Prompting, prompt: str | Sequence[int]) -> Prompts:
         """Each term's prompt for a text completion, with the special tokens that its tokenizer adds by default.
@@ -130,29 +171,43 @@ class PromptRenderer:
                 preceded or followed by a term's own text.
         """
         if isinstance(prompt, str):
-            return await self._each(terms, prompting, lambda reader: reader.encode_text(prompt), len(prompt))
+            return await self._each(
+                terms, prompting, lambda reader: reader.encode(reader.completion(prompt)), len(prompt)
+            )
         self._check_ids(terms, prompting, prompt)
         return {term.name: list(prompt) for term in terms}
 
-    async def given(self, terms: Sequence[Term], completion: str | Sequence[int]) -> list[int]:
-        """The tokens of an output that all terms share; text is tokenised alone, without special tokens.
+    async def given(
+        self,
+        combination: Combination,
+        prompting: Prompting,
+        completion: str | Sequence[int],
+        prompt: str | Sequence[int] | Sequence[Message],
+    ) -> Given:
+        """The tokens of an output that all terms share.
+
+        Text is tokenised as it follows the prompt of the first term with a coefficient; after token ids, alone.
 
         Raises:
             InvalidRequestError: it is empty, token ids are out of range, or the models' vocabularies differ.
         """
+        terms = combination.terms
         tokenizer = self._one_vocabulary(terms, "completion")
         if isinstance(completion, str):
-            max_tokens = min(self._max_model_len(term.model) for term in terms)
-            ids = await self._run(
-                lambda: tokenizer.encode(completion, False, "completion", max_tokens), len(completion)
-            )
+            reader = self._reader(combination.counted, prompting[combination.counted.name])
+
+            def work() -> Given:
+                reader.tokenizer.check_length(completion, reader.max_tokens, "completion")
+                return reader.continuation(_before(reader, prompt), completion)
+
+            given = await self._run(work, len(completion) + len(prompt))
         else:
             self._check_count(terms, len(completion), "completion")
-            ids = list(completion)
-            tokenizer.check_range(ids, "completion")
-        if not ids:
+            given = Given(list(completion))
+            tokenizer.check_range(given.token_ids, "completion")
+        if not given.token_ids:
             raise InvalidRequestError("completion: must hold at least one token", param="completion")
-        return ids
+        return given
 
     def tokenizer(self, model: str) -> ModelTokenizer:
         """The tokenizer of this model."""

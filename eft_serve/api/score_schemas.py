@@ -21,7 +21,7 @@ class ScoreItem(Strict):
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     """As for chats."""
     completion: TextOrIds
-    """Text or token ids. Text is tokenised alone, without special tokens."""
+    """Text or token ids. Text is tokenised as it follows the prompt, without special tokens."""
 
     @model_validator(mode="after")
     def _has_one_prompt(self) -> ScoreItem:

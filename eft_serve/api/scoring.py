@@ -34,6 +34,7 @@ class ScoreResponse(ModelResponse):
 
     def __init__(self, context: Context, call: ScoreCall) -> None:
         self._items = call.body.placed
+        self._split_tokens: dict[int, str | None] = {}  # by item, see `Given`
         super().__init__(context, call, "score-", len(self._items))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +60,10 @@ class ScoreResponse(ModelResponse):
         else:
             assert item.prompt is not None
             prompts = await renderer.completion(terms, prompting, item.prompt)
-        given = await renderer.given(terms, item.completion)
+        before = [message.rendered for message in item.messages] if item.messages is not None else item.prompt
+        assert before is not None
+        found = await renderer.given(combination, prompting, item.completion, before)
+        self._split_tokens[index], given = found.split_token, found.token_ids
         self._check_room(terms, prompts, len(given), "prompt" if item.messages is None else "messages")
         self._progress.num_prompt_tokens += len(prompts[combination.counted.name])
         return GenerationRequest(
@@ -98,6 +102,7 @@ class ScoreResponse(ModelResponse):
                 "index": index,
                 "tokens": [shown.token(token) for token in choice.components],
                 "total": shown.total(choice.components),
+                "split_token": self._split_tokens[index],
             }
             for index, choice in enumerate(choices)
         ]

@@ -15,14 +15,15 @@ import pytest
 from api_fakes import CHAT_TEMPLATE, save_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from eft_serve.api.model_tokenizer import PIECE_CHARACTERS, Message, ModelTokenizer, plain_chat
-from eft_serve.api.prompts import INLINE_CHARACTERS, PromptRenderer, Prompts
+from eft_serve.api.prompts import INLINE_CHARACTERS, Given, PromptRenderer, Prompts
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import AS_ITSELF, PromptConfig
 from eft_serve.ensemble import Ensemble
 from eft_serve.errors import CheckpointError, ConfigError, ContextLengthError, InvalidRequestError
-from eft_serve.types import Term
+from eft_serve.types import Combination, Term
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -62,6 +63,13 @@ async def chat(renderer: PromptRenderer, readers: Sequence[Told], messages: Sequ
 async def complete(renderer: PromptRenderer, readers: Sequence[Told], prompt: str | Sequence[int]) -> Prompts:
     prompting = {term.name: prompting for term, prompting in readers}
     return await renderer.completion([term for term, _ in readers], prompting, prompt)
+
+
+async def given_tokens(
+    renderer: PromptRenderer, readers: Sequence[Told], completion: str | Sequence[int], prompt: str = "x"
+) -> Given:
+    prompting = {term.name: prompting for term, prompting in readers}
+    return await renderer.given(Combination(tuple(term for term, _ in readers)), prompting, completion, prompt)
 
 
 def text_of(tokenizer: ModelTokenizer, ids: list[int]) -> str:
@@ -243,7 +251,7 @@ async def test_a_token_that_only_the_tokenizer_has_is_refused_by_name(tmp_path: 
     for call, param in (
         (chat(renderer, terms("padded"), [{"role": "user", "content": "a[PAD]b"}]), "messages"),
         (complete(renderer, terms("padded"), "a[PAD]b"), "prompt"),
-        (renderer.given([term for term, _ in terms("padded")], "a[PAD]b"), "completion"),
+        (given_tokens(renderer, terms("padded"), "a[PAD]b"), "completion"),
     ):
         with pytest.raises(InvalidRequestError, match=rf"{param}: '\[PAD\]' is token 257") as refusal:
             await call
@@ -281,7 +289,7 @@ async def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
     for call, param in (
         (complete(renderer, terms("base"), text), "prompt"),
         (chat(renderer, terms("chat"), [{"role": "user", "content": text}]), "messages"),
-        (renderer.given([term for term, _ in terms("base")], text), "completion"),
+        (given_tokens(renderer, terms("base"), text), "completion"),
     ):
         encoded = 0
         if characters < 20_000:
@@ -298,7 +306,7 @@ async def test_too_many_token_ids_are_refused_by_their_number(tokenizers: dict[s
     with pytest.raises(ContextLengthError, match="prompt: has 6 tokens, and the context of 'base' is 5"):
         await complete(renderer, terms("base"), [-1] * 6)
     with pytest.raises(ContextLengthError, match="completion: has 6 tokens"):
-        await renderer.given([term for term, _ in terms("base")], [-1] * 6)
+        await given_tokens(renderer, terms("base"), [-1] * 6)
     assert await complete(renderer, terms("base"), [1] * 5)
 
 
@@ -340,3 +348,33 @@ async def test_an_adapters_own_chat_template_renders_its_prompt(tmp_path: Path) 
     (tmp_path / "asks" / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(ConfigError, match=r"chat_template\.jinja is no chat template"):
         PromptRenderer.load(config, lambda model: 512)
+
+
+def save_words(path: Path) -> Path:
+    """A tokenizer of whole words that puts a space before a text, as sentencepiece does."""
+    import tokenizers as rust
+
+    pieces = ["<s>", "\u2581", "\u2581Lima", "Li", "ma", "\u2581is", "\u2581Lim", "a", "\n", "\u2581\n"]
+    backend = rust.Tokenizer(rust.models.Unigram([(piece, -len(pieces) / len(piece)) for piece in pieces], unk_id=0))
+    backend.pre_tokenizer = rust.pre_tokenizers.Metaspace()
+    backend.decoder = rust.decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "pieces", "split"),
+    [
+        ("is", " Lima", ["\u2581Lima"], None),
+        ("is Li", "ma", ["ma"], " Lima"),
+        ("is Lima", "a", ["a"], None),
+        ("is ", "Lima", ["Li", "ma"], " Lima"),
+    ],
+)
+async def test_a_completion_is_tokenised_as_it_follows_its_prompt(
+    tmp_path: Path, prompt: str, completion: str, pieces: list[str], split: str | None
+) -> None:
+    words = ModelTokenizer.load(save_words(tmp_path / "words"))
+    found = await given_tokens(PromptRenderer({"words": words}), terms("words"), completion, prompt)
+    assert [words.tokenizer.convert_ids_to_tokens(token_id) for token_id in found.token_ids] == pieces
+    assert found.split_token == split

@@ -62,7 +62,9 @@ async def test_one_item_beside_the_options(stack: Stack) -> None:
     assert body == {
         "object": "list",
         "model": "up",
-        "data": [{"index": 0, "tokens": [token, token | {"token_id": 68, "token": "d"}], "total": total}],
+        "data": [
+            {"index": 0, "tokens": [token, token | {"token_id": 68, "token": "d"}], "total": total, "split_token": None}
+        ],
         "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
     }
 
