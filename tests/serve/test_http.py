@@ -88,7 +88,7 @@ BAD = [
     ({"temperature": -1}, 400, "temperature"),
     ({"temperature": "warm"}, 400, "temperature"),
     ({"max_tokens": 0}, 400, "max_tokens"),
-    ({"max_tokens": 10**6}, 400, "messages"),
+    ({"max_tokens": 10**6}, 400, "max_tokens"),
     ({"messages": [{"role": "user", "content": "word " * 20_000}]}, 400, "messages"),
     ({"messages": []}, 400, "messages"),
     ({"eft": {"scale": 1e9}}, 400, "eft.scale"),

@@ -22,7 +22,8 @@ READY_TIMEOUT_S = 150.0
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(ROOT)}
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_worker_niceness": "0"}
+    return {**os.environ, **own, "PYTHONPATH": str(ROOT)}
 
 
 @contextmanager
