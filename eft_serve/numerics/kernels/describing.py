@@ -77,6 +77,8 @@ def describe_rows(logits: Floats, width: int, top: Integers, normalisers: NDArra
             cutoff = _next_cutoff(cutoff)
         kth = _least_kept(values[:count].copy(), np.ones(count, np.int64), np.float64(num_top))
         count = _keep(values, ids, count, kth)
+        for i in range(count):  # relative to the peak, close ones were rounded to the same
+            values[i] = numbers[ids[i]]
         for place in range(num_top):
             best = place
             for i in range(place + 1, count):  # in the order of ids, so that the first of equals has the lowest

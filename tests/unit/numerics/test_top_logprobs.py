@@ -36,6 +36,11 @@ def test_many_rows_of_a_real_vocabulary_are_normalised() -> None:
     assert torch.allclose(logprobs.double(), expected.gather(1, token_ids), atol=2e-6)
 
 
+def test_logits_that_are_equal_only_relative_to_the_peak_are_in_order() -> None:
+    token_ids, _ = top_logprobs(torch.tensor([[1.0, 18.0, 1.0000009536743164]]), 3, [0], 2)
+    assert token_ids.tolist() == [[0, 1, 2]]
+
+
 def test_rows_that_rise_take_no_longer_than_others() -> None:
     rows = torch.arange(128_256, dtype=torch.float32)[None] * 1e-6
     token_ids, _ = top_logprobs(rows, 128_256, [0], 20)
