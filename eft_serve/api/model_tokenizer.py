@@ -167,16 +167,10 @@ class ModelTokenizer:
             message = f"{param}: {token!r} is token {unknown}, and the model has tokens up to {self.num_ids - 1} only"
             raise InvalidRequestError(f"{message}; leave it out", param=param)
 
-    def check_range(self, ids: Sequence[int], param: str) -> None:
-        """Raises `InvalidRequestError` that names the first id that is not one of its tokens."""
-        wrong = next((i for i in ids if not 0 <= i < self.num_ids), None)
-        if wrong is not None:
-            raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{self.num_ids - 1}", param=param)
-
     @property
     def template(self) -> str | None:
         """The model's own chat template, to see whether two models render alike."""
-        template = self.own_template or self.tokenizer.chat_template
+        template = self.tokenizer.chat_template if self.own_template is None else self.own_template
         return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
     def render(self, messages: Sequence[Message], template: str | None = None) -> str:
@@ -185,7 +179,7 @@ class ModelTokenizer:
         Raises:
             InvalidRequestError: the template refuses the messages (with its own message) or fails.
         """
-        template = template or self.own_template
+        template = self.own_template if template is None else template
         if template is None and self.template is None:
             return plain_chat(messages)
         try:

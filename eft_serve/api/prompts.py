@@ -18,6 +18,7 @@ from typing import TypeVar
 from eft_serve.api.model_tokenizer import Message, ModelTokenizer
 from eft_serve.checkpoints.chat_template import directory_template, read_template
 from eft_serve.checkpoints.json_file import BrokenFileError
+from eft_serve.checkpoints.vocabulary import check_range
 from eft_serve.config import AdapterConfig, AppConfig
 from eft_serve.config_recipes import PromptConfig
 from eft_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
@@ -204,7 +205,7 @@ class PromptRenderer:
         else:
             self._check_count(terms, len(completion), "completion")
             given = Given(list(completion))
-            tokenizer.check_range(given.token_ids, "completion")
+            check_range("completion", given.token_ids, tokenizer.num_ids)
         if not given.token_ids:
             raise InvalidRequestError("completion: must hold at least one token", param="completion")
         return given
@@ -240,7 +241,7 @@ class PromptRenderer:
                     param="prompt",
                 )
         self._check_count(terms, len(ids), "prompt")
-        self._one_vocabulary(terms, "prompt").check_range(ids, "prompt")
+        check_range("prompt", ids, self._one_vocabulary(terms, "prompt").num_ids)
 
     def _check_count(self, terms: Sequence[Term], count: int, param: str) -> None:
         """Before anything is done for each of so many tokens."""

@@ -30,9 +30,10 @@ SIDES: Mapping[str, Mapping[str, Any]] = {  # sampling parameters
     PLAIN: {"temperature": 1.0},
     "top_p": {"temperature": 0.7, "top_p": 0.9},
 }
-CONTROLS: Mapping[str, Mapping[str, Any]] = {  # beside the plain side, with its temperature
-    "logprobs": {"logprobs": 5},
+CONTROLS: Mapping[str, Mapping[str, Any]] = {  # with those of the plain side, to which they are compared
+    "logprobs": {**SIDES[PLAIN], "logprobs": 5},
     "penalties": {
+        **SIDES[PLAIN],
         "repetition_penalty": 1.1,
         "presence_penalty": 0.5,
         "frequency_penalty": 0.5,
@@ -83,7 +84,7 @@ class Coordinator(LocalStack):
 
 
 def _request(request_id: str, side: str, num_tokens: int) -> Request:
-    settings = {**(SIDES[side] if side in SIDES else {**SIDES[PLAIN], **CONTROLS[side]})}
+    settings = dict(SIDES.get(side) or CONTROLS[side])
     logprobs = settings.pop("logprobs", None)
     sampling = SamplingParams(seed=int(request_id), max_tokens=num_tokens, ignore_eos=True, **settings)
     prompts = {role: [1] for role in ROLES}

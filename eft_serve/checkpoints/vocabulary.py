@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from eft_serve.checkpoints.end_tokens import read_end_tokens
 from eft_serve.checkpoints.json_file import BrokenFileError, read_json
 from eft_serve.checkpoints.tokenizer import load_tokenizer
-from eft_serve.errors import CheckpointError
+from eft_serve.errors import CheckpointError, InvalidRequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,6 +92,13 @@ def head_rows(checkpoint: Path) -> int | None:
 def known_tokens(ids: Mapping[str, int], rows: int | None) -> Mapping[str, int]:
     """The tokens for which a head of so many rows has one: a tokenizer may have got more after the training."""
     return ids if rows is None else {token: token_id for token, token_id in ids.items() if token_id < rows}
+
+
+def check_range(param: str, token_ids: Sequence[int], num_tokens: int) -> None:
+    """Raises `InvalidRequestError` that names the parameter and its first token id outside 0..num_tokens - 1."""
+    if token_ids and not 0 <= min(token_ids) <= max(token_ids) < num_tokens:
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < num_tokens)
+        raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{num_tokens - 1}", param=param)
 
 
 def vocabulary_difference(base: str, ours: Mapping[str, int], other: str, theirs: Mapping[str, int]) -> str | None:

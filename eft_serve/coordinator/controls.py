@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from eft_serve.checkpoints.vocabulary import Vocabulary
+from eft_serve.checkpoints.vocabulary import Vocabulary, check_range
 from eft_serve.coordinator.request import Request
-from eft_serve.errors import InvalidRequestError
 from eft_serve.numerics.processors import Allowed, BadWords, LogitBias, MinTokens, Penalties
 from eft_serve.numerics.rows import LogitsProcessor
 from eft_serve.types import SamplingParams
@@ -44,9 +43,7 @@ def processors(request: Request, vocabularies: Sequence[Vocabulary]) -> tuple[Lo
     """
     sampling = request.generation.sampling
     for param, token_ids in _named_token_ids(sampling):
-        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < request.num_ids:
-            wrong = next(token_id for token_id in token_ids if not 0 <= token_id < request.num_ids)
-            raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{request.num_ids - 1}", param=param)
+        check_range(param, token_ids, request.num_ids)
     return () if request.is_forced else tuple(_processors(request, sampling, end_token_ids(request, vocabularies)))
 
 
@@ -56,7 +53,7 @@ def _processors(request: Request, sampling: SamplingParams, ends: frozenset[int]
     penalties = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
     if penalties != (1, 0, 0):
         # Each term has its own prompt; the one that `usage` counts is the first with a coefficient.
-        prompt = next(sequence.prompt_token_ids for sequence in request.sequences if sequence.term.counts)
+        prompt = request.generation.prompts[request.combination.counted.name]
         yield Penalties((token_id for token_id in prompt if token_id < request.num_ids), *penalties)
     if sampling.allowed_token_ids is not None:
         yield Allowed(sampling.allowed_token_ids, request.num_ids)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 
 import torch
 
@@ -174,27 +173,26 @@ class DecodeLoop:
 
     def _advance(self, requests: Sequence[Request], drawn: Sequence[SamplerOutput | EftServeError]) -> None:
         """Append each request's new tokens; end the requests that they finish."""
-        now, num_taken = time.monotonic(), {False: 0, True: 0}  # by whether they were forced
+        now, num_generated, num_scored = time.monotonic(), 0, 0
         for request, taken in zip(requests, drawn, strict=True):
             if isinstance(taken, EftServeError):
                 self.requests.fail(request, taken)
                 continue
             if not request.output_token_ids:
                 self.metrics.queue_seconds.observe(now - request.arrival)
-            num_taken[request.is_forced] += self.requests.take(request, taken, now)
-        self.metrics.generated_tokens.inc(num_taken[False])
-        self.metrics.scored_tokens.inc(num_taken[True])
+            num_taken = self.requests.take(request, taken, now)
+            num_scored += num_taken * request.is_forced
+            num_generated += num_taken * (not request.is_forced)
+        self.metrics.generated_tokens.inc(num_generated)
+        self.metrics.scored_tokens.inc(num_scored)
 
     def _end_all(self) -> None:
         """Take what is queued, so that nobody waits for an answer, and end everybody."""
-        with suppress(queue.Empty):
-            while True:
-                try:
-                    self._inbox.get_nowait()()
-                except queue.Empty:
-                    raise
-                except Exception:  # the others still have to end
-                    logger.exception("a call to the decode loop failed while it was stopping")
+        while not self._inbox.empty():  # only this thread takes from it
+            try:
+                self._inbox.get_nowait()()
+            except Exception:  # the others still have to end
+                logger.exception("a call to the decode loop failed while it was stopping")
         self.requests.end_all(UnavailableError("the coordinator is stopping; send the request again"))
         self._emit()
         self.backend.close()

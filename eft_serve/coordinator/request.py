@@ -13,10 +13,11 @@ from operator import eq
 
 from torch import Tensor
 
+from eft_serve.checkpoints.vocabulary import check_range
 from eft_serve.coordinator.speculation import Speculation
 from eft_serve.coordinator.timeline import Timeline
 from eft_serve.coordinator.validation import check_request
-from eft_serve.errors import ContextLengthError, InvalidRequestError
+from eft_serve.errors import ContextLengthError
 from eft_serve.numerics.rows import LogitsProcessor, RequestRows, Truncation
 from eft_serve.types import Combination, GenerationRequest, ModelUsage, SequenceStep, StepOutput, Term, Usage
 
@@ -152,9 +153,9 @@ class Request:
         """
         self.num_ids = min(num_tokens)
         for sequence, count in zip(self.sequences, num_tokens, strict=True):
-            _check_range("prompt", sequence.prompt_token_ids, count)
+            check_range("prompt", sequence.prompt_token_ids, count)
         if self.generation.forced_token_ids is not None:
-            _check_range("completion", self.generation.forced_token_ids, self.num_ids)
+            check_range("completion", self.generation.forced_token_ids, self.num_ids)
 
     def limit(self, room: int) -> None:
         """Limit `max_tokens` to the room for output; raises `ContextLengthError` when more tokens are forced."""
@@ -252,9 +253,3 @@ class Request:
         for sequence in self.sequences:
             sequence.rows = None
             sequence.num_computed_tokens = min(sequence.num_computed_tokens, self.num_tokens(sequence) - 1)
-
-
-def _check_range(param: str, token_ids: Sequence[int], num_tokens: int) -> None:
-    wrong = next((token_id for token_id in token_ids if not 0 <= token_id < num_tokens), None)
-    if wrong is not None:
-        raise InvalidRequestError(f"{param}: token id {wrong} is not in 0..{num_tokens - 1}", param=param)

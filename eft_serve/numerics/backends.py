@@ -17,7 +17,7 @@ from torch import Tensor
 from eft_serve.numerics import device_sampling
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.kernels import combining as kernels
-from eft_serve.numerics.logprobs import require_possible
+from eft_serve.numerics.logprobs import require_possible, top_logprobs
 from eft_serve.numerics.rows import RequestRows, RowBatch
 from eft_serve.numerics.sampling import sample_rows
 from eft_serve.numerics.sampling_rows import SamplingRows
@@ -80,7 +80,9 @@ class CpuBackend:
         sampling = SamplingParams(top_p=0.9)
         rows = RequestRows(logits=[torch.zeros(1, 2)], coefficients=[1.0], num_rows=1, vocab_size=2, sampling=sampling)
         batch = RowBatch([rows])
-        self.sample(batch, self.combine(batch)[0])
+        logits, _ = self.combine(batch)
+        self.sample(batch, logits)
+        top_logprobs(logits, 2, [0], num_top=1)
 
     def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
         addresses: list[int] = []
