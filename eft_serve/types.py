@@ -44,11 +44,18 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """The texts that an output may be."""
+
+    definition: str  # in llguidance's notation, see `eft_serve.grammars.definitions`
+    param: str  # of the request, that it is of
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to sample tokens from the combined distribution, and where the output ends. Validated by the API.
 
-    The combined logits change in this order: logit bias, penalties, tokens that are not allowed, temperature, top-k,
-    top-p, min-p.
+    The combined logits change in this order: logit bias, penalties, tokens that are not allowed, the grammar,
+    temperature, top-k, top-p, min-p.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -69,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0  # the same, for each time that they are there
     allowed_token_ids: tuple[int, ...] | None = None  # None allows all
     bad_words: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that are never completed
+    grammar: Grammar | None = None  # that the output follows; where it is complete, the output may end
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the parameter out of its range."""
@@ -80,7 +88,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def for_draft(self) -> SamplingParams:
         """What a drafter is told: how to draw from its own logits."""
         return SamplingParams(
-            temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p, seed=self.seed
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.seed,
+            grammar=self.grammar,
         )
 
 

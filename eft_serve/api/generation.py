@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -25,8 +26,9 @@ from eft_serve.api.metrics import TokenClock
 from eft_serve.api.prompts import Prompting, Prompts
 from eft_serve.api.schemas import GenerationBody, choice_seed
 from eft_serve.api.streams import Indexed
+from eft_serve.api.structured_outputs import grammar_of
 from eft_serve.errors import ContextLengthError, EftServeError, InvalidRequestError
-from eft_serve.types import Delta, GenerationRequest, Term
+from eft_serve.types import Combination, Delta, GenerationRequest, Grammar, Term
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +111,14 @@ class GenerationResponse(ModelResponse):
         bad_words = await self._context.renderer.words(combination.terms, body.bad_words or ())
         special = tokenizer.special  # a stop string that is one never shows in the text
         stop_token_ids = [special[text] for text in body.stop or () if text in special]
+        grammar = await self._grammar(combination, special)
         seeds = [choice_seed(body.seed, i) for i in range(body.num_candidates)]
         return [
             GenerationRequest(
                 request_id=f"{self._id}-{i}",
                 combination=combination,
                 prompts=prompts,
-                sampling=body.sampling(max_tokens, seed, bad_words, stop_token_ids),
+                sampling=body.sampling(max_tokens, seed, bad_words, stop_token_ids, grammar),
                 speculative=speculative,
                 components=body.components,
                 logprobs=body.num_logprobs,
@@ -125,6 +128,24 @@ class GenerationResponse(ModelResponse):
             )
             for i, seed in enumerate(seeds)
         ]
+
+    async def _grammar(self, combination: Combination, special: Mapping[str, int]) -> Grammar | None:
+        """That the answers have to follow.
+
+        Raises:
+            InvalidRequestError: it cannot be used, or something else could end an answer half-way.
+        """
+        body = self._call.body
+        if not body.is_structured:
+            return None
+        if any(text not in special for text in body.stop or ()):
+            message = "stop: it could end a structured answer half-way; leave it out"
+            raise InvalidRequestError(message, param="stop")
+        if not set(special.values()).issuperset(body.stop_token_ids or ()):
+            message = "stop_token_ids: with structured output they are special tokens; leave the others out"
+            raise InvalidRequestError(message, param="stop_token_ids")
+        define = partial(grammar_of, body.response_format, body.structured_outputs)
+        return await self._context.renderer.grammar(combination, define)
 
     def _max_tokens(self, terms: Sequence[Term], prompts: Prompts) -> int:
         """The tokens asked for, or the default if every model's context has room for it, else what fits."""

@@ -18,6 +18,7 @@ from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.checkpoints.tokenizer import load_tokenizer
 from eft_serve.checkpoints.vocabulary import head_rows, known_tokens
 from eft_serve.errors import CheckpointError, ContextLengthError, InvalidRequestError
+from eft_serve.grammars.matcher import GrammarTokenizer, NoGrammars, load_grammar_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+NO_GRAMMARS = NoGrammars("it was not loaded")
 
 
 def _decoder_kinds(decoder: Mapping[str, Any] | None) -> Iterator[str]:
@@ -70,6 +72,7 @@ class ModelTokenizer:
     decoders: frozenset[str] = frozenset()  # their kinds
     added_token_ids: frozenset[int] = frozenset()  # tokens that stand for themselves
     special: Mapping[str, int] = field(default_factory=dict)  # of these, text → id of those that decoded text hides
+    grammars: GrammarTokenizer | NoGrammars = NO_GRAMMARS
     own_template: str | None = None  # of an adapter, in place of the tokenizer's
 
     @classmethod
@@ -98,6 +101,7 @@ class ModelTokenizer:
             decoders=frozenset(_decoder_kinds(json.loads(described).get("decoder"))),
             added_token_ids=frozenset(added),
             special={token.content: token_id for token_id, token in added.items() if token.special},
+            grammars=load_grammar_tokenizer(described),
         )
 
     def encode(self, text: str, add_special_tokens: bool, param: str, max_tokens: int) -> list[int]:

@@ -22,7 +22,7 @@ from eft_serve.checkpoints.vocabulary import check_range
 from eft_serve.config import AdapterConfig, AppConfig
 from eft_serve.config_recipes import PromptConfig
 from eft_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
-from eft_serve.types import Combination, Term
+from eft_serve.types import Combination, Grammar, Term
 
 NUM_THREADS = 2  # that render and encode; more texts wait, so that their memory is bounded
 INLINE_CHARACTERS = 2048  # one or two milliseconds of work; more runs in a thread, or it would stall every stream
@@ -226,6 +226,25 @@ class PromptRenderer:
             return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
 
         return await self._run(encode, sum(map(len, words)))
+
+    async def grammar(self, combination: Combination, define: Callable[[], Grammar | None]) -> Grammar | None:
+        """The grammar that an answer has to follow, once it is known that it can.
+
+        Args:
+            define: makes it; raises `InvalidRequestError`.
+
+        Raises:
+            InvalidRequestError: it is wrong, too complex or has no text, or the model's tokens have no known bytes.
+        """
+        tokenizer = self._tokenizers[combination.counted.model]
+
+        def compile_it() -> Grammar | None:
+            grammar = define()
+            if grammar is not None:
+                tokenizer.grammars.matcher(grammar)
+            return grammar
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, compile_it)
 
     def token_decoder(self, model: str) -> Callable[[int], str]:
         """Decodes single tokens of this model, special tokens included."""

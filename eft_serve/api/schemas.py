@@ -13,7 +13,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from pydantic_core import PydanticCustomError
 
 from eft_serve.api.knobs import EftKnobs, Strict
-from eft_serve.types import MAX_ALTERNATIVES, SamplingParams
+from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs
+from eft_serve.types import MAX_ALTERNATIVES, Grammar, SamplingParams
 
 MAX_CHOICES = 16
 MAX_STOP_STRINGS = 16  # OpenAI accepts 4; each is searched for in every token's text
@@ -95,7 +96,6 @@ VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
     "request_id": (),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
@@ -139,6 +139,10 @@ class GenerationBody(Strict):
         | None
     ) = None
     """Tokens of these texts that are never generated in this order, with a space before them or without."""
+    response_format: ResponseFormat | None = None
+    """The answer is a JSON document, of a schema if one is given."""
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's: the answer follows a schema, a regular expression or a grammar."""
     n: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     best_of: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -190,7 +194,18 @@ class GenerationBody(Strict):
             raise _mistake("eft.logprobs_mode", "components and best_of go by raw_logprobs; leave one of them out")
         if self.eft.logprobs_mode is not None and self.num_logprobs is None:
             raise _mistake("eft.logprobs_mode", "needs logprobs")
+        if self.structured_outputs is not None and self.is_structured_by_format:
+            raise _mistake("structured_outputs", "response_format asks for a form too; send one of them")
         return self
+
+    @property
+    def is_structured_by_format(self) -> bool:
+        return self.response_format is not None and self.response_format.type != "text"
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether its answers follow a grammar."""
+        return self.structured_outputs is not None or self.is_structured_by_format
 
     @property
     def num_choices(self) -> int:
@@ -221,12 +236,14 @@ class GenerationBody(Strict):
         seed: int,
         bad_words: tuple[tuple[int, ...], ...] = (),
         stop_token_ids: Iterable[int] = (),
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
         """How to draw one choice's tokens.
 
         Args:
             seed: that choice's own.
             bad_words: the tokens of each.
+            grammar: of the answer.
             stop_token_ids: of the stop strings that are special tokens.
         """
         return SamplingParams(
@@ -248,6 +265,7 @@ class GenerationBody(Strict):
             frequency_penalty=self.frequency_penalty or 0.0,
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(set(self.allowed_token_ids)),
             bad_words=bad_words,
+            grammar=grammar,
         )
 
     @property
@@ -324,7 +342,6 @@ class ChatBody(GenerationBody):
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "tool_choice": ("none", "auto"),

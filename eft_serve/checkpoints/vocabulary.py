@@ -29,6 +29,12 @@ class Vocabulary:
         """Ids from here on are padding of the output head, or tokens that only the tokenizer has."""
         return len(self.ids)
 
+    @property
+    def tokenizer_json(self) -> str:
+        """What `tokenizers` would save."""
+        text: str = self.tokenizer.backend_tokenizer.to_str()
+        return text
+
     def decode(self, token_ids: list[int]) -> str:
         """The text without special tokens. Spaces are not cleaned up: that would change text already emitted."""
         return self._decode(token_ids, skip_special_tokens=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from eft_serve.checkpoints.vocabulary import Vocabulary, check_range
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.structured_output import GrammarMask
 from eft_serve.numerics.processors import Allowed, BadWords, LogitBias, MinTokens, Penalties
 from eft_serve.numerics.rows import LogitsProcessor
 from eft_serve.types import SamplingParams
@@ -18,6 +19,7 @@ CONTROLS = (
     "allowed_token_ids",
     "bad_words",
     "min_tokens",
+    "grammar",
 )
 
 
@@ -59,8 +61,11 @@ def _processors(request: Request, sampling: SamplingParams, ends: frozenset[int]
         yield Allowed(sampling.allowed_token_ids, request.num_ids)
     if sampling.bad_words:
         yield BadWords(sampling.bad_words)
+    known_ends = sorted(end for end in ends if end < request.num_ids)
     if sampling.min_tokens:
-        yield MinTokens(sampling.min_tokens, sorted(end for end in ends if end < request.num_ids))
+        yield MinTokens(sampling.min_tokens, known_ends)
+    if request.matcher is not None:
+        yield GrammarMask(request.matcher, known_ends)
 
 
 def _named_token_ids(sampling: SamplingParams) -> Iterator[tuple[str, Sequence[int]]]:

@@ -9,6 +9,7 @@ from eft_serve.coordinator.controls import end_token_ids
 from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
 from eft_serve.coordinator.request import Request
 from eft_serve.errors import EftServeError, to_failure
+from eft_serve.grammars.matcher import GrammarMatcher
 from eft_serve.types import Delta, FinishReason, TokenComponents, Usage
 
 
@@ -21,6 +22,7 @@ class OutputStream:
     max_tokens: int  # as requested, or what the shortest context leaves
     detokenizer: Detokenizer
     stop_checker: StopChecker
+    matcher: GrammarMatcher | None = None  # of the grammar that ends it
     shows_end: bool = False  # the text of the token that ends the output is part of it
     num_tokens: int = 0
     _pending_token_ids: list[int] = field(default_factory=list)
@@ -39,6 +41,7 @@ class OutputStream:
             max_tokens=request.max_tokens,
             detokenizer=Detokenizer.after_prompt(decoder, first.prompt_token_ids),
             stop_checker=StopChecker(() if request.is_forced else sampling.stop, sampling.include_stop_str_in_output),
+            matcher=request.matcher,
             shows_end=sampling.include_stop_str_in_output,
         )
 
@@ -60,9 +63,16 @@ class OutputStream:
             if self.stop_checker.stops and not is_end:
                 self._detokenize(is_last)
         self.num_tokens += 1
-        if is_end or self.stop_checker.stopped:
+        if is_end or self.stop_checker.stopped or self._completes(token_id):
             return FinishReason.STOP
         return FinishReason.LENGTH if is_last else None
+
+    def _completes(self, token_id: int) -> bool:
+        """Whether the grammar allows nothing after this token."""
+        if self.matcher is None:
+            return False
+        self.matcher.advance([token_id])
+        return self.matcher.is_finished and self.num_tokens >= self.min_tokens
 
     def delta(
         self,

@@ -7,7 +7,7 @@ draft tokens, which the models compute like other tokens and which can be droppe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import eq
 
@@ -18,6 +18,7 @@ from eft_serve.coordinator.speculation import Speculation
 from eft_serve.coordinator.timeline import Timeline
 from eft_serve.coordinator.validation import check_request
 from eft_serve.errors import ContextLengthError
+from eft_serve.grammars.matcher import GrammarMatcher
 from eft_serve.numerics.rows import LogitsProcessor, RequestRows, Truncation
 from eft_serve.types import Combination, GenerationRequest, ModelUsage, SequenceStep, StepOutput, Term, Usage
 
@@ -74,6 +75,7 @@ class Request:
     draft_token_ids: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
     processors: tuple[LogitsProcessor, ...] = ()  # of its logits
+    matcher: GrammarMatcher | None = None  # of its grammar; it follows the output
 
     @property
     def combination(self) -> Combination:
@@ -124,9 +126,23 @@ class Request:
         return self.max_tokens - len(self.output_token_ids)
 
     @classmethod
-    def create(cls, generation: GenerationRequest, now: float) -> Request:
-        """A new request; raises as `check_request`."""
+    def create(
+        cls,
+        generation: GenerationRequest,
+        now: float,
+        compile_grammar: Callable[[GenerationRequest], GrammarMatcher] | None = None,
+    ) -> Request:
+        """A new request.
+
+        Args:
+            compile_grammar: gives a matcher at the output's beginning; needed where there is a grammar.
+
+        Raises:
+            InvalidRequestError: see `check_request`, or raised by `compile_grammar`.
+        """
         check_request(generation)
+        has_grammar = generation.sampling.grammar is not None
+        assert compile_grammar is not None or not has_grammar
         sequences = tuple(
             SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name])
             for term in generation.combination.terms
@@ -140,6 +156,7 @@ class Request:
             max_tokens=generation.sampling.max_tokens if forced is None else len(forced),
             num_ids=0,
             sequences=sequences,
+            matcher=compile_grammar(generation) if compile_grammar is not None and has_grammar else None,
         )
 
     def set_vocabularies(self, num_tokens: Sequence[int]) -> None:

@@ -80,6 +80,8 @@ class Sampler:
         try:
             return self._run(RowBatch(rows), requests)
         except Exception as error:  # whatever logits, a device or a processor may raise
+            if len(requests) == 1 and isinstance(error, InvalidRequestError):
+                return [error], dict.fromkeys(PHASES, 0.0)
             if len(requests) == 1:
                 logger.exception("request %s cannot be sampled", requests[0].request_id)
                 failure = EngineError(f"request {requests[0].request_id}: cannot be sampled: {error}")
@@ -133,8 +135,10 @@ def process(batch: RowBatch, combined: Tensor) -> tuple[Tensor, dict[int, int]]:
 
 
 def _nothing_possible(sampling: SamplingParams) -> InvalidRequestError:
-    used = used_controls(sampling)
-    return InvalidRequestError(f"{', '.join(used)}: no token is possible with these together", param=used[0])
+    names = used_controls(sampling)
+    if sampling.grammar is not None:
+        names = [name if name != "grammar" else sampling.grammar.param for name in names]
+    return InvalidRequestError(f"{', '.join(names)}: no token is possible with these together", param=names[0])
 
 
 def _described(

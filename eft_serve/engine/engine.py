@@ -16,6 +16,7 @@ from torch import Tensor
 from eft_serve.config import ModelConfig
 from eft_serve.engine.batch import BatchRow, ForwardBatch
 from eft_serve.engine.block_pool import BLOCK_SIZE
+from eft_serve.engine.draft_grammars import DraftGrammars
 from eft_serve.engine.drafting import DraftState, draw_drafts
 from eft_serve.engine.kv_cache import KVCache
 from eft_serve.engine.metrics import EngineMetrics
@@ -55,6 +56,7 @@ class Engine:
         self._most_rows = config.max_num_batched_tokens
         self._clock = clock
         self._failure: str | None = None
+        self._grammars = DraftGrammars(lambda: (config.checkpoint / "tokenizer.json").read_text())
         self._cache = KVCache(info.kv_capacity_tokens // BLOCK_SIZE)
         limits = Limits(vocab_size, info.max_model_len, config.max_num_batched_tokens, frozenset(adapters))
         self._scheduler = StepScheduler(self._cache, limits)
@@ -127,6 +129,7 @@ class Engine:
     def close(self) -> None:
         """Stop the other ranks and give back the memory; may be called twice."""
         self._failure = self._failure or "closed"
+        self._grammars.close()
         self._group.close()
 
     def _compute(self, admitted: list[Admitted]) -> dict[int, StepOutput]:
@@ -143,9 +146,9 @@ class Engine:
                     if bad:
                         non_finite.add(chunk.admitted.index)
             drafts = {
-                item.index: DraftState(item.sequence, item.step.draft)
+                item.index: state
                 for item in admitted
-                if item.step.draft is not None and item.num_logits and item.index not in non_finite
+                if item.num_logits and item.index not in non_finite and (state := self._draft_state(item)) is not None
             }
             non_finite |= self._draft(drafts, pieces)
         finally:
@@ -158,6 +161,14 @@ class Engine:
             item.index: self._output(item, pieces[item.index], item.index in non_finite, drafts.get(item.index))
             for item in admitted
         }
+
+    def _draft_state(self, item: Admitted) -> DraftState | None:
+        """Of a computed step; None if it is not to be drafted after it."""
+        draft = item.step.draft
+        if draft is None or draft.sampling.grammar is None:
+            return None if draft is None else DraftState(item.sequence, draft)
+        matcher = self._grammars.matcher(item.sequence, draft)
+        return None if matcher is None else DraftState(item.sequence, draft, matcher)
 
     def _draft(self, drafts: Mapping[int, DraftState], pieces: Mapping[int, list[Tensor]]) -> set[int]:
         """Draft for each, one forward for all that want one more; returns those whose logits are not finite."""
@@ -198,8 +209,8 @@ class Engine:
         if non_finite:
             self._cache.forget_prefix(item.sequence)
             return StepOutput(step.sequence_id, error="logits: the model computed infinities or NaN; try dtype float32")
-        if drafts is not None and drafts.rows:
-            pieces = [*pieces, torch.stack(drafts.rows)]
+        if drafts is not None and (rows := drafts.rows[: len(drafts.token_ids) - 1]):
+            pieces = [*pieces, torch.stack(rows)]
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return StepOutput(
             step.sequence_id,

@@ -17,6 +17,7 @@ from eft_serve.coordinator.backend import LogitsBackend
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.structured_output import GrammarCompiler
 from eft_serve.coordinator.validation import check_deployed
 from eft_serve.errors import InvalidRequestError, UnavailableError, to_failure
 from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
@@ -57,6 +58,7 @@ class CoordinatorServer:
         host: str = "127.0.0.1",
     ) -> None:
         self.config = config
+        self._grammars = GrammarCompiler(vocabularies)
         self.subscribers: dict[str, Subscriber] = {}  # by request id
         self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics, on_end=_log_end)
         self.submissions = SubmissionServer(self, host)
@@ -92,7 +94,7 @@ class CoordinatorServer:
         if (reply_to := self._ingresses.get(submission.reply_address)) is None:
             raise UnavailableError("the coordinator does not know this ingress yet; try again later")
         check_deployed(generation.combination, self.config)
-        request = Request.create(generation, time.monotonic())
+        request = Request.create(generation, time.monotonic(), self._grammars.matcher)
         self.subscribers[generation.request_id] = Subscriber(request, client, reply_to)
         self.decode_loop.submit(request)
 

@@ -5,9 +5,10 @@ It shares no code with what it checks: transformers' own forward, log-softmax, t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import regex
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -59,12 +60,35 @@ def next_logits(model: PreTrainedModel, token_ids: Sequence[int], num_tokens: in
     return logits[0, -1, :num_tokens].float()
 
 
+class PartialRegex:
+    """A regular expression that outputs follow, by another library's partial matches.
+
+    Args:
+        decode: the text of tokens; end tokens have none.
+    """
+
+    def __init__(self, pattern: str, decode: Callable[[list[int]], str]) -> None:
+        self._pattern, self._decode = regex.compile(pattern), decode
+
+    def may_go_on(self, token_ids: Sequence[int]) -> bool:
+        """Whether the newest token has a text, with which the output begins a matching one."""
+        has_text = not token_ids or self._decode([token_ids[-1]])
+        return bool(has_text) and self._pattern.fullmatch(self._decode([*token_ids]), partial=True) is not None
+
+    def is_complete(self, token_ids: Sequence[int]) -> bool:
+        return self._pattern.fullmatch(self._decode([*token_ids])) is not None
+
+    def is_finished(self, token_ids: Sequence[int], tokens: Iterable[int]) -> bool:
+        return self.is_complete(token_ids) and not any(self.may_go_on([*token_ids, token]) for token in tokens)
+
+
 def control(
     logits: torch.Tensor,
     sampling: SamplingParams,
     prompt_token_ids: Sequence[int],
     output: Sequence[int],
     ends: Collection[int],
+    grammar: PartialRegex | None = None,
 ) -> None:
     """Every control of `SamplingParams` in its order, on one row of combined logits in place, whatever it costs."""
     for token, bias in sampling.logit_bias:
@@ -77,6 +101,8 @@ def control(
         banned = sampling.allowed_token_ids is not None and token not in sampling.allowed_token_ids
         banned |= any([*output, token][-len(word) :] == list(word) for word in sampling.bad_words)
         banned |= token in ends and len(output) < sampling.min_tokens
+        if grammar is not None:
+            banned |= not (grammar.is_complete(output) if token in ends else grammar.may_go_on([*output, token]))
         if banned:
             logits[token] = -torch.inf
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import string
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,20 +12,24 @@ from typing import Any, Literal
 
 import torch
 from fake_models import EOS, VOCAB_SIZE, ToyBackend, endpoint, toy_logits
+from tokenizer_files import byte_level
 
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.decode_loop import DecodeLoop
 from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.pacing import Pacer
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.structured_output import GrammarCompiler
+from eft_serve.grammars.definitions import of_regex
 from eft_serve.numerics.sampling import sample
-from eft_serve.testing.naive import control
+from eft_serve.testing.naive import PartialRegex, control
 from eft_serve.types import (
     Combination,
     Delta,
     Endpoint,
     EventKind,
     GenerationRequest,
+    Grammar,
     RequestEnd,
     SamplingParams,
     Speculative,
@@ -31,6 +37,7 @@ from eft_serve.types import (
 )
 
 EFT = {"base": 1.0, "reference": -1.0, "tuned": 1.0}
+ALPHABET = string.digits + string.ascii_letters  # by token
 TOLD = "base@told"  # the base's second prompt
 
 
@@ -41,8 +48,15 @@ class LetterVocabulary:
     num_tokens: int = VOCAB_SIZE
     eos_token_ids: frozenset[int] = frozenset([EOS])
 
+    @property
+    def tokenizer_json(self) -> str:
+        return byte_level([self.decode([token_id]) for token_id in range(EOS)], special=["<end>"])
+
     def decode(self, token_ids: list[int]) -> str:
-        return "".join(chr(0x4E00 + token_id) for token_id in token_ids if token_id != EOS)
+        return "".join(ALPHABET[token_id] for token_id in token_ids if token_id != EOS)
+
+
+GRAMMARS = GrammarCompiler(dict.fromkeys([*EFT, "shared"], LetterVocabulary()))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -152,7 +166,7 @@ def request(
         logprobs=logprobs,
         logprobs_mode=logprobs_mode,
     )
-    return Request.create(generation, time.monotonic() if now is None else now)
+    return Request.create(generation, time.monotonic() if now is None else now, GRAMMARS.matcher)
 
 
 def naive(req: Request) -> list[int]:
@@ -163,9 +177,13 @@ def naive(req: Request) -> list[int]:
     sampling = req.generation.sampling
     ends = {*sampling.stop_token_ids, *([] if sampling.ignore_eos else [EOS])}
     prompt = next(req.generation.prompts[term.name] for term in req.combination.terms if term.counts)
+    defined = sampling.grammar
+    grammar = None if defined is None else PartialRegex(pattern_of(defined), LetterVocabulary().decode)
     while len(output) < sampling.max_tokens and not (output and output[-1] in ends):
+        if grammar and grammar.is_finished(output, range(EOS)) and len(output) >= sampling.min_tokens:
+            break
         combined = combined_logits(req, output)
-        control(combined, sampling, prompt, output, ends)
+        control(combined, sampling, prompt, output, ends, grammar)
         drawn = sample(combined[None], [sampling], [len(output)]) if sampling.temperature else combined.argmax()
         output.append(int(drawn))
     return output
@@ -194,6 +212,24 @@ def controls(rng: random.Random) -> dict[str, Any]:
         "stop_token_ids": tuple(rng.sample(tokens, 3)),
     }
     return {name: value for name, value in drawn.items() if rng.random() < 0.3}
+
+
+def grammar(rng: random.Random) -> Grammar:
+    """A regular expression over the letters, which may end within a few of them."""
+    parts = []
+    for _ in range(rng.randint(1, 4)):
+        low = rng.randrange(EOS - 20)
+        letters = f"[{ALPHABET[low : low + rng.randint(1, 20)]}]"
+        parts.append(letters + rng.choice(["", "?", "*", "+", "{2,5}"]))
+    if rng.random() < 0.5:
+        parts = [f"({''.join(parts)}|{letters}{ALPHABET[0]}+)"]
+    return Grammar(of_regex("".join(parts)), "structured_outputs.regex")
+
+
+def pattern_of(defined: Grammar) -> str:
+    """The regular expression that it was made of."""
+    pattern: str = json.loads(defined.definition)["grammars"][0]["lark_grammar"].removeprefix("start: /")[:-1]
+    return pattern
 
 
 def three_models(**kwargs: int) -> dict[str, Endpoint]:

@@ -7,12 +7,17 @@ from math import prod
 
 import msgspec
 import pytest
+import regex
 import torch
 from tiny_models import CONTEXT, VOCAB_SIZE
+from waiting import wait_until
 
+from eft_serve.checkpoints.vocabulary import Vocabulary
+from eft_serve.config import ZOO_CHECKPOINTS, ModelConfig
 from eft_serve.engine.engine import Engine
+from eft_serve.grammars.definitions import of_regex
 from eft_serve.numerics.sampling import sample
-from eft_serve.types import Draft, SamplingParams, SequenceStep, StepOutput
+from eft_serve.types import Draft, Grammar, SamplingParams, SequenceStep, StepOutput
 
 Load = Callable[..., Engine]
 PROMPTS = {"a": list(range(20)), "b": [7, 7, 3], "c": list(range(40, 57))}
@@ -124,3 +129,38 @@ def test_a_draft_that_cannot_be_is_refused(load: Load, step: SequenceStep, field
     assert isinstance(output, StepOutput)
     assert output.error is not None
     assert field in output.error
+
+
+def test_draft_tokens_follow_the_grammar_and_end_with_it() -> None:
+    pattern = r'\{"[A-Z][a-z]{0,3}":[0-9]{3}\}'
+    vocabulary = Vocabulary.load(ZOO_CHECKPOINTS / "tuned-small")
+    engine = Engine.load("tuned", ModelConfig(path=str(ZOO_CHECKPOINTS / "tuned-small")))
+    prompt = vocabulary.tokenizer.encode("Question: What is the capital of France?\nAnswer:")
+    whole = draft(16, num_ids=vocabulary.num_tokens, temperature=1.0)
+    bound = msgspec.structs.replace(
+        whole, sampling=msgspec.structs.replace(whole.sampling, grammar=Grammar(of_regex(pattern), "p"))
+    )
+
+    def drafted(name: str, output: list[int], d: Draft) -> list[int]:
+        asked = msgspec.structs.replace(d, position=len(output))
+        (answer,) = engine.forward([SequenceStep(name, 0, prompt + output, 1, draft=asked)])
+        assert answer.logits is not None
+        assert len(answer.logits) == max(1, len(answer.drafted))
+        return list(answer.drafted)
+
+    def matches(tokens: list[int]) -> bool:
+        return regex.fullmatch(pattern, vocabulary.decode(tokens)) is not None
+
+    try:
+        assert not vocabulary.decode(drafted("free", [], whole)).startswith("{")
+        wait_until(lambda: drafted("s", [], bound), timeout_s=20)  # compiled beside the steps
+        first = drafted("s", [], bound)
+        assert matches(first)
+        assert len(first) < 16
+        assert drafted("s", first, bound) == [], "nothing may follow"
+        other = vocabulary.tokenizer.encode('{"Q')  # the output took another way than the draft tokens
+        assert matches(other + drafted("s", other, bound))
+        assert drafted("s", [5, 6, 7], bound) == [], "it does not follow the grammar"
+        assert matches(drafted("s", [], bound))
+    finally:
+        engine.close()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tokenizer_files import byte_level
 
 from eft_serve.types import (
     Combination,
@@ -39,6 +40,10 @@ class DigitVocabulary:
 
     num_tokens: int = VOCAB_SIZE
     eos_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def tokenizer_json(self) -> str:
+        return byte_level([str(token_id) for token_id in range(VOCAB_SIZE)])
 
     def decode(self, token_ids: list[int]) -> str:
         return "".join(map(str, token_ids))

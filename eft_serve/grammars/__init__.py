@@ -1,0 +1,1 @@
+"""Structured output: grammars of JSON schemas, regular expressions and choices, and matchers that outputs follow."""

@@ -1,0 +1,64 @@
+"""From a JSON schema, a regular expression, a choice or a context-free grammar to a grammar that models share.
+
+Knows llguidance's notations, and neither tokens nor requests. What is not supported is refused when it is compiled,
+never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import any_to_lark
+
+MAX_CHARACTERS = 65_536  # of a definition, which travels with each of its request's draft instructions
+
+WHITESPACE = r"[\x20]|\n[\x20\t]{0,64}"
+"""Between JSON's tokens: models indent, but would also go on with blanks for ever where that is allowed."""
+
+Schema = Mapping[str, Any] | bool
+
+ANY_OBJECT: Schema = {"type": "object"}
+
+
+def of_json_schema(schema: Schema | str) -> str:
+    """JSON documents that are valid against a schema.
+
+    Raises:
+        ValueError: it is no JSON, or neither an object nor true.
+    """
+    value = json.loads(schema) if isinstance(schema, str) else schema
+    if value is True:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"a JSON schema is an object, not {value!r:.50}")
+    own = {key: part for key, part in value.items() if key != "x-guidance"}  # would change how it is compiled
+    text = json.dumps(own, ensure_ascii=False)
+    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+
+
+def of_regex(regex: str) -> str:
+    """Texts that a regular expression (of Rust's `regex` crate) matches from beginning to end."""
+    return LLMatcher.grammar_from_regex(regex)
+
+
+def of_choice(choices: Sequence[str]) -> str:
+    """One of these texts."""
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def of_grammar(text: str) -> str:
+    """A context-free grammar in Lark's notation or in GBNF.
+
+    Raises:
+        ValueError: it is GBNF that cannot be converted.
+    """
+    if "::=" not in text:
+        return text
+    try:
+        converted: str = any_to_lark(text)
+    except Exception as error:  # its parser raises whatever Python does
+        raise ValueError(f"GBNF that cannot be read: {error}") from error
+    return converted

@@ -1,0 +1,221 @@
+"""Outputs that follow a grammar: which tokens may come next, and when it is complete.
+
+Knows tokens, and neither requests nor logits. Compiling and masking release the interpreter's lock, and both are
+bounded, because a client may send any grammar.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from threading import Lock
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from numpy.typing import NDArray
+
+from eft_serve.errors import InvalidRequestError
+from eft_serve.types import Grammar
+
+logger = logging.getLogger(__name__)
+
+Bitmask = NDArray[np.int32]
+
+CACHED_GRAMMARS = 64
+_SHOWN = 300  # characters of a reason
+
+
+def _limits(step_max_items: int) -> LLParserLimits:
+    return LLParserLimits(
+        initial_lexer_fuel=500_000,  # 10 ms
+        step_lexer_fuel=30_000,  # 2 ms
+        step_max_items=step_max_items,  # 10 ms for a thousand
+        max_lexer_states=20_000,  # 40 MB
+        max_grammar_size=20_000,
+        max_items_in_row=step_max_items,  # so that an object of too many optional properties is refused at once
+        verbose_errors=False,  # they would show other parts of the grammar
+    )
+
+
+_SCHEMA_LIMITS, _LIMITS = _limits(15_000), _limits(1_000)  # schemas are hardly ambiguous; other grammars may be
+
+
+class GrammarTokenizer:
+    """The tokens of one tokenizer, as grammars see them; thread-safe. Special tokens are in no text.
+
+    Args:
+        tokenizer_json: what `tokenizers` saves.
+
+    Raises:
+        ValueError: it is of a kind whose tokens have no known bytes.
+    """
+
+    def __init__(self, tokenizer_json: str) -> None:
+        described = json.loads(tokenizer_json)
+        # llguidance needs an end token, and allows it where a text is complete. Which tokens end an output is up to
+        # its request, so this one is none of the model's.
+        end = self._end = 1 + max(_ids(described))
+        described["added_tokens"] = [*described.get("added_tokens", ()), _special(end)]
+        self._tokenizer = LLTokenizer(json.dumps(described), eos_token=end)
+        self._num_words = -(-self._tokenizer.vocab_size // 32)
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # least recently used first
+        self._lock = Lock()
+
+    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+        """A matcher at the beginning of the output.
+
+        Raises:
+            InvalidRequestError: the grammar is wrong, too complex or has no text.
+        """
+        with self._lock:
+            compiled = self._compiled.pop(grammar.definition, None)
+        if compiled is None:
+            compiled = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar.definition] = compiled
+            while len(self._compiled) > CACHED_GRAMMARS:
+                self._compiled.popitem(last=False)
+            return GrammarMatcher(compiled.deep_copy(), self._num_words, grammar.param)
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        limits = _SCHEMA_LIMITS if grammar.definition.startswith("{") else _LIMITS
+        compiled = LLMatcher(self._tokenizer, grammar.definition, log_level=0, limits=limits)
+        if not compiled.is_error():
+            compiled.compute_bitmask()  # some limits show here only
+        if compiled.is_error():
+            raise _unusable(grammar.param, compiled)
+        if not self._has_text(compiled):
+            raise InvalidRequestError(f"{grammar.param}: it allows no text", param=grammar.param)
+        return compiled
+
+    def _has_text(self, compiled: LLMatcher) -> bool:
+        """Whether anything may come at the beginning of the output."""
+        if compiled.is_stopped():
+            return False
+        bitmask = np.frombuffer(compiled.compute_bitmask(), np.uint8).copy()
+        bitmask[self._end // 8] &= ~(1 << self._end % 8) & 255
+        return bool(bitmask.any())
+
+
+class NoGrammars:
+    """In the place of a tokenizer whose tokens have no known bytes."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+        """Raises `InvalidRequestError`."""
+        message = f"{grammar.param}: not supported with this model's tokenizer: {self._reason}"
+        raise InvalidRequestError(message, param=grammar.param)
+
+
+@lru_cache(maxsize=16)  # models of a recipe have equal tokenizers
+def load_grammar_tokenizer(tokenizer_json: str) -> GrammarTokenizer | NoGrammars:
+    """As grammars see it; see `GrammarTokenizer`."""
+    try:
+        return GrammarTokenizer(tokenizer_json)
+    except ValueError as error:
+        logger.warning("no structured output with this tokenizer: %s", error)
+        return NoGrammars(str(error)[:_SHOWN])
+
+
+class GrammarMatcher:
+    """Follows one output; not thread-safe. An output that it no longer allows is not followed further.
+
+    Args:
+        matcher: at the output's beginning; its own.
+        num_words: of a bitmask.
+        param: of the request, that the grammar is of.
+    """
+
+    def __init__(self, matcher: LLMatcher, num_words: int, param: str) -> None:
+        self._matcher = matcher
+        self._num_words = num_words
+        self._param = param
+        self._token_ids: list[int] = []  # followed so far
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens followed so far."""
+        return len(self._token_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the output may end here."""
+        return self._matcher.is_accepting()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has to end here, because nothing may follow."""
+        return self._matcher.is_stopped() and self._matcher.is_accepting()
+
+    def advance(self, token_ids: Iterable[int]) -> int:
+        """Follow these tokens, up to the first that is not allowed; returns how many were.
+
+        Raises:
+            InvalidRequestError: the grammar is too complex here.
+        """
+        token_ids = [*token_ids]
+        count = self._matcher.try_consume_tokens(token_ids)
+        self._check()
+        self._token_ids += token_ids[:count]
+        return count
+
+    def go_back(self, num_tokens: int) -> None:
+        """Forget the last tokens."""
+        if num_tokens:
+            self._matcher.rollback(num_tokens)
+            self._check()
+            del self._token_ids[-num_tokens:]
+
+    def follow(self, token_ids: Sequence[int]) -> bool:
+        """Go to the end of this output from wherever it is; returns whether all of it is allowed.
+
+        Raises:
+            InvalidRequestError: the grammar is too complex here.
+        """
+        token_ids = [*token_ids]
+        done = self._token_ids
+        if token_ids[: len(done)] != done:
+            same = next((i for i, (a, b) in enumerate(zip(done, token_ids, strict=False)) if a != b), len(token_ids))
+            self.go_back(len(done) - same)
+        rest = token_ids[self.num_tokens :]
+        return self.advance(rest) == len(rest)
+
+    def allowed(self) -> Bitmask:
+        """Which tokens may come next, one bit for each, lowest first; no bit for end tokens.
+
+        Raises:
+            InvalidRequestError: the grammar is too complex here.
+        """
+        bitmask = np.zeros(self._num_words, np.int32)
+        if not self._matcher.is_stopped():
+            self._matcher.unsafe_compute_mask_ptr(bitmask.ctypes.data, bitmask.nbytes)
+        self._check()
+        return bitmask
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise _unusable(self._param, self._matcher)
+
+
+def _unusable(param: str, matcher: LLMatcher) -> InvalidRequestError:
+    reason = matcher.get_error().partition("\n<non-verbose/>")[0].strip()[:_SHOWN]
+    return InvalidRequestError(f"{param}: cannot be used: {reason}", param=param)
+
+
+def _ids(described: dict[str, object]) -> Iterable[int]:
+    """Of all tokens in a `tokenizer.json`."""
+    model: dict[str, object] = described["model"]  # type: ignore[assignment]
+    vocabulary: object = model["vocab"]
+    yield from vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))  # type: ignore[arg-type]
+    for token in described.get("added_tokens", ()):  # type: ignore[attr-defined]
+        yield token["id"]
+
+
+def _special(token_id: int) -> dict[str, object]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": "<|end of grammar|>", "special": True, **flags}
