@@ -44,7 +44,9 @@ def coordinator(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of each measurement.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Times that the sides take turns.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of the coordinator's math.")] = 1,
-    controls: Annotated[bool, typer.Option("--controls", help="Also log-probabilities and penalties.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also log-probabilities, penalties and a grammar.")
+    ] = False,
 ) -> None:
     """What a step costs the coordinator, greedy and sampled, beside copying its logits once."""
     _become_like_a_replica()
