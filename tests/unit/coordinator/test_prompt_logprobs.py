@@ -29,6 +29,10 @@ from eft_serve.errors import InvalidRequestError
 from eft_serve.types import FinishReason, TokenComponents
 
 
+def shared(prompt: list[int]) -> dict[str, list[int]]:
+    return dict.fromkeys(EFT, prompt)
+
+
 def scored(rng: random.Random, request_id: str) -> Request:
     own = controls(rng)
     own.pop("allowed_token_ids", None)  # a grammar may allow none of them
@@ -37,7 +41,7 @@ def scored(rng: random.Random, request_id: str) -> Request:
     prompt = some_tokens(rng, 80)
     return request(
         request_id,
-        dict.fromkeys(EFT, prompt),
+        shared(prompt),
         speculative=speculative(rng),
         prompt_logprobs=rng.choice([0, 3]),
         logprobs=rng.choice([None, 1]),
@@ -56,7 +60,7 @@ def assert_prompt_is_described(req: Request, described: list[TokenComponents]) -
     prompt = req.generation.prompts["base"]
     assert [token.token_id for token in described] == prompt[1:]
     for place, token in enumerate(described, start=1):
-        alone = request("alone", {role: prompt[:place] for role in EFT})
+        alone = request("alone", shared(prompt[:place]))
         expected = torch.log_softmax(combined_logits(alone, []), -1)
         assert token.logprob == pytest.approx(float(expected[token.token_id]), abs=1e-4)
         assert token.rank == 1 + int((expected > expected[token.token_id]).sum())
@@ -94,7 +98,7 @@ def test_prompts_are_scored_and_outputs_are_as_without_it(seed: int, count: int,
 def test_a_prompt_is_scored_alone_in_few_steps() -> None:
     harness = Harness(ToyBackend(three_models()))
     num_steps = len(harness.backend.batches)
-    req = request("r", dict.fromkeys(EFT, [i % VOCAB_SIZE for i in range(129)]), prompt_logprobs=2, max_tokens=0)
+    req = request("r", shared([i % VOCAB_SIZE for i in range(129)]), prompt_logprobs=2, max_tokens=0)
     harness.submit(req)
     harness.drive()
     assert_prompt_is_described(req, prompt_logprobs(harness, "r"))
@@ -106,7 +110,7 @@ def test_a_prompt_is_scored_alone_in_few_steps() -> None:
 
 def test_components_of_a_prompt_are_those_of_each_term() -> None:
     harness = Harness(ToyBackend(three_models()))
-    harness.submit(request("r", dict.fromkeys(EFT, [1, 2, 3]), prompt_logprobs=0, components=1, max_tokens=2))
+    harness.submit(request("r", shared([1, 2, 3]), prompt_logprobs=0, components=1, max_tokens=2))
     harness.drive()
     assert [len(token.models) for token in prompt_logprobs(harness, "r")] == [3, 3]
 
@@ -115,9 +119,9 @@ def test_components_of_a_prompt_are_those_of_each_term() -> None:
     ("prompts", "fields", "param"),
     [
         ({"base": [1, 2], "reference": [1, 2], "tuned": [1, 3]}, {}, "prompt_logprobs"),
-        (dict.fromkeys(EFT, [1]), {"max_tokens": 0}, "max_tokens"),
-        (dict.fromkeys(EFT, [1, 2]), {"forced_token_ids": [3]}, "prompt_logprobs"),
-        (dict.fromkeys(EFT, [1, 2]), {"prompt_logprobs": 21}, "prompt_logprobs"),
+        (shared([1]), {"max_tokens": 0}, "max_tokens"),
+        (shared([1, 2]), {"forced_token_ids": [3]}, "prompt_logprobs"),
+        (shared([1, 2]), {"prompt_logprobs": 21}, "prompt_logprobs"),
     ],
 )
 def test_a_prompt_that_cannot_be_scored_is_refused(
@@ -130,7 +134,7 @@ def test_a_prompt_that_cannot_be_scored_is_refused(
 
 def test_a_prompt_beyond_the_context_is_refused_before_it_is_scored() -> None:
     harness = Harness(ToyBackend(three_models(max_len=32)))
-    harness.submit(request("r", dict.fromkeys(EFT, [1] * 33), prompt_logprobs=0))
+    harness.submit(request("r", shared([1] * 33), prompt_logprobs=0))
     harness.drive()
     failure = harness.last("r").failure
     assert failure is not None
