@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from eft_serve.api.errors import BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedParameterError
 from eft_serve.api.knobs import Strict
-from eft_serve.api.schemas import Message
+from eft_serve.api.messages import Message
 from eft_serve.api.strict_json import MOST_SHOWN, read_object
 from eft_serve.errors import DeadlineError, InvalidRequestError
 

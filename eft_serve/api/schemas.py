@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from eft_serve.api.knobs import EftKnobs, Strict
+from eft_serve.api.knobs import mistake as _mistake
+from eft_serve.api.messages import Message
 from eft_serve.types import MAX_ALTERNATIVES, SamplingParams
 
 MAX_CHOICES = 16
@@ -27,18 +28,6 @@ SEED_RANGE = 2**63
 
 def _stop_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _text(content: object) -> object:
-    """A message's text; parts of text are joined by line breaks."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError("content parts other than text are not supported yet")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _one_prompt(value: object) -> object:
@@ -68,11 +57,6 @@ TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
 def _given(value: object) -> object:
     """`null` is the default."""
     return EftKnobs() if value is None else value
-
-
-def _mistake(param: str, message: str) -> PydanticCustomError:
-    """Of several fields together; the parameter is named by its context."""
-    return PydanticCustomError("cross_field", "{message}", {"param": param, "message": message})
 
 
 class StreamOptions(Strict):
@@ -259,34 +243,6 @@ class GenerationBody(Strict):
     def limit_param(self) -> str:
         """The parameter that `requested_tokens` is of."""
         return "max_tokens"
-
-
-class Message(Strict):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
-    content: Annotated[str, BeforeValidator(_text)]
-    name: str | None = Field(default=None, max_length=256)
-    """The speaker, for templates that show it."""
-
-    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "refusal": (),
-        "reasoning": (),
-        "reasoning_content": (),
-        "tool_call_id": (),
-        "audio": (),
-        "annotations": ([],),
-        "function_call": (),
-        "tool_calls": ([],),
-    }
-
-    @property
-    def rendered(self) -> dict[str, str]:
-        """In the form that chat templates take."""
-        role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": self.content} | named
 
 
 class ChatBody(GenerationBody):

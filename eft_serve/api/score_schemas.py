@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from eft_serve.api.knobs import RecipeKnobs, Strict
-from eft_serve.api.schemas import Message, TextOrIds
+from eft_serve.api.messages import Message
+from eft_serve.api.schemas import TextOrIds
 from eft_serve.types import MAX_ALTERNATIVES
 
 MAX_ITEMS = 64  # in one request
