@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from eft_serve.api.knobs import EftKnobs, Strict
+from eft_serve.api.knobs import Strict
 from eft_serve.api.knobs import mistake as _mistake
 from eft_serve.api.messages import Message
+from eft_serve.api.prompt_options import PromptOptions, TemplateKwargs, Truncation
+from eft_serve.api.role_prompts import GenerationKnobs
 from eft_serve.types import MAX_ALTERNATIVES, SamplingParams
 
 MAX_CHOICES = 16
@@ -56,7 +59,13 @@ TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
 
 def _given(value: object) -> object:
     """`null` is the default."""
-    return EftKnobs() if value is None else value
+    return GenerationKnobs() if value is None else value
+
+
+def _check_kept(num_tokens: int) -> int:
+    if num_tokens != -1 and not 1 <= num_tokens < 2**31:
+        raise ValueError("must be at least 1, or -1 for what the context has room for")
+    return num_tokens
 
 
 class StreamOptions(Strict):
@@ -69,7 +78,6 @@ class StreamOptions(Strict):
 
 
 VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (),
     "cache_salt": (),
     "length_penalty": (1, 1.0),
     "logits_processors": (),
@@ -80,7 +88,6 @@ VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 """Parameters of vLLM that are not served, each with the values besides null that change nothing."""
@@ -149,7 +156,9 @@ class GenerationBody(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted and not used."""
-    eft: Annotated[EftKnobs, BeforeValidator(_given)] = EftKnobs()
+    truncate_prompt_tokens: Annotated[Whole, AfterValidator(_check_kept)] | None = None
+    """vLLM's: keep only so many of each prompt's tokens, its last ones; -1 keeps what the context has room for."""
+    eft: Annotated[GenerationKnobs, BeforeValidator(_given)] = GenerationKnobs()
 
     @field_validator("best_of")
     @classmethod
@@ -175,6 +184,20 @@ class GenerationBody(Strict):
         if self.eft.logprobs_mode is not None and self.num_logprobs is None:
             raise _mistake("eft.logprobs_mode", "needs logprobs")
         return self
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        """How its prompts are made.
+
+        Args:
+            default_max_tokens: of the answer, where the request does not say.
+        """
+        kept = self.truncate_prompt_tokens
+        truncation = (
+            None
+            if kept is None
+            else Truncation(num_tokens=kept, max_tokens=self.requested_tokens, default_max_tokens=default_max_tokens)
+        )
+        return PromptOptions(truncation=truncation)
 
     @property
     def num_choices(self) -> int:
@@ -255,6 +278,14 @@ class ChatBody(GenerationBody):
     """Each choice also has the log-probabilities of its tokens."""
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """And of this many alternatives to each."""
+    add_generation_prompt: bool | None = None
+    """vLLM's: the prompt ends where the assistant begins to speak. The default, unless a message is continued."""
+    continue_final_message: bool | None = None
+    """vLLM's: the answer goes on with the text of the last message, which must be the assistant's."""
+    add_special_tokens: bool | None = None
+    """vLLM's: true adds the tokenizer's special tokens to those that chat templates bring."""
+    chat_template_kwargs: TemplateKwargs | None = None
+    """vLLM's: more arguments of every model's chat template."""
     metadata: dict[str, str] | None = None
     """Accepted and not used."""
     prompt_cache_key: str | None = None
@@ -263,11 +294,8 @@ class ChatBody(GenerationBody):
     """Accepted and not used."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
-        "add_generation_prompt": (True,),
         "audio": (),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
         "function_call": ("none",),
@@ -295,7 +323,19 @@ class ChatBody(GenerationBody):
             raise _mistake("max_completion_tokens", "differs from max_tokens; send one of them")
         if self.top_logprobs and not self.logprobs:
             raise _mistake("top_logprobs", "needs logprobs to be true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise _mistake("add_generation_prompt", "contradicts continue_final_message; leave one of them out")
         return self
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        continues = bool(self.continue_final_message)
+        return replace(
+            super().prompt_options(default_max_tokens),
+            add_generation_prompt=not continues and self.add_generation_prompt is not False,
+            continue_final_message=continues,
+            template_kwargs=self.chat_template_kwargs or {},
+            special_tokens_in_chats=bool(self.add_special_tokens),
+        )
 
     @property
     def num_logprobs(self) -> int | None:
@@ -315,14 +355,20 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
     """Text, or token ids where all models that run share a tokenizer."""
+    add_special_tokens: bool | None = None
+    """vLLM's: false leaves out the tokenizer's special tokens."""
     logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Each choice also has the log-probabilities of its tokens, and of this many alternatives to each."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
-        "add_special_tokens": (True,),
         "echo": (False,),
         "suffix": ("",),
     }
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        return replace(
+            super().prompt_options(default_max_tokens), special_tokens_in_texts=self.add_special_tokens is not False
+        )
 
     @property
     def num_logprobs(self) -> int | None:
