@@ -144,6 +144,15 @@ class ModelTokenizer:
             return str(token).replace("\u2581", " ").encode()
         return str(backend.decode([token_id], skip_special_tokens=False)).encode()
 
+    def token(self, token_id: int) -> str | None:
+        """A token as the vocabulary has it, or None if it has none of this id."""
+        token: str | None = self.tokenizer.backend_tokenizer.id_to_token(token_id)
+        return token
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens included."""
+        return str(self.tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
     def check_length(self, text: str, max_tokens: int, param: str) -> None:
         """Refuse a text that cannot fit, however long it is, in about the time that a text that fits takes.
 
@@ -158,8 +167,8 @@ class ModelTokenizer:
             piece = self._encode(text[start : start + PIECE_CHARACTERS], add_special_tokens=False)
             count += max(0, len(piece) - PIECE_SLACK)
             if count > max_tokens:
-                message = f"{param}: its {len(text)} characters are more than {max_tokens} tokens, the context's length"
-                raise ContextLengthError(f"{message}; shorten it", param=param)
+                message = f"{param}: its {len(text)} characters are more than {max_tokens} tokens"
+                raise ContextLengthError(f"{message}, which is the limit; shorten it", param=param)
 
     def end_of(self, text: str, num_tokens: int) -> str:
         """The end of a long text that has more than its last `num_tokens` tokens, found in pieces from the end."""

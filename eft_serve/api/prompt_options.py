@@ -97,5 +97,24 @@ class PromptOptions:
     special_tokens_in_texts: bool = True
     truncation: Truncation | None = None
 
+    @classmethod
+    def of_chat(
+        cls,
+        *,
+        add_generation_prompt: bool | None,
+        continue_final_message: bool | None,
+        template_kwargs: Mapping[str, Any] | None,
+        add_special_tokens: bool | None,
+        truncation: Truncation | None = None,
+    ) -> PromptOptions:
+        """By the parameters of a chat; None is the default. After a continued message there is no generation prompt."""
+        return cls(
+            add_generation_prompt=not continue_final_message and add_generation_prompt is not False,
+            continue_final_message=bool(continue_final_message),
+            template_kwargs=template_kwargs or {},
+            special_tokens_in_chats=bool(add_special_tokens),
+            truncation=truncation,
+        )
+
 
 DEFAULT_OPTIONS = PromptOptions()

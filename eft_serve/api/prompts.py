@@ -143,6 +143,40 @@ class PromptRenderer:
             raise InvalidRequestError("completion: must hold at least one token", param="completion")
         return given
 
+    async def tokenize(
+        self,
+        term: Term,
+        prompting: PromptConfig,
+        asked: Asked,
+        options: PromptOptions,
+        max_tokens: int,
+        *,
+        with_strs: bool,
+    ) -> tuple[list[int], list[str] | None]:
+        """A term's prompt, however long up to `max_tokens`, and its tokens as the vocabulary has them if wanted.
+
+        Raises:
+            InvalidRequestError: as `chat` and `completion`.
+        """
+        reader = replace(self._reader(term, prompting), max_tokens=max_tokens)
+        _check_kwargs(options.template_kwargs, [reader])
+
+        def work() -> tuple[list[int], list[str] | None]:
+            ids = reader.read(asked, options)
+            return ids, [str(reader.tokenizer.token(token_id)) for token_id in ids] if with_strs else None
+
+        return await self._run(work, asked.num_characters)
+
+    async def detokenize(self, term: Term, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens included; raises as `check_range`."""
+        tokenizer = self.tokenizer(term.model)
+
+        def work() -> str:
+            check_range("tokens", token_ids, tokenizer.num_ids)
+            return tokenizer.decode(token_ids)
+
+        return await self._run(work, len(token_ids))
+
     def tokenizer(self, model: str) -> ModelTokenizer:
         """The tokenizer of this model."""
         return self._tokenizers[model]

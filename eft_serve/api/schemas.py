@@ -328,13 +328,12 @@ class ChatBody(GenerationBody):
         return self
 
     def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
-        continues = bool(self.continue_final_message)
-        return replace(
-            super().prompt_options(default_max_tokens),
-            add_generation_prompt=not continues and self.add_generation_prompt is not False,
-            continue_final_message=continues,
-            template_kwargs=self.chat_template_kwargs or {},
-            special_tokens_in_chats=bool(self.add_special_tokens),
+        return PromptOptions.of_chat(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            template_kwargs=self.chat_template_kwargs,
+            add_special_tokens=self.add_special_tokens,
+            truncation=super().prompt_options(default_max_tokens).truncation,
         )
 
     @property
