@@ -108,7 +108,7 @@ class GenerationResponse(ModelResponse):
             self._envelope = dataclasses.replace(self._envelope, logprobs=logprobs)
         speculative = call.ensemble.speculative(eft.speculative.changes)
         parts = call.ensemble.parts(prompted)
-        own = {name: eft.asked(part.prompt) for name, part in parts.items() if part.prompt is not None}
+        own = eft.own(parts)
         prompting = {name: part.role.prompting for name, part in parts.items()}
         prompts = await call.render(combination.terms, prompting, own=own)
         max_tokens = self._max_tokens(combination.terms, prompts, own)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from eft_serve.api.knobs import EftKnobs
+from eft_serve.api.knobs import EftKnobs, RecipeKnobs, Strict
 from eft_serve.api.messages import Message
 from eft_serve.api.reader import Asked
+from eft_serve.ensemble import Part
 
 MAX_ROLES = 64
 # Brackets keep these names of a union's branches out of the place that an error names.
@@ -37,18 +39,28 @@ RolePrompt = Annotated[
 ]
 
 
-class GenerationKnobs(EftKnobs):
-    """The knobs, and what single roles of the recipe read instead of the request's own prompt."""
+class RolePrompts(Strict):
+    """What single roles of the recipe read instead of the request's own prompt."""
 
     prompts: Annotated[dict[str, RolePrompt], Field(max_length=MAX_ROLES)] | None = None
     """By role: `base`, `reference`, a fine-tuning by the name of its weight, `<weight>/reference`. A text or token ids
     as for text completions, or messages as for chats; other roles read the request's own prompt."""
 
-    def asked(self, role: str) -> Asked:
-        """The prompt that is given for this role."""
-        prompt = (self.prompts or {})[role]
-        param = f"eft.prompts.{role}"
+    def own(self, parts: Mapping[str, Part]) -> dict[str, Asked]:
+        """The prompts of the terms that have one of their own, by the terms' names."""
+        return {name: self._asked(part.prompt) for name, part in parts.items() if part.prompt is not None}
+
+    def _asked(self, role: str) -> Asked:
+        prompt, param = (self.prompts or {})[role], f"eft.prompts.{role}"
         if isinstance(prompt, str):
             return Asked(prompt, param)
         messages = [each.rendered for each in prompt if isinstance(each, Message)]
         return Asked(messages or [each for each in prompt if isinstance(each, int)], param)
+
+
+class GenerationKnobs(EftKnobs, RolePrompts):
+    """The object `eft` of a request for answers."""
+
+
+class ScoreKnobs(RecipeKnobs, RolePrompts):
+    """The object `eft` of a request for scores; its prompts are for all items."""

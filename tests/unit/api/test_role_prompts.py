@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from api_fakes import Stack, make_config, save_tokenizer
+from test_score_api import answer
 
 from eft_serve.api.model_tokenizer import ModelTokenizer
 from eft_serve.config import AppConfig
+from eft_serve.errors import UnavailableError
 from eft_serve.types import GenerationRequest, Term
 
 TURN = {"role": "user", "content": "hi"}
@@ -178,3 +180,33 @@ async def test_a_long_prompt_for_one_role_leaves_the_event_loop_free(
     await post(stack, "chat/completions", messages=[TURN], eft={"scale": 2, "prompts": {"reference": "x" * 10_000}})
     assert len(stack.service.requests[0].prompts["small@reference"]) == 10_001
     assert threading.get_ident() not in threads
+
+
+async def score(stack: Stack, **body: Any) -> Any:
+    stack.service.answer = lambda _: [UnavailableError("enough seen")]
+    return await post(stack, "score", **body)
+
+
+async def test_scores_read_the_prompts_of_roles_for_every_item(stack: Stack) -> None:
+    items = [{"prompt": "a", "completion": "x"}, {"messages": [TURN], "completion": [5]}]
+    await score(stack, items=items, eft={"prompts": {"reference": "b", "law": [1]}})
+    first, second = stack.service.requests
+    assert texts(stack, first) == {"small": "<s>a", "small@reference": "<s>b", "small@law": "!"}
+    assert texts(stack, second) == texts(stack, first) | {"small": "<|user|>hi\n<|assistant|>"}
+
+
+async def test_a_scored_text_follows_the_prompt_of_the_term_that_counts() -> None:
+    recipe = {"base": "m", "reference": "m", "tuned": {"model": "m", "name": "law"}}
+    stack = Stack(AppConfig.parse({"models": {"m": {"path": "zoo:base-small"}}, "recipes": {"guided": recipe}}), answer)
+    body = {"prompt": "The capital is", "completion": "a"}
+    split = [
+        (await post(stack, "score", **body, eft={"prompts": {role: "Hello "}})).json()["data"][0]["split_token"]
+        for role in ("reference", "base")
+    ]
+    assert split == [None, " a"]
+
+
+@pytest.mark.parametrize("items", [{"prompt": "a", "completion": "x"}, {"items": [{"prompt": "a", "completion": "x"}]}])
+async def test_a_wrong_prompt_of_a_score_is_of_no_item(stack: Stack, items: dict[str, Any]) -> None:
+    response = await score(stack, **items, eft={"prompts": {"reference": [300]}})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "eft.prompts.reference")
