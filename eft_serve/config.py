@@ -160,8 +160,9 @@ class AppConfig(Frozen):
     def _a_step_holds_a_token_of_every_prompt(self) -> Self:
         budget = self.coordinator.max_num_batched_tokens
         for name, recipe in self.recipes.items():
-            roles = {role.role for _, role in recipe.roles}
-            model, count = Counter(self.deployment_of(role.model) for role in roles).most_common(1)[0]
+            own = recipe.promptable
+            roles = {(role.role, place if place in own else None) for place, (_, role) in enumerate(recipe.roles)}
+            model, count = Counter(self.deployment_of(role.model) for role, _ in roles).most_common(1)[0]
             if count > budget:
                 raise ValueError(
                     f"coordinator.max_num_batched_tokens: {budget} is fewer than the {count} prompts "

@@ -94,6 +94,8 @@ class BoundsConfig(Frozen):
     weights: dict[Name, KnobInterval] = Field(default_factory=dict)
     """By fine-tuning; fine-tunings not named are not bounded."""
     truncate_top_p: ProbabilityInterval = (0.0, 1.0)
+    prompts: tuple[str, ...] | None = None
+    """Roles that a request may give a prompt of their own; None: every role."""
 
     def weight(self, knob: str) -> Interval:
         """Bounds of one fine-tuning's weight."""
@@ -156,6 +158,13 @@ class RecipeConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _prompted_roles_are_known(self) -> Self:
+        known = self.role_names
+        if unknown := sorted(set(self.bounds.prompts or ()) - known.keys()):
+            raise ValueError(f"bounds.prompts: {unknown[0]!r} is not a role of this recipe; give some of {list(known)}")
+        return self
+
+    @model_validator(mode="after")
     def _is_within_its_bounds(self) -> Self:
         own = [("scale", self.scale, self.bounds.scale)]
         own += [(f"the weight of {t.knob}", t.weight, self.bounds.weight(t.knob)) for t in self.tuned]
@@ -175,6 +184,23 @@ class RecipeConfig(Frozen):
         for tuned in self.tuned:
             if tuned.reference is not None:
                 yield f"{tuned.knob}/reference", tuned.reference
+
+    @property
+    def role_names(self) -> dict[str, int]:
+        """What requests call the roles → their place in `roles`. A fine-tuning is called as its weight is."""
+        names = {"base": 0, "reference": 1}
+        for place, each in enumerate(self.tuned, len(names)):
+            names.setdefault(each.knob, place)
+        if len(self.tuned) == 1:
+            names.setdefault("tuned", 2)
+        own = [each.knob for each in self.tuned if each.reference is not None]
+        return names | {f"{knob}/reference": place for place, knob in enumerate(own, 2 + len(self.tuned))}
+
+    @property
+    def promptable(self) -> frozenset[int]:
+        """Places in `roles` of those that a request may give a prompt of their own."""
+        names = self.role_names
+        return frozenset(names.values() if self.bounds.prompts is None else map(names.__getitem__, self.bounds.prompts))
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -14,10 +14,11 @@ from eft_serve.api.context import Context
 from eft_serve.api.metrics import ApiMetrics
 from eft_serve.api.middleware import RequestMiddleware
 from eft_serve.api.prompts import PromptRenderer
-from eft_serve.api.routers import chat, completions, models, ops, score
+from eft_serve.api.routers import chat, completions, models, ops, score, tokenize
 from eft_serve.api.schemas import ChatBody, CompletionBody
 from eft_serve.api.score_schemas import ScoreBody, SingleScoreBody
 from eft_serve.api.service import Service
+from eft_serve.api.tokenize_schemas import DetokenizeBody, TokenizeBody, TokenizeChatBody
 from eft_serve.tenancy.limits import AdmissionLimits
 from eft_serve.tenancy.tenants import Tenants
 from eft_serve.tenancy.usage import UsageCounters
@@ -58,7 +59,8 @@ def create_app(
     app.state.context = context
     app.add_middleware(RequestMiddleware, metrics=context.metrics, show_id=show_request_id)
     errors.install(app)
-    openapi.install(app, ChatBody, CompletionBody, ScoreBody, SingleScoreBody)
-    for module in (models, chat, completions, score, ops):
+    tokenize_bodies = (TokenizeBody, TokenizeChatBody, DetokenizeBody)
+    openapi.install(app, ChatBody, CompletionBody, ScoreBody, SingleScoreBody, *tokenize_bodies)
+    for module in (models, chat, completions, score, tokenize, ops):
         app.include_router(module.router)
     return app

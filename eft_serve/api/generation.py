@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -23,7 +24,7 @@ from eft_serve.api.context import Context
 from eft_serve.api.errors import domain_body, internal_body
 from eft_serve.api.formats import Choice, Envelope, Format, JsonObject
 from eft_serve.api.metrics import TokenClock
-from eft_serve.api.prompts import Prompting, Prompts
+from eft_serve.api.prompts import OwnPrompts, Prompting, Prompts
 from eft_serve.api.schemas import GenerationBody, choice_seed
 from eft_serve.api.streams import Indexed
 from eft_serve.api.structured_outputs import grammar_of
@@ -31,6 +32,12 @@ from eft_serve.errors import ContextLengthError, EftServeError, InvalidRequestEr
 from eft_serve.types import Combination, Delta, GenerationRequest, Grammar, Term
 
 logger = logging.getLogger(__name__)
+
+
+class Render(Protocol):
+    """Makes each term's prompt; `own` are those that the request has for single terms."""
+
+    async def __call__(self, terms: Sequence[Term], prompting: Prompting, *, own: OwnPrompts) -> Prompts: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +48,7 @@ class GenerationCall(Call):
     format: Format
     prompt_param: str
     default_max_tokens: int | None  # None: what the context has room for
-    render: Callable[[Sequence[Term], Prompting], Awaitable[Prompts]]
+    render: Render
 
 
 class GenerationResponse(ModelResponse):
@@ -85,7 +92,8 @@ class GenerationResponse(ModelResponse):
 
     async def _prepare(self) -> list[GenerationRequest]:
         call, body, eft = self._call, self._call.body, self._call.body.eft
-        combination = call.ensemble.resolve(eft.knobs, every=body.components is not None)
+        prompted = call.ensemble.prompted(eft.prompts or {})
+        combination = call.ensemble.resolve(eft.knobs, prompted=prompted, every=body.components is not None)
         if body.is_ranked and not any(reward.weight for reward in combination.rewards):
             raise InvalidRequestError(
                 f"best_of: model {call.ensemble.name!r} has no reward with a weight to rank by; leave it out",
@@ -101,8 +109,11 @@ class GenerationResponse(ModelResponse):
             logprobs = call.format.logprobs(body.num_logprobs, tokenizer.bytes_of, hidden)
             self._envelope = dataclasses.replace(self._envelope, logprobs=logprobs)
         speculative = call.ensemble.speculative(eft.speculative.changes)
-        prompts = await call.render(combination.terms, call.ensemble.prompting)
-        max_tokens = self._max_tokens(combination.terms, prompts)
+        parts = call.ensemble.parts(prompted)
+        own = eft.own(parts)
+        prompting = {name: part.role.prompting for name, part in parts.items()}
+        prompts = await call.render(combination.terms, prompting, own=own)
+        max_tokens = self._max_tokens(combination.terms, prompts, own)
         if body.min_tokens and body.min_tokens > max_tokens:
             message = f"min_tokens: {body.min_tokens} is more than the {max_tokens} tokens that may be generated"
             raise InvalidRequestError(message, param="min_tokens")
@@ -147,13 +158,15 @@ class GenerationResponse(ModelResponse):
         define = partial(grammar_of, body.response_format, body.structured_outputs)
         return await self._context.renderer.grammar(combination, define)
 
-    def _max_tokens(self, terms: Sequence[Term], prompts: Prompts) -> int:
+    def _max_tokens(self, terms: Sequence[Term], prompts: Prompts, own: OwnPrompts) -> int:
         """The tokens asked for, or the default if every model's context has room for it, else what fits."""
-        param, requested = self._call.prompt_param, self._call.body.requested_tokens
-        name, context = self._context.tightest(terms, prompts)
-        room = context - len(prompts[name])
-        if not all(prompts.values()):
+        requested = self._call.body.requested_tokens
+        empty = next((name for name, prompt in prompts.items() if not prompt), None)
+        name, context = (empty, 0) if empty is not None else self._context.tightest(terms, prompts)
+        param = own[name].param if name in own else self._call.prompt_param
+        if empty is not None:
             raise InvalidRequestError(f"{param}: must hold at least one token", param=param)
+        room = context - len(prompts[name])
         has = f"{len(prompts[name])} tokens for {name!r}, whose context is {context}"
         if room < 1:
             raise ContextLengthError(f"{param}: has {has}; shorten it", param=param)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from eft_serve.ensemble import Knobs
 from eft_serve.types import MAX_ALTERNATIVES, MAX_DRAFT_TOKENS
@@ -19,6 +20,11 @@ class Strict(BaseModel):
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Parameters that are not served yet, each with the values besides null that change nothing."""
+
+
+def mistake(param: str, message: str) -> PydanticCustomError:
+    """Of a validator: the error of a field within the one that it validates, or of several fields together."""
+    return PydanticCustomError("cross_field", "{message}", {"param": param, "message": message})
 
 
 class SpeculativeKnobs(Strict):

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from eft_serve.api.knobs import EftKnobs, Strict
+from eft_serve.api.knobs import Strict
+from eft_serve.api.knobs import mistake as _mistake
+from eft_serve.api.messages import Message
+from eft_serve.api.prompt_options import PromptOptions, TemplateKwargs, Truncation
+from eft_serve.api.role_prompts import GenerationKnobs
 from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs
 from eft_serve.types import MAX_ALTERNATIVES, Grammar, SamplingParams
 
@@ -28,18 +32,6 @@ SEED_RANGE = 2**63
 
 def _stop_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
-
-
-def _text(content: object) -> object:
-    """A message's text; parts of text are joined by line breaks."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError("content parts other than text are not supported yet")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _one_prompt(value: object) -> object:
@@ -68,12 +60,13 @@ TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
 
 def _given(value: object) -> object:
     """`null` is the default."""
-    return EftKnobs() if value is None else value
+    return GenerationKnobs() if value is None else value
 
 
-def _mistake(param: str, message: str) -> PydanticCustomError:
-    """Of several fields together; the parameter is named by its context."""
-    return PydanticCustomError("cross_field", "{message}", {"param": param, "message": message})
+def _check_kept(num_tokens: int) -> int:
+    if num_tokens != -1 and not 1 <= num_tokens < 2**31:
+        raise ValueError("must be at least 1, or -1 for what the context has room for")
+    return num_tokens
 
 
 class StreamOptions(Strict):
@@ -86,7 +79,6 @@ class StreamOptions(Strict):
 
 
 VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (),
     "cache_salt": (),
     "length_penalty": (1, 1.0),
     "logits_processors": (),
@@ -96,7 +88,6 @@ VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
     "request_id": (),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 """Parameters of vLLM that are not served, each with the values besides null that change nothing."""
@@ -169,7 +160,9 @@ class GenerationBody(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted and not used."""
-    eft: Annotated[EftKnobs, BeforeValidator(_given)] = EftKnobs()
+    truncate_prompt_tokens: Annotated[Whole, AfterValidator(_check_kept)] | None = None
+    """vLLM's: keep only so many of each prompt's tokens, its last ones; -1 keeps what the context has room for."""
+    eft: Annotated[GenerationKnobs, BeforeValidator(_given)] = GenerationKnobs()
 
     @field_validator("best_of")
     @classmethod
@@ -197,6 +190,20 @@ class GenerationBody(Strict):
         if self.structured_outputs is not None and self.is_structured_by_format:
             raise _mistake("structured_outputs", "response_format asks for a form too; send one of them")
         return self
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        """How its prompts are made.
+
+        Args:
+            default_max_tokens: of the answer, where the request does not say.
+        """
+        kept = self.truncate_prompt_tokens
+        truncation = (
+            None
+            if kept is None
+            else Truncation(num_tokens=kept, max_tokens=self.requested_tokens, default_max_tokens=default_max_tokens)
+        )
+        return PromptOptions(truncation=truncation)
 
     @property
     def is_structured_by_format(self) -> bool:
@@ -279,34 +286,6 @@ class GenerationBody(Strict):
         return "max_tokens"
 
 
-class Message(Strict):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
-    content: Annotated[str, BeforeValidator(_text)]
-    name: str | None = Field(default=None, max_length=256)
-    """The speaker, for templates that show it."""
-
-    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "refusal": (),
-        "reasoning": (),
-        "reasoning_content": (),
-        "tool_call_id": (),
-        "audio": (),
-        "annotations": ([],),
-        "function_call": (),
-        "tool_calls": ([],),
-    }
-
-    @property
-    def rendered(self) -> dict[str, str]:
-        """In the form that chat templates take."""
-        role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": self.content} | named
-
-
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
@@ -317,6 +296,14 @@ class ChatBody(GenerationBody):
     """Each choice also has the log-probabilities of its tokens."""
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """And of this many alternatives to each."""
+    add_generation_prompt: bool | None = None
+    """vLLM's: the prompt ends where the assistant begins to speak. The default, unless a message is continued."""
+    continue_final_message: bool | None = None
+    """vLLM's: the answer goes on with the text of the last message, which must be the assistant's."""
+    add_special_tokens: bool | None = None
+    """vLLM's: true adds the tokenizer's special tokens to those that chat templates bring."""
+    chat_template_kwargs: TemplateKwargs | None = None
+    """vLLM's: more arguments of every model's chat template."""
     metadata: dict[str, str] | None = None
     """Accepted and not used."""
     prompt_cache_key: str | None = None
@@ -325,11 +312,8 @@ class ChatBody(GenerationBody):
     """Accepted and not used."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
-        "add_generation_prompt": (True,),
         "audio": (),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
         "function_call": ("none",),
@@ -356,7 +340,18 @@ class ChatBody(GenerationBody):
             raise _mistake("max_completion_tokens", "differs from max_tokens; send one of them")
         if self.top_logprobs and not self.logprobs:
             raise _mistake("top_logprobs", "needs logprobs to be true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise _mistake("add_generation_prompt", "contradicts continue_final_message; leave one of them out")
         return self
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        return PromptOptions.of_chat(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            template_kwargs=self.chat_template_kwargs,
+            add_special_tokens=self.add_special_tokens,
+            truncation=super().prompt_options(default_max_tokens).truncation,
+        )
 
     @property
     def num_logprobs(self) -> int | None:
@@ -376,14 +371,20 @@ class CompletionBody(GenerationBody):
 
     prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
     """Text, or token ids where all models that run share a tokenizer."""
+    add_special_tokens: bool | None = None
+    """vLLM's: false leaves out the tokenizer's special tokens."""
     logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Each choice also has the log-probabilities of its tokens, and of this many alternatives to each."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
-        "add_special_tokens": (True,),
         "echo": (False,),
         "suffix": ("",),
     }
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        return replace(
+            super().prompt_options(default_max_tokens), special_tokens_in_texts=self.add_special_tokens is not False
+        )
 
     @property
     def num_logprobs(self) -> int | None:

@@ -6,8 +6,10 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from eft_serve.api.knobs import RecipeKnobs, Strict
-from eft_serve.api.schemas import Message, TextOrIds
+from eft_serve.api.knobs import Strict
+from eft_serve.api.messages import Message
+from eft_serve.api.role_prompts import ScoreKnobs
+from eft_serve.api.schemas import TextOrIds
 from eft_serve.types import MAX_ALTERNATIVES
 
 MAX_ITEMS = 64  # in one request
@@ -35,7 +37,7 @@ class ScoreOptions(Strict):
 
     model: str = Field(max_length=256)
     """A recipe's name, or a plain model's."""
-    eft: RecipeKnobs = RecipeKnobs()
+    eft: ScoreKnobs = ScoreKnobs()
     components: int = Field(default=0, ge=0, le=MAX_ALTERNATIVES)
     """How many of the likeliest alternatives to each token to report."""
     user: str | None = None

@@ -23,6 +23,7 @@ async def create_chat_completion(request: Request) -> Response:
     context = context_of(request)
     tenant = context.access.tenant(request)
     body, arrival = await receive_body(request, lambda _: ChatBody, context.service.config.server.request_timeout_s)
+    default_max_tokens = context.service.config.server.default_max_tokens
     call = GenerationCall(
         request_id=request_id_of(request),
         tenant=tenant,
@@ -30,8 +31,12 @@ async def create_chat_completion(request: Request) -> Response:
         body=body,
         format=ChatFormat(),
         prompt_param="messages",
-        default_max_tokens=context.service.config.server.default_max_tokens,
-        render=partial(context.renderer.chat, messages=[m.rendered for m in body.messages]),
+        default_max_tokens=default_max_tokens,
+        render=partial(
+            context.renderer.chat,
+            messages=[m.rendered for m in body.messages],
+            options=body.prompt_options(default_max_tokens),
+        ),
         arrival=arrival,
     )
     return GenerationResponse(context, call)

@@ -35,7 +35,9 @@ async def create_completion(request: Request) -> Response:
         format=CompletionFormat(),
         prompt_param="prompt",
         default_max_tokens=DEFAULT_MAX_TOKENS,
-        render=partial(context.renderer.completion, prompt=body.prompt),
+        render=partial(
+            context.renderer.completion, prompt=body.prompt, options=body.prompt_options(DEFAULT_MAX_TOKENS)
+        ),
         arrival=arrival,
     )
     return GenerationResponse(context, call)

@@ -46,7 +46,7 @@ def message(**fields: Any) -> dict[str, Any]:
         (chat(messages=[]), "messages"),
         (message(role="robot"), "messages.0.role"),
         (message(content=None), "messages.0.content"),
-        (message(content=[{"type": "image_url", "image_url": {}}]), "messages.0.content"),
+        (message(content=[{"type": "image_url", "image_url": {}}]), "messages.0.content.0"),
         (message(tool_calls=[{}]), "messages.0.tool_calls"),
         (message(name=1), "messages.0.name"),
         (message(foo=1), "messages.0.foo"),

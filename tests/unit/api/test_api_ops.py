@@ -55,7 +55,7 @@ async def test_metrics_are_those_of_every_process_and_have_no_callers_strings(st
 async def test_openapi_describes_the_bodies(stack: Stack) -> None:
     async with stack.client() as client:
         description = (await client.get("/openapi.json")).json()
-    assert {"ChatBody", "CompletionBody", "Message", "EftKnobs"} <= set(description["components"]["schemas"])
+    assert {"ChatBody", "CompletionBody", "Message", "GenerationKnobs"} <= set(description["components"]["schemas"])
     operation = description["paths"]["/v1/chat/completions"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema == {"$ref": "#/components/schemas/ChatBody"}
