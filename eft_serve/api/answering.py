@@ -107,7 +107,8 @@ class ModelResponse(Response):
 
     async def _send_whole(self, body: Callable[[], JsonObject], scope: Scope, receive: Receive, send: Send) -> None:
         """Send the object that `body` makes; a large one is made in a thread, or it would stall every stream."""
-        size = sum(1 + len(token.top) for choice in self._progress.choices for token in choice.components)
+        choices = self._progress.choices
+        size = sum(1 + len(token.top) for c in choices for token in (*c.components, *c.prompt_logprobs))
         make = partial(_response, body)
         response = make() if size <= INLINE_COMPONENTS else await asyncio.to_thread(make)
         self._progress.answered = True

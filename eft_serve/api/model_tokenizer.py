@@ -153,9 +153,9 @@ class ModelTokenizer:
         token: str | None = self.tokenizer.backend_tokenizer.id_to_token(token_id)
         return token
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, special tokens included."""
-        return str(self.tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=False))
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of tokens."""
+        return str(self.tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def check_length(self, text: str, max_tokens: int, param: str) -> None:
         """Refuse a text that cannot fit, however long it is, in about the time that a text that fits takes.

@@ -101,6 +101,7 @@ class PromptRenderer:
         prompt: str | Sequence[int],
         own: OwnPrompts = NO_PROMPTS,
         options: PromptOptions = DEFAULT_OPTIONS,
+        param: str = "prompt",
     ) -> Prompts:
         """Each term's prompt for a text completion, with the special tokens that its tokenizer adds by default.
 
@@ -108,7 +109,7 @@ class PromptRenderer:
             InvalidRequestError: token ids are out of range, mean different things to the models, or cannot be
                 preceded or followed by a term's own text; or as `chat`, for prompts of single terms.
         """
-        return await self._read(terms, prompting, Asked(prompt, "prompt"), own, options)
+        return await self._read(terms, prompting, Asked(prompt, param), own, options)
 
     async def given(
         self,

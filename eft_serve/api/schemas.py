@@ -21,6 +21,8 @@ from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs
 from eft_serve.types import MAX_ALTERNATIVES, Grammar, SamplingParams
 
 MAX_CHOICES = 16
+MAX_PROMPTS = 128  # in one request
+MAX_ANSWERS = 256  # generated for one request
 MAX_STOP_STRINGS = 16  # OpenAI accepts 4; each is searched for in every token's text
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 128
@@ -34,12 +36,11 @@ def _stop_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _one_prompt(value: object) -> object:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        return _one_prompt(value[0])
-    if isinstance(value, list) and value and all(isinstance(v, str | list) for v in value):
-        raise ValueError("several prompts in one request are not supported yet; send a request for each")
-    return _text_or_ids(value)
+def _prompts(value: object) -> object:
+    """One prompt or several, as a list of several."""
+    if isinstance(value, list) and value and all(isinstance(each, str | list) for each in value):
+        return value
+    return [_text_or_ids(value)]
 
 
 def _text_or_ids(value: object) -> object:
@@ -84,7 +85,6 @@ VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
     "logits_processors": (),
     "mm_processor_kwargs": (),
     "priority": (0,),
-    "prompt_logprobs": (),
     "request_id": (),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
@@ -123,6 +123,8 @@ class GenerationBody(Strict):
     """By token id, added to the token's logit; -100 makes it as good as impossible."""
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None = None
     """Only these tokens may be generated."""
+    prompt_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
+    """vLLM's: the log-probabilities of the prompt's tokens too, and of this many alternatives to each."""
     bad_words: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], Field(max_length=MAX_BAD_WORDS)
@@ -187,6 +189,8 @@ class GenerationBody(Strict):
             raise _mistake("eft.logprobs_mode", "components and best_of go by raw_logprobs; leave one of them out")
         if self.eft.logprobs_mode is not None and self.num_logprobs is None:
             raise _mistake("eft.logprobs_mode", "needs logprobs")
+        if self.prompt_logprobs is not None and self.stream:
+            raise _mistake("prompt_logprobs", "is not streamed; let stream be false")
         if self.structured_outputs is not None and self.is_structured_by_format:
             raise _mistake("structured_outputs", "response_format asks for a form too; send one of them")
         return self
@@ -204,6 +208,21 @@ class GenerationBody(Strict):
             else Truncation(num_tokens=kept, max_tokens=self.requested_tokens, default_max_tokens=default_max_tokens)
         )
         return PromptOptions(truncation=truncation)
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an answer begins with the text of its prompt."""
+        return False
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives to each token of the prompt whose log-probabilities are wanted; None: of no prompt."""
+        return self.prompt_logprobs
+
+    @property
+    def prompt_logprobs_param(self) -> str:
+        """The parameter that asks for them."""
+        return "prompt_logprobs"
 
     @property
     def is_structured_by_format(self) -> bool:
@@ -369,17 +388,42 @@ class ChatBody(GenerationBody):
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
-    """Text, or token ids where all models that run share a tokenizer."""
+    prompt: Annotated[list[TextOrIds], Field(max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
+    """Text, or token ids where all models that run share a tokenizer; or a list of either."""
+    echo: bool | None = None
+    """The prompt's text, and its log-probabilities if `logprobs` wants any, come before the answer's."""
+    max_tokens: Whole | None = Field(default=None, ge=0, lt=2**31)
+    """16 by default; 0, with `echo` or `prompt_logprobs`, generates nothing."""
     add_special_tokens: bool | None = None
     """vLLM's: false leaves out the tokenizer's special tokens."""
     logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Each choice also has the log-probabilities of its tokens, and of this many alternatives to each."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
-        "echo": (False,),
         "suffix": ("",),
     }
+
+    @model_validator(mode="after")
+    def _completion_fields_agree(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise _mistake("max_tokens", "0 needs echo or prompt_logprobs; ask for at least 1")
+        if len(self.prompt) * self.num_candidates > MAX_ANSWERS:
+            asked = f"{len(self.prompt)} prompts with {self.num_candidates} answers each"
+            raise _mistake("prompt", f"{asked} are more than {MAX_ANSWERS}; send several requests")
+        return self
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
+        return max((count for count in wanted if count is not None), default=None)
+
+    @property
+    def prompt_logprobs_param(self) -> str:
+        return "echo" if self.prompt_logprobs is None else "prompt_logprobs"
 
     def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
         return replace(

@@ -10,8 +10,9 @@ from starlette.responses import Response
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of, request_id_of
 from eft_serve.api.formats import ChatFormat
-from eft_serve.api.generation import GenerationCall, GenerationResponse
+from eft_serve.api.generation import GenerationResponse
 from eft_serve.api.openapi import body_of
+from eft_serve.api.preparing import GenerationCall, PromptSource
 from eft_serve.api.schemas import ChatBody
 
 router = APIRouter()
@@ -24,19 +25,19 @@ async def create_chat_completion(request: Request) -> Response:
     tenant = context.access.tenant(request)
     body, arrival = await receive_body(request, lambda _: ChatBody, context.service.config.server.request_timeout_s)
     default_max_tokens = context.service.config.server.default_max_tokens
+    render = partial(
+        context.renderer.chat,
+        messages=[m.rendered for m in body.messages],
+        options=body.prompt_options(default_max_tokens),
+    )
     call = GenerationCall(
         request_id=request_id_of(request),
         tenant=tenant,
         ensemble=context.ensemble(body.model, tenant),
         body=body,
         format=ChatFormat(),
-        prompt_param="messages",
+        prompts=[PromptSource(render, "messages")],
         default_max_tokens=default_max_tokens,
-        render=partial(
-            context.renderer.chat,
-            messages=[m.rendered for m in body.messages],
-            options=body.prompt_options(default_max_tokens),
-        ),
         arrival=arrival,
     )
     return GenerationResponse(context, call)
