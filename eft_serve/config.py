@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from eft_serve.config_base import Frozen, Name
-from eft_serve.config_recipes import RecipeConfig
+from eft_serve.config_recipes import RecipeConfig, ToolFormat
 from eft_serve.errors import ConfigError
 
 ZOO_PREFIX = "zoo:"
@@ -64,6 +64,8 @@ class ModelConfig(Frozen):
     """A sequence that was not stepped for this many seconds is freed."""
     startup_timeout_s: float = Field(default=600.0, gt=0)
     """Limit for loading the weights and joining the tensor-parallel group."""
+    tool_parser: ToolFormat | None = None
+    """How it writes tool calls where it is asked alone: `hermes` (also Qwen), `llama3_json` or `mistral`."""
 
     @property
     def checkpoint(self) -> Path:
@@ -80,6 +82,8 @@ class AdapterConfig(Frozen):
     """The model that it adapts; it must have a `path`."""
     adapter: str
     """A PEFT directory with a LoRA: `adapter_config.json` and `adapter_model.safetensors`."""
+    tool_parser: ToolFormat | None = None
+    """As of a model."""
 
     @property
     def directory(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -16,6 +16,8 @@ DRAFTERS = ("auto", "none")  # besides the recipe's own models
 MAX_KNOB = 100.0  # far beyond any use; keeps |logit| * knob finite in fp32
 
 Interval = tuple[float, float]
+ToolFormat = Literal["hermes", "llama3_json", "mistral"]
+"""How a model writes tool calls; vLLM's names of its parsers."""
 
 
 def _check_interval(interval: Interval) -> Interval:
@@ -138,6 +140,8 @@ class RecipeConfig(Frozen):
     """Bounds of the knobs in a request."""
     speculative: SpeculativeConfig = SpeculativeConfig()
     """How tokens are drafted."""
+    tool_parser: ToolFormat | None = None
+    """How its models write tool calls: `hermes` (also Qwen), `llama3_json` or `mistral`; None: no tools."""
 
     @model_validator(mode="after")
     def _drafter_is_known(self) -> Self:

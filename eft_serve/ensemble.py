@@ -16,7 +16,16 @@ from typing import Any
 from msgspec.structs import replace
 
 from eft_serve.config import AppConfig
-from eft_serve.config_recipes import AS_ITSELF, DRAFTERS, Interval, PromptConfig, RecipeConfig, RoleConfig, TunedConfig
+from eft_serve.config_recipes import (
+    AS_ITSELF,
+    DRAFTERS,
+    Interval,
+    PromptConfig,
+    RecipeConfig,
+    RoleConfig,
+    ToolFormat,
+    TunedConfig,
+)
 from eft_serve.errors import InvalidRequestError
 from eft_serve.types import Combination, Reward, Speculative, Term, rounded
 
@@ -56,6 +65,7 @@ class Ensemble:
     models: tuple[str, ...]  # every model that it may run, base first
     recipe: RecipeConfig | None = None  # None: a plain model
     adapted: Mapping[str, str] = field(default_factory=dict)  # adapter → the deployment that computes it
+    tool_parser: ToolFormat | None = None  # None: no tools
 
     @classmethod
     def find(cls, config: AppConfig, name: str) -> Ensemble | None:
@@ -65,7 +75,7 @@ class Ensemble:
             return None
         models = recipe.models if recipe else (name,)
         adapted = {model: config.deployment_of(model) for model in models if model not in config.deployments}
-        return cls(name, models, recipe, adapted)
+        return cls(name, models, recipe, adapted, (recipe or config.models[name]).tool_parser)
 
     def resolve(self, knobs: Knobs = OWN_KNOBS, *, prompted: Prompted = UNPROMPTED, every: bool = False) -> Combination:
         """The combination for these knobs, see `resolve_recipe`; a plain model is its only term and takes no knobs."""

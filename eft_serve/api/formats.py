@@ -143,7 +143,7 @@ class ChatFormat:
         return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
 
     @staticmethod
-    def _part(index: int, delta: JsonObject, finish_reason: FinishReason | None = None) -> JsonObject:
+    def _part(index: int, delta: JsonObject, finish_reason: str | None = None) -> JsonObject:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from eft_serve.api.knobs import Strict, mistake
+from eft_serve.api.tools import MAX_TOOLS, ToolCall
 
 TEXT_PARTS = {"text": "text", "refusal": "refusal"}  # kind of a content part → its field
 
@@ -38,9 +39,14 @@ def _part(place: str, part: object, role: str | None) -> str:
 class Message(Strict):
     """One turn of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
-    content: Annotated[str, BeforeValidator(_text)]
+    content: Annotated[str | None, BeforeValidator(_text)] = None
+    """May be null in an assistant's message with tool calls."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    """Of an assistant."""
+    tool_call_id: str | None = Field(default=None, max_length=256)
+    """The call that a message of role `tool` answers."""
     name: str | None = Field(default=None, max_length=256)
     """The speaker, for templates that show it."""
 
@@ -48,16 +54,34 @@ class Message(Strict):
         "refusal": (),
         "reasoning": (),
         "reasoning_content": (),
-        "tool_call_id": (),
         "audio": (),
         "annotations": ([],),
         "function_call": (),
-        "tool_calls": ([],),
     }
 
+    @model_validator(mode="after")
+    def _has_what_its_role_has(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise mistake("content", "must be a string or a list of parts")
+        if self.tool_calls and self.role != "assistant":
+            raise mistake("tool_calls", "only an assistant calls tools")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise mistake("tool_call_id", "belongs to a message of role tool, which needs it")
+        return self
+
     @property
-    def rendered(self) -> dict[str, str]:
+    def is_of_tools(self) -> bool:
+        """Whether it calls a tool, or answers a call."""
+        return self.role == "tool" or bool(self.tool_calls)
+
+    @property
+    def rendered(self) -> dict[str, Any]:
         """In the form that chat templates take."""
         role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": self.content} | named
+        fields = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.rendered for call in self.tool_calls or ()] or None,
+        }
+        given = {name: value for name, value in fields.items() if value is not None}
+        return {"role": role, "content": self.content or ""} | given

@@ -30,7 +30,7 @@ PIECE_SLACK = 256  # tokens that a piece may have more than its part of the whol
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -219,7 +219,7 @@ class ModelTokenizer:
                 message that is to be continued.
         """
         if not options.continue_final_message:
-            return self._rendered(messages, template, options.add_generation_prompt, options.template_kwargs, param)
+            return self._rendered(messages, template, options.add_generation_prompt, options, param)
         *before, last = messages
         content = last["content"]
         if last["role"] != "assistant" or not content:
@@ -227,7 +227,7 @@ class ModelTokenizer:
             raise InvalidRequestError(f"{param}: {message}", param=param)
         end = f"end{secrets.token_hex(16)}"  # shows where the text ends in the template's, whatever follows
         marked = [*before, {**last, "content": content + end}]
-        text, *rest = self._rendered(marked, template, False, options.template_kwargs, param).split(end)
+        text, *rest = self._rendered(marked, template, False, options, param).split(end)
         if len(rest) != 1 or not text.endswith(content.lstrip()):
             message = "the chat template changes the last message, so that it cannot be continued"
             raise InvalidRequestError(f"{param}: {message}; leave out continue_final_message", param=param)
@@ -238,9 +238,10 @@ class ModelTokenizer:
         messages: Sequence[Message],
         template: str | None,
         add_generation_prompt: bool,
-        kwargs: Mapping[str, Any],
+        options: PromptOptions,
         param: str,
     ) -> str:
+        kwargs = options.template_kwargs
         template = self.own_template if template is None else template
         if template is None and self.template is None:
             return plain_chat(messages, add_generation_prompt)
@@ -253,6 +254,7 @@ class ModelTokenizer:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                tools=options.tools,
                 **kwargs,
             )
         except Exception as error:  # a template may raise any exception

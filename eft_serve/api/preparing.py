@@ -78,7 +78,7 @@ async def prepare(context: Context, call: GenerationCall, answer_id: str, timeou
     special = renderer.tokenizer(combination.counted.model).special
     bad_words = await renderer.words(combination.terms, body.bad_words or ())
     stop_token_ids = [special[text] for text in body.stop or () if text in special]  # such a text is never shown
-    grammar = await _grammar(context, body, combination, special)
+    grammar = await _grammar(context, call, combination, special)
     all_prompts, requests = [], list[GenerationRequest]()
     for source in call.prompts:
         prompts = await source.render(combination.terms, prompting, own=own)
@@ -108,23 +108,29 @@ async def prepare(context: Context, call: GenerationCall, answer_id: str, timeou
 
 
 async def _grammar(
-    context: Context, body: GenerationBody, combination: Combination, special: Mapping[str, int]
+    context: Context, call: GenerationCall, combination: Combination, special: Mapping[str, int]
 ) -> Grammar | None:
     """That the answers have to follow.
 
     Raises:
         InvalidRequestError: it cannot be used, or something else could end an answer half-way.
     """
-    if not body.is_structured:
+    body, tools = call.body, call.body.active_tools
+    if tools is not None and call.ensemble.tool_parser is None:
+        message = f"tools: model {call.ensemble.name!r} has no tool_parser in the configuration; leave them out"
+        raise InvalidRequestError(message, param="tools")
+    must_call = tools is not None and bool(tools.required)
+    if not body.is_structured and not must_call:
         return None
     if any(text not in special for text in body.stop or ()):
         raise InvalidRequestError("stop: it could end a structured answer half-way; leave it out", param="stop")
     if not set(special.values()).issuperset(body.stop_token_ids or ()):
         message = "stop_token_ids: with structured output they are special tokens; leave the others out"
         raise InvalidRequestError(message, param="stop_token_ids")
-    return await context.renderer.grammar(
-        combination, partial(grammar_of, body.response_format, body.structured_outputs)
-    )
+    define = partial(grammar_of, body.response_format, body.structured_outputs)
+    if must_call and tools is not None and call.ensemble.tool_parser is not None:
+        define = partial(tools.grammar, call.ensemble.tool_parser, special)
+    return await context.renderer.grammar(combination, define)
 
 
 def _max_tokens(

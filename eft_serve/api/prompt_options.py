@@ -95,6 +95,10 @@ class PromptOptions:
     special_tokens_in_chats: bool = False
     """The tokenizer adds its special tokens to those that a chat template brings."""
     special_tokens_in_texts: bool = True
+    tools: list[Any] | None = None
+    """That chat templates show to the models."""
+    tool_param: str | None = None
+    """Which parameter needs chat templates that know tools; None: none does."""
     truncation: Truncation | None = None
 
     @classmethod

@@ -260,6 +260,9 @@ class PromptRenderer:
             if each.has_ids:
                 self._check_ids([term for term in terms if asked[term.name].param == param], prompting, each, options)
         _check_kwargs(options.template_kwargs, (readers[name] for name, each in asked.items() if each.messages))
+        if options.tool_param is not None:
+            for name, reader in readers.items():
+                _check_knows_tools(name, reader, options.tool_param)
         characters = sum(each.num_characters for each in several.values()) + sum(
             len(r.prompting.system_prompt or "") + len(r.prompting.response_prefix or "") for r in readers.values()
         )
@@ -287,6 +290,12 @@ class PromptRenderer:
             None if template is None else self._templates[template],
             self._max_model_len(term.model),
         )
+
+
+def _check_knows_tools(name: str, reader: Reader, param: str) -> None:
+    if not {"tools", "tool_calls"} & set(re.findall(r"\w+", reader.chat_template or "")):
+        message = f"the chat template of {name!r} knows no tools; give it another by chat_template, or leave them out"
+        raise InvalidRequestError(f"{param}: {message}", param=param)
 
 
 def _check_kwargs(kwargs: Mapping[str, object], readers: Iterable[Reader]) -> None:

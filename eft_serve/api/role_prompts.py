@@ -54,8 +54,9 @@ class RolePrompts(Strict):
         prompt, param = (self.prompts or {})[role], f"eft.prompts.{role}"
         if isinstance(prompt, str):
             return Asked(prompt, param)
-        messages = [each.rendered for each in prompt if isinstance(each, Message)]
-        return Asked(messages or [each for each in prompt if isinstance(each, int)], param)
+        if messages := [each.rendered for each in prompt if isinstance(each, Message)]:
+            return Asked(messages, param)
+        return Asked([each for each in prompt if isinstance(each, int)], param)
 
 
 class GenerationKnobs(EftKnobs, RolePrompts):

@@ -18,6 +18,7 @@ from eft_serve.api.messages import Message
 from eft_serve.api.prompt_options import PromptOptions, TemplateKwargs, Truncation
 from eft_serve.api.role_prompts import GenerationKnobs
 from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs
+from eft_serve.api.tools import MAX_TOOLS, ActiveTools, Tool, ToolChoice
 from eft_serve.types import MAX_ALTERNATIVES, Grammar, SamplingParams
 
 MAX_CHOICES = 16
@@ -210,6 +211,11 @@ class GenerationBody(Strict):
         return PromptOptions(truncation=truncation)
 
     @property
+    def active_tools(self) -> ActiveTools | None:
+        """The tools that an answer may call."""
+        return None
+
+    @property
     def echoes(self) -> bool:
         """Whether an answer begins with the text of its prompt."""
         return False
@@ -283,7 +289,8 @@ class GenerationBody(Strict):
             stop=tuple(self.stop or ()),
             stop_token_ids=(*(self.stop_token_ids or ()), *stop_token_ids),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
-            skip_special_tokens=self.skip_special_tokens is not False,
+            # Some begin a tool call; content does not show them.
+            skip_special_tokens=self.skip_special_tokens is not False and self.active_tools is None,
             ignore_eos=bool(self.ignore_eos),
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
@@ -323,6 +330,12 @@ class ChatBody(GenerationBody):
     """vLLM's: true adds the tokenizer's special tokens to those that chat templates bring."""
     chat_template_kwargs: TemplateKwargs | None = None
     """vLLM's: more arguments of every model's chat template."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    """Functions that the answer may call, where the recipe has a `tool_parser`."""
+    tool_choice: ToolChoice | None = None
+    """`auto` by default; with `required` or a function's name a grammar makes the answer a call."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call in an answer."""
     metadata: dict[str, str] | None = None
     """Accepted and not used."""
     prompt_cache_key: str | None = None
@@ -340,15 +353,12 @@ class ChatBody(GenerationBody):
         "include_reasoning": (True, False),  # there is none
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),  # without tools there is nothing to call
         "prediction": (),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": ("none",),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -361,16 +371,27 @@ class ChatBody(GenerationBody):
             raise _mistake("top_logprobs", "needs logprobs to be true")
         if self.continue_final_message and self.add_generation_prompt:
             raise _mistake("add_generation_prompt", "contradicts continue_final_message; leave one of them out")
+        if self.active_tools is not None and self.is_structured:
+            param = "response_format" if self.is_structured_by_format else "structured_outputs"
+            raise _mistake(param, "leaves no room for tool calls; leave it or tools out")
         return self
 
+    @property
+    def active_tools(self) -> ActiveTools | None:
+        return ActiveTools.of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
     def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
-        return PromptOptions.of_chat(
+        tools = self.active_tools
+        called = next((f"messages.{i}" for i, message in enumerate(self.messages) if message.is_of_tools), None)
+        options = PromptOptions.of_chat(
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             template_kwargs=self.chat_template_kwargs,
             add_special_tokens=self.add_special_tokens,
             truncation=super().prompt_options(default_max_tokens).truncation,
         )
+        shown = None if tools is None else tools.rendered
+        return replace(options, tools=shown, tool_param=called if tools is None else "tools")
 
     @property
     def num_logprobs(self) -> int | None:

@@ -83,6 +83,8 @@ def grammar_of(response_format: ResponseFormat | None, structured: StructuredOut
     """
     if structured is not None:
         ((name, value),) = structured.given.items()
+        if name == "json_object":
+            return _grammar("structured_outputs.json_object", definitions.of_json_schema, definitions.ANY_OBJECT)
         return _grammar(f"structured_outputs.{name}", _DEFINITIONS[name], value)
     if response_format is None or response_format.type == "text":
         return None
@@ -95,7 +97,6 @@ def grammar_of(response_format: ResponseFormat | None, structured: StructuredOut
 
 _DEFINITIONS: dict[str, Callable[[Any], str]] = {
     "json": definitions.of_json_schema,
-    "json_object": lambda _: definitions.of_json_schema(definitions.ANY_OBJECT),
     "regex": definitions.of_regex,
     "choice": definitions.of_choice,
     "grammar": definitions.of_grammar,
@@ -108,6 +109,6 @@ def _grammar(param: str, define: Callable[[Any], str], value: Any) -> Grammar:
         message = f"{param}: has {size} characters, more than {definitions.MAX_CHARACTERS}; shorten it"
         raise InvalidRequestError(message, param=param)
     try:
-        return Grammar(define(value), param)
+        return Grammar(define(value), param, of_schemas=define is definitions.of_json_schema)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{param}: {error}", param=param) from error
