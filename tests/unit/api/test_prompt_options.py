@@ -180,6 +180,7 @@ def test_all_that_rendering_takes_itself_is_reserved() -> None:
     ("body", "kept"),
     [
         ({"prompt": "abcdef", "truncate_prompt_tokens": 3}, "def"),
+        ({"prompt": "abcdef", "truncate_prompt_tokens": 1}, "f"),
         ({"prompt": "abcdef", "truncate_prompt_tokens": 7}, "<s>abcdef"),
         ({"prompt": [3] * 600 + [1, 2], "truncate_prompt_tokens": 2}, '!"'),
         ({"prompt": "x" * 600 + "end", "truncate_prompt_tokens": -1, "max_tokens": 508}, "xend"),
