@@ -271,7 +271,7 @@ class PromptRenderer:
             done: dict[Hashable, list[int]] = {}
             prompts: Prompts = {}
             for name, reader in readers.items():
-                key = (reader.key, asked[name].param)
+                key = (reader.key, reader.keep(options), asked[name].param)
                 prompts[name] = done[key] if key in done else done.setdefault(key, reader.read(asked[name], options))
             return prompts
 

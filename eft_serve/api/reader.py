@@ -72,23 +72,22 @@ class Reader:
 
     @property
     def key(self) -> Hashable:
-        """Readers of equal key make equal prompts of equal length."""
-        return (
-            self.tokenizer.fingerprint,
-            self.chat_template,
-            self.prompting.system_prompt,
-            self.prompting.response_prefix,
-            self.max_tokens,
-        )
+        """Readers of equal key make equal prompts, if they keep as much of them."""
+        settings = self.prompting
+        return self.tokenizer.fingerprint, self.chat_template, settings.system_prompt, settings.response_prefix
 
     @property
     def chat_template(self) -> str | None:
         """The template of its chats; None: the plain format."""
         return self.tokenizer.template if self.template is None else self.template
 
+    def keep(self, options: PromptOptions) -> int | None:
+        """How many tokens of a prompt are kept, its last ones; None: all. Raises as `Truncation.keep`."""
+        return None if options.truncation is None else options.truncation.keep(self.max_tokens)
+
     def read(self, asked: Asked, options: PromptOptions = DEFAULT_OPTIONS) -> list[int]:
-        """The tokens of a prompt; raises as `chat`, `ModelTokenizer.encode` and `check_range` do."""
-        keep = None if options.truncation is None else options.truncation.keep(self.max_tokens)
+        """The tokens of a prompt; raises as `chat`, `keep`, `ModelTokenizer.encode` and `check_range` do."""
+        keep = self.keep(options)
         if asked.has_ids:
             ids = asked.token_ids(keep)
             check_range(asked.param, ids, self.tokenizer.num_ids)

@@ -30,6 +30,7 @@ def _kind_of(value: Any) -> str:
     return _TEXT
 
 
+RoleName = Annotated[str, Field(max_length=256)]
 RolePrompt = Annotated[
     Annotated[Annotated[str, Field(min_length=1)], Tag(_TEXT)]
     | Annotated[list[int], Tag(_IDS)]
@@ -42,7 +43,7 @@ RolePrompt = Annotated[
 class RolePrompts(Strict):
     """What single roles of the recipe read instead of the request's own prompt."""
 
-    prompts: Annotated[dict[str, RolePrompt], Field(max_length=MAX_ROLES)] | None = None
+    prompts: Annotated[dict[RoleName, RolePrompt], Field(max_length=MAX_ROLES)] | None = None
     """By role: `base`, `reference`, a fine-tuning by the name of its weight, `<weight>/reference`. A text or token ids
     as for text completions, or messages as for chats; other roles read the request's own prompt."""
 

@@ -166,6 +166,19 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
         ),
         "coordinator.max_num_batched_tokens: 1 is fewer than the 2 prompts that small reads in recipes.eft",
     ),
+    (
+        "steps that cannot hold a token of every prompt that a request may give",
+        app(
+            recipes={"eft": RECIPE | {"base": "small", "bounds": {"prompts": ["reference"]}}},
+            coordinator={"max_num_batched_tokens": 1},
+        ),
+        "coordinator.max_num_batched_tokens: 1 is fewer than the 2 prompts that small reads in recipes.eft",
+    ),
+    (
+        "a prompt of what is no role",
+        app(recipes={"eft": RECIPE | {"bounds": {"prompts": ["small"]}}}),
+        "recipes.eft: Value error, bounds.prompts: 'small' is not a role of this recipe",
+    ),
     ("no time", app(coordinator={"step_timeout_s": 0}), "coordinator.step_timeout_s: "),
     ("negative CPUs", app(server={"resources": {"num_cpus": -1}}), "server.resources.num_cpus: "),
 ]

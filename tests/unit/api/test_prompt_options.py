@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_fakes import CHAT_TEMPLATE, Stack, make_config
+from api_fakes import CHAT_TEMPLATE, Stack, make_config, save_tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from eft_serve.api.model_tokenizer import PIECE_CHARACTERS, ModelTokenizer
-from eft_serve.api.prompt_options import RESERVED_KWARGS, Truncation
+from eft_serve.api.prompt_options import RESERVED_KWARGS, PromptOptions, Truncation
+from eft_serve.api.prompts import PromptRenderer
 from eft_serve.config import AppConfig
+from eft_serve.config_recipes import AS_ITSELF
 from eft_serve.errors import InvalidRequestError
+from eft_serve.types import Term
 
 USER = {"role": "user", "content": "hi"}
 THINKING = CHAT_TEMPLATE + "{% if thinking is defined %}<think {{ thinking }}>{% endif %}"
@@ -177,6 +180,7 @@ def test_all_that_rendering_takes_itself_is_reserved() -> None:
     ("body", "kept"),
     [
         ({"prompt": "abcdef", "truncate_prompt_tokens": 3}, "def"),
+        ({"prompt": "abcdef", "truncate_prompt_tokens": 1}, "f"),
         ({"prompt": "abcdef", "truncate_prompt_tokens": 7}, "<s>abcdef"),
         ({"prompt": [3] * 600 + [1, 2], "truncate_prompt_tokens": 2}, '!"'),
         ({"prompt": "x" * 600 + "end", "truncate_prompt_tokens": -1, "max_tokens": 508}, "xend"),
@@ -265,3 +269,13 @@ async def test_special_tokens_are_added_as_the_request_says(stack: Stack) -> Non
 async def test_what_would_change_the_prompt_and_is_not_served_is_refused(stack: Stack, field: dict[str, Any]) -> None:
     assert (await refusal_of(stack, messages=[USER], **field))["param"] == next(iter(field))
     assert await prompt_of(stack, messages=[USER], reasoning_effort="none")
+
+
+async def test_models_of_other_contexts_keep_what_their_own_has_room_for(tmp_path: Path) -> None:
+    tokenizers = {name: ModelTokenizer.load(save_tokenizer(tmp_path / name)) for name in ("long", "short")}
+    renderer = PromptRenderer(tokenizers, max_model_len={"long": 9, "short": 5}.__getitem__)
+    terms = [Term(name, name, 1.0) for name in tokenizers]
+    options = PromptOptions(truncation=Truncation(num_tokens=-1))
+    for prompt in ("abcdefghijkl", list(range(65, 77))):
+        prompts = await renderer.completion(terms, dict.fromkeys(tokenizers, AS_ITSELF), prompt, options=options)
+        assert {name: len(ids) for name, ids in prompts.items()} == {"long": 8, "short": 4}

@@ -132,6 +132,7 @@ async def test_a_wrong_prompt_is_named_by_its_role(
         ("closed", {"reference": "x"}, "eft.prompts.reference"),
         ("told", {"reference": [1]}, "eft.prompts.reference"),
         ("guided", {str(i): "x" for i in range(65)}, "eft.prompts"),
+        ("guided", {"x" * 300: "x"}, "eft.prompts." + "x" * 100),
     ],
 )
 async def test_a_role_that_takes_no_such_prompt_is_refused(
