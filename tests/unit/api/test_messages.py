@@ -45,7 +45,7 @@ def test_parts_of_text_are_joined(role: str, content: Any, text: str) -> None:
         ("user", ["a"], ".0", "must be an object"),
         ("user", [{"type": ["text"]}], ".0", "must be an object"),
         ("user", [], "", "at least one part"),
-        ("assistant", None, "", "valid string"),
+        ("assistant", None, "", "must be a string"),
     ],
 )
 def test_a_wrong_part_is_named(role: str, content: Any, param: str, said: str) -> None:

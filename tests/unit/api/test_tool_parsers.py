@@ -40,6 +40,7 @@ def pieces_of(text: str, rng: random.Random) -> list[str]:
 
 
 A = '{"city": "Zürich {[\\"}", "days": [1, {"a": "}"}]}'
+OTHER = '<tool_call>{"name": "other", "arguments": {}}</tool_call>'
 CASES: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     ("hermes", f'<tool_call>\n{{"name": "get_weather", "arguments": {A}}}\n</tool_call>', "", [("get_weather", A)]),
     (
@@ -53,11 +54,7 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name": "f.g-1"}</tool_call>', "", [("f.g-1", "{}")]),
     ("hermes", '<tool_call>{"name": "f.g-1", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("f.g-1", '{"a": 1}')]),
     ("hermes", "plain <tool_call text  ", "plain <tool_call text  ", []),
-    (
-        "hermes",
-        '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
-    )
-    + ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', []),
+    ("hermes", OTHER, OTHER, []),
     ("hermes", '<tool_call>{"name": "f.g-1", "arguments": {"a": 1', "", [("f.g-1", '{"a": 1')]),
     ("hermes", '<tool_call>{"name": "f.g', '<tool_call>{"name": "f.g', []),
     ("hermes", '<tool_call>{"name": "f.g-1", "arguments": {}}</tool_', "", [("f.g-1", "{}")]),
