@@ -31,7 +31,10 @@ from eft_serve.errors import EftServeError
 FLUSH_BYTES = 2**20  # answers in memory; what is lost when the process dies
 INLINE_BYTES = 2**15  # a larger answer is worded in a thread, or it would stall every stream
 LET_GO_S = 5.0  # for the last answers of a process that stops
-EXPIRED = "batch_expired"  # OpenAI's
+UNANSWERED: dict[Outcome, tuple[str, str]] = {  # OpenAI's codes
+    "cancelled": ("batch_cancelled", "the batch was cancelled before this request had an answer"),
+    "expired": ("batch_expired", "the batch's completion window ended before this request had an answer"),
+}
 
 ClientOf = Callable[[str], httpx.AsyncClient]
 
@@ -96,6 +99,8 @@ class BatchRun:
                 task.result()
         except LeaseLostError:
             logger.info("batch %s goes on in another process", self.spec.id)
+            await _ended(work, beats)
+            await self._drop_late_answers()
         except BaseException:
             await _ended(work, beats)
             await self._let_go()
@@ -212,11 +217,12 @@ class BatchRun:
         # One look at the parts: another process may still be writing one, which must not count in one file only.
         parts = await self._run(self._log.parts)
         done = await self._run(self._tally, parts)
-        unanswered = outcome == "expired" and lease.total > len(done)
+        if outcome in UNANSWERED:
+            lease.failed += lease.total - len(done)
         lease.output_file_id = new_id(FILE) if lease.completed else None
-        lease.error_file_id = new_id(FILE) if lease.failed or unanswered else None
+        lease.error_file_id = new_id(FILE) if lease.failed else None
         await self._beat()  # so that a successor knows which files to drop
-        await self._run(self._write_files, parts, unanswered)
+        await self._run(self._write_files, parts, outcome)
         async with self._beating:
             self._ending = True
         end = End(outcome=outcome, at=_now(), lease=lease, mistakes=mistakes)
@@ -227,28 +233,28 @@ class BatchRun:
         await self._run(self._shared.ledger.close, self._address)
         logger.info("batch %s: %s, %d + %d answers", self.spec.id, outcome, lease.completed, lease.failed)
 
-    def _write_files(self, parts: list[str], unanswered: bool) -> None:
+    def _write_files(self, parts: list[str], outcome: Outcome) -> None:
         lease, spec, add = self._lease, self.spec, self._shared.files.add
         if lease.output_file_id is not None:
             succeeded = (each.text + b"\n" for each in self._log.read(parts) if each.succeeded)
             add(spec.tenant, OUTPUT, f"{spec.id}_output.jsonl", succeeded, lease.output_file_id)
         if lease.error_file_id is not None:
-            errors = self._errors(parts, unanswered)
+            errors = self._errors(parts, outcome)
             add(spec.tenant, OUTPUT, f"{spec.id}_error.jsonl", errors, lease.error_file_id)
 
-    def _errors(self, parts: list[str], unanswered: bool) -> Iterator[bytes]:
+    def _errors(self, parts: list[str], outcome: Outcome) -> Iterator[bytes]:
         done = set()
         for each in self._log.read(parts):
             done.add(each.number)
             if not each.succeeded:
                 yield each.text + b"\n"
-        if not unanswered:
+        if outcome not in UNANSWERED or self._lease.total == len(done):
             return
+        code, message = UNANSWERED[outcome]
         files, spec = self._shared.files, self.spec
         for line in read_lines(files.read(spec.tenant, files.get(spec.tenant, spec.input_file_id))):
             if line.number not in done:
-                message = "the batch's completion window ended before this request had an answer"
-                yield json.dumps(failure(line, EXPIRED, message)).encode() + b"\n"
+                yield json.dumps(failure(line, code, message)).encode() + b"\n"
 
     def _drop_files(self, epochs: Iterable[int]) -> None:
         """Drop the outputs of leases that did not end the batch."""
@@ -289,6 +295,12 @@ class BatchRun:
                 await self._beat()
         except Exception as error:  # of the store, each has its own; the lease runs out by itself
             logger.warning("batch %s: not let go: %s: %s", self.spec.id, type(error).__name__, error)
+
+    async def _drop_late_answers(self) -> None:
+        """Drop what this process wrote after another had ended the batch."""
+        facts = await self._run(self._shared.ledger.find, self._address)
+        if facts is not None and facts.end is not None:
+            await self._run(self._shared.ledger.close, self._address)
 
     async def _input(self) -> Iterator[bytes]:
         files, spec = self._shared.files, self.spec

@@ -17,10 +17,10 @@ from batch_fakes import CHAT, QUICK, Server, create, ended, lines_of, reached, r
 from waiting import until
 
 from eft_serve.batches import watch
-from eft_serve.batches.answers import Answer
+from eft_serve.batches.answers import Answer, AnswerLog
 from eft_serve.batches.ids import tenant_directory
 from eft_serve.batches.ledger import Ledger
-from eft_serve.batches.records import Lease, Spec
+from eft_serve.batches.records import End, Lease, Spec
 from eft_serve.batches.store import ObjectStore
 from eft_serve.batches.watch import Timing
 from eft_serve.errors import RateLimitError, UnavailableError
@@ -198,7 +198,13 @@ async def test_a_batch_is_cancelled_mid_way_and_keeps_what_it_has(tmp_path: Path
         batch = await ended(client, batch.id)
         assert (batch.status, server.service.num_running, asked(server)) == ("cancelled", 0, 5)
         assert batch.cancelled_at is not None
-        assert len(await lines_of(client, batch.output_file_id)) == 3
+        answered = {line["custom_id"] for line in await lines_of(client, batch.output_file_id)}
+        errors = await lines_of(client, batch.error_file_id)
+        assert (len(answered), {line["error"]["code"] for line in errors}) == (3, {"batch_cancelled"})
+        assert answered | {line["custom_id"] for line in errors} == {str(i) for i in range(50)}
+        counts = batch.request_counts
+        assert counts is not None
+        assert (counts.total, counts.completed, counts.failed, len(errors)) == (50, 3, 47, 47)
         with pytest.raises(openai.BadRequestError) as caught:
             await client.batches.cancel(batch.id)
         assert caught.value.param == "batch_id"
@@ -237,25 +243,58 @@ async def test_a_server_that_stops_lets_another_go_on_at_once(tmp_path: Path, ur
 async def test_a_server_that_hangs_loses_its_batch_and_its_late_answers_count_once(tmp_path: Path, url: str) -> None:
     config = make_config(tmp_path, files_url=url, batch_concurrency=2)
     one, two = Server(config), Server(config)
-    one.service.answer = lambda _: deltas("one") if asked(one) <= 3 else []
+
+    def late(_: GenerationRequest) -> list[Delta]:
+        one.service.pause_s = 1.0 if asked(one) > 3 else 0.0
+        return deltas("one")
+
+    one.service.answer = late
     two.service.answer = lambda _: deltas("two")
     async with one.running() as client, two.running() as other:
         batch = await create(client, [request(str(i)) for i in range(8)])
         await until(lambda: asked(one) >= 4)
         await reached(other, batch.id, lambda b: b.request_counts is not None and b.request_counts.completed == 3)
         gate = one.freeze()
-        one.service.answer = lambda _: deltas("late")
         done = await ended(other, batch.id)
         before = await lines_of(other, done.output_file_id)
+        await until(lambda: asked(one) > 5)  # it was answered late
         gate.set()
-        await asyncio.sleep(0.3)
+        await until(lambda: one.service.num_running == 0)
         assert await ended(client, batch.id) == done
+        log = Ledger(ObjectStore(url)).answers((tenant_directory("anonymous"), batch.id))
+        await until(lambda: log.parts() == [])
         assert await lines_of(client, done.output_file_id) == before
         files = [file.id async for file in client.files.list(purpose="batch_output")]
     assert (done.status, files) == ("completed", [done.output_file_id])
     assert sorted(line["custom_id"] for line in before) == [str(i) for i in range(8)]
     assert done.request_counts is not None
     assert done.request_counts.completed == 8
+
+
+async def test_a_server_that_wakes_stops_when_another_has_its_batch(tmp_path: Path, url: str) -> None:
+    config = make_config(tmp_path, files_url=url)
+    one, two = Server(config, NEVER), Server(config, NEVER)
+    async with one.running() as client, two.running() as other:
+        batch = await create(client, [request("a")])
+        await until(lambda: one.service.num_running == 1)
+        gate = one.freeze()
+        await until(lambda: two.service.num_running == 1)
+        gate.set()
+        await until(lambda: one.service.num_running == 0)
+        assert (await other.batches.retrieve(batch.id)).status == "in_progress"
+        assert two.service.num_running == 1
+
+
+async def test_a_tenant_has_so_many_open_batches(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eft_serve.batches.ledger.MAX_OPEN", 2)
+    client = server.openai()  # nothing runs them
+    first, _ = [await create(client, [request("a")]) for _ in range(2)]
+    with pytest.raises(openai.BadRequestError) as caught:
+        await create(client, [request("a")])
+    assert caught.value.code == "quota_exceeded"
+    async with server.running():
+        await ended(client, first.id)
+        await create(client, [request("a")])
 
 
 async def test_what_a_killed_server_left_is_finished_without_asking_again(tmp_path: Path, url: str) -> None:
@@ -277,6 +316,7 @@ async def test_what_a_killed_server_left_is_finished_without_asking_again(tmp_pa
     lease = Lease(beat=7, in_progress_at=1, finalizing_at=2, total=2, completed=1, output_file_id=orphan)
     assert ledger.take(address, 1, lease)
     ledger.answers(address).append(1, 0, [Answer(1, True, b'{"custom_id": "a"}')])
+    ledger.answers(address).append(1, 1, [Answer(1, False, b'{"custom_id": "a, asked twice"}')])
     started = time.monotonic()
     async with server.running() as client:
         done = await ended(client, spec.id)
@@ -286,6 +326,21 @@ async def test_what_a_killed_server_left_is_finished_without_asking_again(tmp_pa
     assert time.monotonic() - started > QUICK.lease_s
     assert (done.status, done.in_progress_at, asked(server)) == ("completed", 1, 1)
     assert [line["custom_id"] for line in answers] == ["a", "b"]
+    assert done.error_file_id is None
+
+
+async def test_what_a_killed_server_ended_and_did_not_close_is_closed(server: Server) -> None:
+    spec = Spec(
+        id="batch_" + "0" * 32, tenant="a", input_file_id="", endpoint=CHAT, metadata=None, created_at=int(time.time())
+    )
+    ledger, address = server.storage._ledger, (tenant_directory("a"), spec.id)
+    ledger.create(spec)
+    ledger.answers(address).append(1, 0, [Answer(1, True, b"{}")])
+    assert ledger.end(address, End(outcome="failed", at=1, lease=Lease()))
+    async with server.running():
+        await until(lambda: list(ledger.open_batches()) == [])
+    assert ledger.answers(address).parts() == []
+    assert ledger.get("a", spec.id).status == "failed"
 
 
 async def test_busy_models_and_limits_are_waited_for(server: Server) -> None:
@@ -321,6 +376,33 @@ async def test_what_has_no_answer_at_the_deadline_expires(server: Server, monkey
     assert server.service.num_running == 0
 
 
+async def test_answers_outlive_a_store_that_fails_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patient = Timing(look_s=0.05, beat_s=30.0, lease_s=1000.0)
+    server = Server(make_config(tmp_path, files_url=str(tmp_path / "store")), timing=patient)
+    append, failures = AnswerLog.append, [OSError("the network is gone")]
+
+    def failing_once(*arguments: Any) -> None:
+        if failures:
+            raise failures.pop()
+        append(*arguments)
+
+    monkeypatch.setattr(AnswerLog, "append", failing_once)
+    async with server.running() as client:
+        batch = await ended(client, (await create(client, [request(str(i)) for i in range(4)])).id)
+        assert len(await lines_of(client, batch.output_file_id)) == asked(server) == 4
+    assert failures == []
+
+
+async def test_lines_may_end_in_any_way_and_begin_with_a_mark(server: Server) -> None:
+    data = "\ufeff" + request("a") + "\r\n\r\n" + request("ü") + "\n\n" + request("c")
+    async with server.running() as client:
+        file = await client.files.create(file=("in.jsonl", data.encode()), purpose="batch")
+        batch = await client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        batch = await ended(client, batch.id)
+        lines = await lines_of(client, batch.output_file_id)
+    assert {line["custom_id"] for line in lines} == {"a", "ü", "c"}
+
+
 async def test_a_batch_that_always_breaks_off_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MAX_LEASES", 2)
 
@@ -348,6 +430,34 @@ async def test_a_batch_leaves_room_for_the_others(tmp_path: Path) -> None:
         assert server.service.num_running == 2  # half of the tenant's four
 
 
+async def test_a_batch_begins_half_as_many_requests_a_minute_as_the_tenant_may(tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.yaml"
+    key = create_tenant(tenants, "acme", requests_per_minute=240)
+    server = Server(make_config(tmp_path, files_url=str(tmp_path / "store"), tenants_file=str(tenants)))
+    async with server.running():
+        client = server.openai(key)
+        started = time.monotonic()
+        await ended(client, (await create(client, [request(str(i)) for i in range(4)])).id)
+        assert time.monotonic() - started > 3 * 60 / 120
+
+
+async def test_a_tenants_batches_take_turns_and_other_tenants_do_not_wait(tmp_path: Path) -> None:
+    tenants = tmp_path / "tenants.yaml"
+    keys = [create_tenant(tenants, name) for name in ("acme", "globex")]
+    config = make_config(tmp_path, files_url=str(tmp_path / "store"), tenants_file=str(tenants))
+    server = Server(config, NEVER)
+    async with server.running():
+        acme, globex = map(server.openai, keys)
+        first, second = [await create(acme, [request("a")]) for _ in range(2)]
+        await create(globex, [request("a")])
+        await until(lambda: server.service.num_running == 2)
+        assert sorted(r.tenant for r in server.service.requests) == ["acme", "globex"]
+        assert (await acme.batches.retrieve(second.id)).status == "validating"
+        await acme.batches.cancel(second.id)  # needs no turn
+        assert (await ended(acme, second.id)).status == "cancelled"
+        assert (await acme.batches.retrieve(first.id)).status == "in_progress"
+
+
 async def test_batches_of_tenants_are_apart(tmp_path: Path) -> None:
     tenants = tmp_path / "tenants.yaml"
     keys = {name: create_tenant(tenants, name, [recipe]) for name, recipe in (("acme", "up"), ("ACME", "down"))}
@@ -368,26 +478,33 @@ async def test_batches_of_tenants_are_apart(tmp_path: Path) -> None:
                     await call(batch_id)
                 messages.append(caught.value.message.replace(batch_id, "ID"))
             assert messages[0] == messages[1]
-        with pytest.raises(openai.NotFoundError):
-            await others.batches.create(input_file_id=batch.input_file_id, endpoint=CHAT, completion_window="24h")
+        file_id = batch.input_file_id
+        for stolen in (file_id, f"../../{tenant_directory('acme')}/files/{file_id}"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                await others.batches.create(input_file_id=stolen, endpoint=CHAT, completion_window="24h")
+            assert caught.value.param == "input_file_id"
         with pytest.raises(openai.BadRequestError) as wrong:
             await others.batches.list(after=batch.id)
         assert wrong.value.param == "after"
 
 
-async def test_a_tenant_that_is_gone_has_no_more_requests_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gone", ["tenant", "keys", "tenants"])
+async def test_a_tenant_that_may_not_ask_any_more_has_no_requests_made(tmp_path: Path, gone: str) -> None:
     tenants = tmp_path / "tenants.yaml"
     key = create_tenant(tenants, "acme")
     config = make_config(tmp_path, files_url=str(tmp_path / "store"), tenants_file=str(tenants))
     batch = await create(Server(config).openai(key), [request("a")])
-    tenants.unlink()
-    other = create_tenant(tenants, "globex")
+    tenants.write_text("tenants: {acme: {keys: [], recipes: ['*']}}" if gone == "keys" else "tenants: {}")
+    if gone == "tenants":
+        config = make_config(tmp_path, files_url=str(tmp_path / "store"))
     server = Server(config)
     async with server.running():
-        store = Ledger(ObjectStore(str(tmp_path / "store")))
-        await until(lambda: store.get("acme", batch.id).status == "failed")
+        ledger = Ledger(ObjectStore(str(tmp_path / "store")))
+        await until(lambda: ledger.get("acme", batch.id).status == "failed")
+    assert [mistake["code"] for mistake in ledger.get("acme", batch.id).as_json()["errors"]["data"]] == [
+        "invalid_api_key"
+    ]
     assert asked(server) == 0
-    assert other
 
 
 async def test_no_header_makes_a_request_one_of_the_servers_own(tmp_path: Path) -> None:

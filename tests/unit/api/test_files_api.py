@@ -9,6 +9,7 @@ import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 import openai
@@ -268,7 +269,10 @@ async def test_files_of_tenants_are_apart(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("end", ["", "/content"])
 async def test_an_id_is_never_a_path(server: Server, tmp_path: Path, file_id: str, end: str) -> None:
-    (tmp_path / "store" / "tenants" / tenant_directory("anonymous")).mkdir(parents=True)
+    directory = tmp_path / "store" / "tenants" / tenant_directory("anonymous") / "files"
+    directory.mkdir(parents=True)
+    description = b'{"id": "x", "bytes": 0, "created_at": 0, "filename": "x", "purpose": "batch"}'
+    (directory / f"{unquote(file_id)}{DESCRIPTION}").write_bytes(description)
     async with server.client() as client:
         response = await client.get(f"/v1/files/{file_id}{end}")
     assert response.status_code == 404
