@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -250,9 +251,11 @@ async def test_a_server_that_hangs_loses_its_batch_and_its_late_answers_count_on
 
     one.service.answer = late
     two.service.answer = lambda _: deltas("two")
-    async with one.running() as client, two.running() as other:
+    async with AsyncExitStack() as servers:
+        client = await servers.enter_async_context(one.running())
         batch = await create(client, [request(str(i)) for i in range(8)])
         await until(lambda: asked(one) >= 4)
+        other = await servers.enter_async_context(two.running())
         await reached(other, batch.id, lambda b: b.request_counts is not None and b.request_counts.completed == 3)
         gate = one.freeze()
         done = await ended(other, batch.id)
@@ -274,9 +277,10 @@ async def test_a_server_that_hangs_loses_its_batch_and_its_late_answers_count_on
 async def test_a_server_that_wakes_stops_when_another_has_its_batch(tmp_path: Path, url: str) -> None:
     config = make_config(tmp_path, files_url=url)
     one, two = Server(config, NEVER), Server(config, NEVER)
-    async with one.running() as client, two.running() as other:
-        batch = await create(client, [request("a")])
+    async with AsyncExitStack() as servers:
+        batch = await create(await servers.enter_async_context(one.running()), [request("a")])
         await until(lambda: one.service.num_running == 1)
+        other = await servers.enter_async_context(two.running())
         gate = one.freeze()
         await until(lambda: two.service.num_running == 1)
         gate.set()
