@@ -19,22 +19,19 @@ import msgspec
 
 from eft_serve.batches.answers import Answer
 from eft_serve.batches.client import UnreachedError, ask, body_of
-from eft_serve.batches.files import OUTPUT, Files
+from eft_serve.batches.files import Files
 from eft_serve.batches.ids import FILE, new_id
 from eft_serve.batches.input import check_input, read_lines
 from eft_serve.batches.ledger import Ledger, address_of
-from eft_serve.batches.lines import Line, answer, failure
+from eft_serve.batches.lines import Line, answer
 from eft_serve.batches.offload import Offload
+from eft_serve.batches.outputs import UNANSWERED, Outputs
 from eft_serve.batches.records import End, Facts, Lease, Mistake, Outcome
 from eft_serve.errors import EftServeError
 
 FLUSH_BYTES = 2**20  # answers in memory; what is lost when the process dies
 INLINE_BYTES = 2**15  # a larger answer is worded in a thread, or it would stall every stream
 LET_GO_S = 5.0  # for the last answers of a process that stops
-UNANSWERED: dict[Outcome, tuple[str, str]] = {  # OpenAI's codes
-    "cancelled": ("batch_cancelled", "the batch was cancelled before this request had an answer"),
-    "expired": ("batch_expired", "the batch's completion window ended before this request had an answer"),
-}
 
 ClientOf = Callable[[str], httpx.AsyncClient]
 
@@ -74,6 +71,7 @@ class BatchRun:
         self._epoch = epoch
         self._lease = lease
         self._log = shared.ledger.answers(self._address)
+        self._outputs = Outputs(shared.files, self._log, self.spec)
         self._answers: list[Answer] = []  # not written yet
         self._num_bytes = 0  # of them
         self._num_parts = 0
@@ -222,7 +220,7 @@ class BatchRun:
         lease.output_file_id = new_id(FILE) if lease.completed else None
         lease.error_file_id = new_id(FILE) if lease.failed else None
         await self._beat()  # so that a successor knows which files to drop
-        await self._run(self._write_files, parts, outcome)
+        await self._run(self._outputs.write, lease, parts, outcome)
         async with self._beating:
             self._ending = True
         end = End(outcome=outcome, at=_now(), lease=lease, mistakes=mistakes)
@@ -233,36 +231,10 @@ class BatchRun:
         await self._run(self._shared.ledger.close, self._address)
         logger.info("batch %s: %s, %d + %d answers", self.spec.id, outcome, lease.completed, lease.failed)
 
-    def _write_files(self, parts: list[str], outcome: Outcome) -> None:
-        lease, spec, add = self._lease, self.spec, self._shared.files.add
-        if lease.output_file_id is not None:
-            succeeded = (each.text + b"\n" for each in self._log.read(parts) if each.succeeded)
-            add(spec.tenant, OUTPUT, f"{spec.id}_output.jsonl", succeeded, lease.output_file_id)
-        if lease.error_file_id is not None:
-            errors = self._errors(parts, outcome)
-            add(spec.tenant, OUTPUT, f"{spec.id}_error.jsonl", errors, lease.error_file_id)
-
-    def _errors(self, parts: list[str], outcome: Outcome) -> Iterator[bytes]:
-        done = set()
-        for each in self._log.read(parts):
-            done.add(each.number)
-            if not each.succeeded:
-                yield each.text + b"\n"
-        if outcome not in UNANSWERED or self._lease.total == len(done):
-            return
-        code, message = UNANSWERED[outcome]
-        files, spec = self._shared.files, self.spec
-        for line in read_lines(files.read(spec.tenant, files.get(spec.tenant, spec.input_file_id))):
-            if line.number not in done:
-                yield json.dumps(failure(line, code, message)).encode() + b"\n"
-
     def _drop_files(self, epochs: Iterable[int]) -> None:
         """Drop the outputs of leases that did not end the batch."""
         for epoch in epochs:
-            lease = self._shared.ledger.lease(self._address, epoch)
-            for file_id in (lease.output_file_id, lease.error_file_id):
-                if file_id is not None:
-                    self._shared.files.discard(self.spec.tenant, file_id)
+            self._outputs.drop(self._shared.ledger.lease(self._address, epoch))
 
     async def _beat_always(self) -> None:
         while True:
