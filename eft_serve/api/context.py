@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from eft_serve.api.auth import Access
 from eft_serve.api.metrics import ApiMetrics
 from eft_serve.api.prompts import PromptRenderer, Prompts
 from eft_serve.api.service import Service
+from eft_serve.api.uploads import UploadSlots
 from eft_serve.batches.service import BatchService
 from eft_serve.ensemble import Ensemble
 from eft_serve.errors import FeatureDisabledError, ModelNotFoundError
@@ -33,6 +34,7 @@ class Context:
     usage: UsageCounters
     registry: CollectorRegistry
     started: int  # Unix seconds
+    uploads: UploadSlots = field(default_factory=UploadSlots)
     storage: BatchService | None = None  # files and batches, where they are switched on
 
     @property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import IO
 
@@ -14,7 +15,7 @@ from starlette.requests import Request
 
 from eft_serve.api.errors import BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedParameterError
 from eft_serve.api.strict_json import MOST_SHOWN
-from eft_serve.errors import DeadlineError, InvalidRequestError
+from eft_serve.errors import DeadlineError, InvalidRequestError, RateLimitError
 
 PURPOSE = "batch"
 FIELDS = ("file", "purpose")
@@ -23,6 +24,26 @@ MAX_FIELD_BYTES = 2**10
 MAX_NAME = 255  # characters of a file's name
 FORM_BYTES = 2**14  # for all but the file
 PIECE_BYTES = 2**20
+MAX_UPLOADS, MAX_UPLOADS_OF_TENANT = 16, 4
+UPLOAD_RETRY_S = 1.0  # it is unknown when one ends
+
+
+class UploadSlots:
+    """How many uploads lie in temporary files of this process at once."""
+
+    def __init__(self) -> None:
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def hold(self, tenant: str) -> Iterator[None]:
+        """One slot while the block lasts; raises `RateLimitError` when there is none."""
+        if self._running[tenant] >= MAX_UPLOADS_OF_TENANT or self._running.total() >= MAX_UPLOADS:
+            raise RateLimitError("other uploads are under way; send one after another", retry_after_s=UPLOAD_RETRY_S)
+        self._running[tenant] += 1
+        try:
+            yield
+        finally:
+            self._running[tenant] -= 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,22 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from eft_serve.batches.ids import FILE, MAX_SHOWN, Paging, is_id, new_id, remaining, seconds_of, tenant_directory
+from eft_serve.batches.ids import (
+    FILE,
+    MAX_SHOWN,
+    Paging,
+    chunks,
+    is_id,
+    new_id,
+    remaining,
+    seconds_of,
+    tenant_directory,
+)
 from eft_serve.batches.store import ObjectStore
 from eft_serve.errors import QuotaError, ResourceNotFoundError
 
 MAX_FILES = 10_000  # of a tenant: one page of OpenAI's list
+MAX_AT_ONCE = 500  # descriptions in memory beyond those that are asked for
 ABANDONED_S = 24 * 3600.0  # contents without a description after this: their upload was cut off
 INPUT, OUTPUT = "batch", "batch_output"  # purposes
 DESCRIPTION, CONTENT = ".json", ".data"
@@ -84,13 +95,13 @@ class Files:
         names = self._store.names(_directory(tenant))
         ids = [name.removesuffix(DESCRIPTION) for name in names if name.endswith(DESCRIPTION)]
         found: list[StoredFile] = []
-        for file_id in remaining(ids, paging):
-            description = self._store.find(_key(tenant, file_id, DESCRIPTION))
-            stored = msgspec.json.decode(description, type=StoredFile) if description else None  # None: just deleted
-            if stored is not None and purpose in (None, stored.purpose):
-                found.append(stored)
-                if len(found) > paging.limit:
-                    return found[:-1], True
+        for some in chunks(remaining(ids, paging), min(paging.limit + 1, MAX_AT_ONCE)):
+            keys = [_key(tenant, file_id, DESCRIPTION) for file_id in some]
+            descriptions = filter(None, self._store.map(self._store.find, keys))  # none: just deleted
+            files = (msgspec.json.decode(each, type=StoredFile) for each in descriptions)
+            found += [file for file in files if purpose in (None, file.purpose)]
+            if len(found) > paging.limit:
+                return found[: paging.limit], True
         return found, False
 
     def read(self, tenant: str, stored: StoredFile) -> Iterator[bytes]:

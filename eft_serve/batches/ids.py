@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from eft_serve.errors import InvalidRequestError
@@ -45,6 +45,12 @@ class Paging:
     limit: int
     after: str | None = None  # the id before the first
     newest_first: bool = True
+
+
+def chunks(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """The ids in runs of `size`."""
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]
 
 
 def remaining(ids: Sequence[str], paging: Paging) -> list[str]:

@@ -7,12 +7,12 @@ names each batch that has not ended, so that nobody looks for work among those t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
 from eft_serve.batches.answers import AnswerLog
-from eft_serve.batches.ids import BATCH, MAX_SHOWN, Paging, is_id, remaining, seconds_of, tenant_directory
+from eft_serve.batches.ids import BATCH, MAX_SHOWN, Paging, chunks, is_id, remaining, seconds_of, tenant_directory
 from eft_serve.batches.records import End, Facts, Lease, Spec
 from eft_serve.batches.store import ObjectStore
 from eft_serve.errors import QuotaError, ResourceNotFoundError
@@ -56,6 +56,10 @@ class Ledger:
             end=msgspec.json.decode(end, type=End) if end else None,
         )
 
+    def find_all(self, addresses: Sequence[Address]) -> list[Facts | None]:
+        """`find` of each."""
+        return self._store.map(self.find, addresses)
+
     def get(self, tenant: str, batch_id: str) -> Facts:
         """Raises `ResourceNotFoundError` when the tenant has no such batch."""
         found = self.find((tenant_directory(tenant), batch_id)) if is_id(BATCH, batch_id) else None
@@ -69,12 +73,10 @@ class Ledger:
         """Batches, and whether there are more; raises `InvalidRequestError`, see `remaining`."""
         directory = tenant_directory(tenant)
         found: list[Facts] = []
-        for batch_id in remaining(self._store.names(f"tenants/{directory}/batches"), paging):
-            facts = self.find((directory, batch_id))
-            if facts is not None:
-                found.append(facts)
-                if len(found) > paging.limit:
-                    return found[:-1], True
+        for some in chunks(remaining(self._store.names(f"tenants/{directory}/batches"), paging), paging.limit + 1):
+            found += filter(None, self.find_all([(directory, batch_id) for batch_id in some]))
+            if len(found) > paging.limit:
+                return found[: paging.limit], True
         return found, False
 
     def cancel(self, address: Address, now: int) -> None:

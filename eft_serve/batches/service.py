@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from typing import ParamSpec, TypeVar
 
 from eft_serve.batches.files import INPUT, Files, StoredFile
 from eft_serve.batches.ids import BATCH, Paging, new_id
@@ -15,7 +16,13 @@ from eft_serve.batches.records import Facts, Spec
 from eft_serve.batches.run import ClientOf, Shared
 from eft_serve.batches.store import ObjectStore
 from eft_serve.batches.watch import Timing, Watch
-from eft_serve.errors import InvalidRequestError
+from eft_serve.errors import InvalidRequestError, UnavailableError
+
+CALL_S = 60.0  # for the store to answer
+UPLOAD_S = 600.0  # for it to take a file that has arrived
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class BatchService:
@@ -42,7 +49,6 @@ class BatchService:
         self._ledger = Ledger(store)
         shared = Shared(self._ledger, self._files, self._offload, client_of, concurrency, timing.beat_s)
         self._watch = Watch(shared, timing)
-        self._run = self._offload.run
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -58,7 +64,7 @@ class BatchService:
     async def add_file(self, tenant: str, filename: str, size: int, pieces: Iterable[bytes]) -> StoredFile:
         """Keep an upload; raises `QuotaError`, see `Files.check_room`."""
         await self._run(self._files.check_room, tenant, size)
-        return await self._run(self._files.add, tenant, INPUT, filename, pieces)
+        return await self._within(UPLOAD_S, self._files.add, tenant, INPUT, filename, pieces)
 
     async def file(self, tenant: str, file_id: str) -> StoredFile:
         """Raises `ResourceNotFoundError`, see `Files.get`."""
@@ -132,3 +138,16 @@ class BatchService:
         await self._run(self._ledger.cancel, address, int(time.time()))
         self._watch.poke(address)
         return await self.batch(tenant, batch_id)
+
+    async def _run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._within(CALL_S, call, *args, **kwargs)
+
+    async def _within(self, timeout_s: float, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        timeout = asyncio.timeout(timeout_s)
+        try:
+            async with timeout:
+                return await self._offload.run(call, *args, **kwargs)
+        except TimeoutError as error:
+            if not timeout.expired():
+                raise
+            raise UnavailableError(f"the file store did not answer within {timeout_s:g} s; try again later") from error

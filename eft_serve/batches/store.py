@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
@@ -21,8 +23,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from eft_serve.errors import ConfigError
 
 PIECE_BYTES = 2**20
+NUM_READERS = 32
 PROBE = "probe-"
 SETTING = "server.files_url"
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _memory_lock = threading.Lock()  # fsspec's memory filesystem is not made for several threads
 
@@ -44,6 +50,7 @@ class ObjectStore:
         except (ImportError, ValueError, TypeError) as error:
             raise _unusable(error) from error
         self._local = isinstance(self._fs, LocalFileSystem)
+        self._is_near = self._local or isinstance(self._fs, MemoryFileSystem)
         self._guard = _memory_lock if isinstance(self._fs, MemoryFileSystem) else nullcontext()
         if not self._local and _only_looks_before_it_writes(self._fs):
             kind = type(self._fs).__name__
@@ -87,6 +94,13 @@ class ObjectStore:
             return self.get(key)
         except FileNotFoundError:
             return None
+
+    def map(self, call: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """What a call that reads gives for each item; at once where every read is a round trip."""
+        if self._is_near:
+            return list(map(call, items))
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            return list(readers.map(call, items))
 
     def write(self, key: str, pieces: Iterable[bytes]) -> int:
         """Write a large object piece by piece; gives its bytes. Until it returns, the object may be there in part."""

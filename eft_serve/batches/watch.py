@@ -90,10 +90,8 @@ class Watch:
         addresses = await run(lambda: list(self._shared.ledger.open_batches()))
         self._sightings = {each: seen for each, seen in self._sightings.items() if each in set(addresses)}
         of_tenant = Counter(directory for directory, _ in self._running)
-        for address in addresses:
-            if address in self._running:
-                continue
-            facts = await run(self._shared.ledger.find, address)
+        idle = [each for each in addresses if each not in self._running]
+        for address, facts in zip(idle, await run(self._shared.ledger.find_all, idle), strict=True):
             if facts is None:
                 await run(self._shared.ledger.forget_undescribed, address)
             elif facts.end is not None:

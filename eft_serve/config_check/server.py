@@ -1,4 +1,4 @@
-"""Checks the HTTP side: whether the tenants file can be read, whose contents `tenancy` checks, and where files are kept."""
+"""Checks the HTTP side: that files can be kept and the tenants file be read. `tenancy` checks its contents."""
 
 from __future__ import annotations
 

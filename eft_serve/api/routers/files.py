@@ -22,8 +22,9 @@ async def create_file(request: Request) -> Response:
     tenant, config = context.access.tenant(request), context.service.config.server
     context.access.refuse_other_sites(request)
     batches = context.batches
-    async with receive_upload(request, config.max_file_bytes, config.request_timeout_s) as upload:
-        stored = await batches.add_file(tenant.name, upload.filename, upload.size, upload.pieces())
+    with context.uploads.hold(tenant.name):
+        async with receive_upload(request, config.max_file_bytes, config.request_timeout_s) as upload:
+            stored = await batches.add_file(tenant.name, upload.filename, upload.size, upload.pieces())
     return json_response(stored.as_json())
 
 

@@ -16,7 +16,9 @@ import openai
 import pytest
 from api_fakes import make_config
 from batch_fakes import Server, create, ended, request, upload
+from waiting import until
 
+from eft_serve.api.uploads import MAX_UPLOADS_OF_TENANT
 from eft_serve.batches.files import DESCRIPTION
 from eft_serve.batches.ids import FILE, new_id, tenant_directory
 from eft_serve.batches.store import ObjectStore
@@ -181,6 +183,32 @@ async def test_an_upload_that_is_too_large_ends_while_it_arrives(server: Server,
     one_too_many = await post(server, PURPOSE + part("file", b"x" * (2**20 + 1), "a") + END)
     declared = await post(server, PURPOSE, **{"content-length": str(2**40)})
     assert (one_too_many.status_code, declared.status_code) == (413, 413)
+
+
+async def test_a_tenant_uploads_few_files_at_once(server: Server) -> None:
+    gate = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield PURPOSE
+        await gate.wait()
+        yield part("file", b"x", "a") + END
+
+    uploads = [asyncio.create_task(post(server, slow())) for _ in range(MAX_UPLOADS_OF_TENANT)]
+    await until(lambda: server.app.state.context.uploads._running["anonymous"] == MAX_UPLOADS_OF_TENANT)
+    refused = await post(server, PURPOSE + part("file", b"x", "a") + END)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    gate.set()
+    assert [response.status_code for response in await asyncio.gather(*uploads)] == [200] * MAX_UPLOADS_OF_TENANT
+    assert (await post(server, PURPOSE + part("file", b"x", "a") + END)).status_code == 200
+
+
+async def test_a_store_that_does_not_answer_is_not_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eft_serve.batches.service.CALL_S", 0.1)
+    gate = server.freeze()
+    async with server.client() as client:
+        response = await client.get("/v1/files")
+    gate.set()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "service_unavailable")
 
 
 async def test_a_large_file_passes_through_little_memory(tmp_path: Path) -> None:
