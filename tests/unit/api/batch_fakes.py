@@ -22,7 +22,7 @@ from eft_serve.batches.service import BatchService
 from eft_serve.batches.watch import Timing
 from eft_serve.config import AppConfig
 
-QUICK = Timing(look_s=0.05, beat_s=0.05, lease_s=0.4)
+QUICK = Timing(look_s=0.05, beat_s=0.05, lease_s=1.0)
 CHAT: Final = "/v1/chat/completions"
 ENDED = ("completed", "failed", "cancelled", "expired")
 

@@ -71,12 +71,15 @@ async def test_a_server_that_stops_lets_another_go_on_at_once(tmp_path: Path, ur
     assert asked(two) == 3
 
 
-async def test_a_server_that_hangs_loses_its_batch_and_its_late_answers_count_once(tmp_path: Path, url: str) -> None:
+async def test_a_server_that_hangs_loses_its_batch_and_its_late_answers_count_once(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eft_serve.batches.run.FLUSH_BYTES", 1)  # each answer is a part, written at once
     config = make_config(tmp_path, files_url=url, batch_concurrency=2)
     one, two = Server(config), Server(config)
 
     def late(_: GenerationRequest) -> list[Delta]:
-        one.service.pause_s = 1.0 if asked(one) > 3 else 0.0
+        one.service.pause_s = 1.5 if asked(one) > 3 else 0.0
         return deltas("one")
 
     one.service.answer = late
@@ -88,13 +91,12 @@ async def test_a_server_that_hangs_loses_its_batch_and_its_late_answers_count_on
         other = await servers.enter_async_context(two.running())
         await reached(other, batch.id, lambda b: b.request_counts is not None and b.request_counts.completed == 3)
         gate = one.freeze()
+        log = Ledger(ObjectStore(url)).answers((tenant_directory("anonymous"), batch.id))
         done = await ended(other, batch.id)
         before = await lines_of(other, done.output_file_id)
-        await until(lambda: asked(one) > 5)  # it was answered late
+        await until(lambda: asked(one) == 5 and one.service.num_running == 0)  # it was answered late
         gate.set()
-        await until(lambda: one.service.num_running == 0)
         assert await ended(client, batch.id) == done
-        log = Ledger(ObjectStore(url)).answers((tenant_directory("anonymous"), batch.id))
         await until(lambda: log.parts() == [])
         assert await lines_of(client, done.output_file_id) == before
         files = [file.id async for file in client.files.list(purpose="batch_output")]
