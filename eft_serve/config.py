@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from eft_serve.config_base import Frozen, Name
 from eft_serve.config_recipes import RecipeConfig, ToolFormat
@@ -135,6 +135,22 @@ class ServerConfig(Frozen):
     """`max_tokens` of a chat request that does not set it."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of one request, from arrival to the last token."""
+    files_url: str | None = None
+    """Where files and batches are kept: a directory's absolute path, or a URL that fsspec knows; without it there are
+    none."""
+    max_file_bytes: int = Field(default=200 * 2**20, ge=1)
+    """Size of one uploaded file."""
+    max_stored_bytes: int = Field(default=10 * 2**30, ge=1)
+    """Size of one tenant's files together; beyond it no file is taken."""
+    batch_concurrency: int = Field(default=8, ge=1)
+    """Requests of batches that a server process runs at once."""
+
+    @field_validator("files_url")
+    @classmethod
+    def _files_are_where_every_process_finds_them(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith("/") and "://" not in url:
+            raise ValueError("must be a path that begins with '/', or a URL such as s3://bucket/prefix")
+        return url
 
 
 class AppConfig(Frozen):

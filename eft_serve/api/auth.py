@@ -12,10 +12,11 @@ from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
-from eft_serve.errors import PermissionDeniedError
+from eft_serve.errors import AuthenticationError, PermissionDeniedError
 from eft_serve.tenancy.tenants import ANONYMOUS, Tenant, Tenants
 
 FORWARDING_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
+INSIDE = "eft_serve.tenant"  # in the ASGI scope, of requests that this process makes itself; clients write headers
 REMEDY = "set server.tenants_file and send an API key (eft-serve tenant create makes both)"
 
 
@@ -36,6 +37,9 @@ class Access:
             AuthenticationError: there are tenants and the request carries no key of theirs.
             PermissionDeniedError: there are none and the request does not come from this machine.
         """
+        inside = request.scope.get(INSIDE)
+        if isinstance(inside, Tenant):
+            return inside
         if self._tenants is not None:
             return self._tenants.authenticate(request.headers.get("authorization"))
         if request.client is None or not is_loopback(request.client.host):
@@ -45,6 +49,23 @@ class Access:
         if not is_loopback(host_name(request.headers.get("host", ""))):
             raise PermissionDeniedError(f"without tenants the Host must be a loopback name; ask localhost, or {REMEDY}")
         return ANONYMOUS
+
+    def named(self, name: str) -> Tenant:
+        """The tenant of this name, for work that it left here.
+
+        Raises:
+            AuthenticationError: it is gone, or has no keys any more.
+        """
+        tenant = ANONYMOUS if self._tenants is None else self._tenants.tenants.get(name)
+        if tenant is None or tenant.name != name or not (tenant.keys or self._tenants is None):
+            raise AuthenticationError(f"tenant {name!r} has no API key any more")
+        return tenant
+
+    def refuse_other_sites(self, request: Request) -> None:
+        """Refuse a web page of another site, where a browser would let its form through and no key is asked for."""
+        origin = request.headers.get("origin")
+        if self._tenants is None and origin is not None and not is_loopback(host_name(origin.partition("//")[2])):
+            raise PermissionDeniedError(f"without tenants no page of another site is answered; {REMEDY}")
 
     def metrics_reader(self, request: Request) -> Tenant:
         """As `tenant`, but only a tenant that may read metrics, which name every tenant."""

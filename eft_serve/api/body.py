@@ -84,7 +84,7 @@ def validate(kind: type[Body], data: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _first_mistake(error) from error
+        raise first_mistake(error) from error
 
 
 def _with_plain_messages(data: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -118,7 +118,8 @@ def without_no_ops(data: Mapping[str, Any], no_ops: Mapping[str, tuple[Any, ...]
     return {name: value for name, value in data.items() if name not in no_ops}
 
 
-def _first_mistake(error: ValidationError) -> InvalidRequestError:
+def first_mistake(error: ValidationError) -> InvalidRequestError:
+    """The first mistake that pydantic found, as the caller may read it."""
     first = error.errors(include_url=False, include_input=False)[0]
     # pydantic names the branch of a union after the field; these parts are not in the caller's JSON
     where = [str(part)[:MOST_SHOWN] for part in first["loc"] if not (isinstance(part, str) and "[" in part)]

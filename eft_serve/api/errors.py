@@ -24,7 +24,7 @@ class BodyTooLargeError(InvalidRequestError):
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The body is not declared as JSON."""
+    """The body is not declared as what the endpoint reads."""
 
     status, code = 415, "unsupported_media_type"
 
