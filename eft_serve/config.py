@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
-from eft_serve.config_base import Frozen, Name
+from eft_serve.config_base import ANY_ORIGIN, Frozen, Name, Origin
 from eft_serve.config_recipes import RecipeConfig
 from eft_serve.errors import ConfigError
 
@@ -131,6 +131,19 @@ class ServerConfig(Frozen):
     """`max_tokens` of a chat request that does not set it."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of one request, from arrival to the last token."""
+    cors_origins: tuple[Origin, ...] = ()
+    """Origins whose web pages may call the API from a browser; `*` for all, which needs tenants."""
+
+    @model_validator(mode="after")
+    def _all_origins_need_keys(self) -> Self:
+        if ANY_ORIGIN in self.cors_origins and len(self.cors_origins) > 1:
+            raise ValueError("cors_origins: '*' is every origin; leave the others out")
+        if ANY_ORIGIN in self.cors_origins and self.tenants_file is None:
+            raise ValueError(
+                "cors_origins: '*' needs tenants_file, or every web page that is open on this machine could use the "
+                "models; name the origins"
+            )
+        return self
 
 
 class AppConfig(Frozen):

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from eft_serve import __version__
-from eft_serve.api import errors, openapi
+from eft_serve.api import cors, errors, openapi
 from eft_serve.api.auth import Access
 from eft_serve.api.context import Context
 from eft_serve.api.metrics import ApiMetrics
@@ -42,11 +42,11 @@ def create_app(
         CheckpointError: a model has no tokenizer.
     """
     registry = registry or CollectorRegistry()
-    tenants_file = service.config.server.tenants_file
+    server = service.config.server
     context = Context(
         service=service,
         renderer=renderer or PromptRenderer.load(service.config, service.max_model_len),
-        access=Access(Tenants.load(tenants_file) if tenants_file else None),
+        access=Access(Tenants.load(server.tenants_file) if server.tenants_file else None, server.cors_origins),
         limits=AdmissionLimits(),
         metrics=ApiMetrics(registry),
         usage=UsageCounters(registry),
@@ -57,6 +57,7 @@ def create_app(
     app = FastAPI(title="eft-serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.context = context
     app.add_middleware(RequestMiddleware, metrics=context.metrics, show_id=show_request_id)
+    cors.install(app, server.cors_origins)
     errors.install(app)
     openapi.install(app, ChatBody, CompletionBody, ScoreBody, SingleScoreBody)
     for module in (models, chat, completions, score, ops):
