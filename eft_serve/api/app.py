@@ -14,7 +14,8 @@ from eft_serve.api.context import Context
 from eft_serve.api.metrics import ApiMetrics
 from eft_serve.api.middleware import RequestMiddleware
 from eft_serve.api.prompts import PromptRenderer
-from eft_serve.api.routers import chat, completions, models, ops, score
+from eft_serve.api.responses_schemas import ResponsesBody
+from eft_serve.api.routers import chat, completions, models, ops, responses, score
 from eft_serve.api.schemas import ChatBody, CompletionBody
 from eft_serve.api.score_schemas import ScoreBody, SingleScoreBody
 from eft_serve.api.service import Service
@@ -59,7 +60,7 @@ def create_app(
     app.add_middleware(RequestMiddleware, metrics=context.metrics, show_id=show_request_id)
     cors.install(app, server.cors_origins)
     errors.install(app)
-    openapi.install(app, ChatBody, CompletionBody, ScoreBody, SingleScoreBody)
-    for module in (models, chat, completions, score, ops):
+    openapi.install(app, ChatBody, CompletionBody, ResponsesBody, ScoreBody, SingleScoreBody)
+    for module in (models, chat, completions, responses, score, ops):
         app.include_router(module.router)
     return app
