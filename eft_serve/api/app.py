@@ -14,10 +14,7 @@ from eft_serve.api.context import Context
 from eft_serve.api.metrics import ApiMetrics
 from eft_serve.api.middleware import RequestMiddleware
 from eft_serve.api.prompts import PromptRenderer
-from eft_serve.api.responses_schemas import ResponsesBody
 from eft_serve.api.routers import chat, completions, models, ops, responses, score
-from eft_serve.api.schemas import ChatBody, CompletionBody
-from eft_serve.api.score_schemas import ScoreBody, SingleScoreBody
 from eft_serve.api.service import Service
 from eft_serve.tenancy.limits import AdmissionLimits
 from eft_serve.tenancy.tenants import Tenants
@@ -54,13 +51,12 @@ def create_app(
         registry=registry,
         started=int(time.time()),
     )
-    # The documentation pages would load scripts from elsewhere; /openapi.json is the same without them.
-    app = FastAPI(title="eft-serve", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="eft-serve", version=__version__, openapi_url=None, redirect_slashes=False)
     app.state.context = context
     app.add_middleware(RequestMiddleware, metrics=context.metrics, show_id=show_request_id)
     cors.install(app, server.cors_origins)
     errors.install(app)
-    openapi.install(app, ChatBody, CompletionBody, ResponsesBody, ScoreBody, SingleScoreBody)
+    openapi.install(app, has_tenants=server.tenants_file is not None)
     for module in (models, chat, completions, responses, score, ops):
         app.include_router(module.router)
     return app

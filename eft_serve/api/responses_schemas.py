@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from eft_serve.api.knobs import Strict
-from eft_serve.api.schemas import VLLM_NO_OPS, GenerationBody, Whole, _mistake
+from eft_serve.api.knobs import Strict, Whole
+from eft_serve.api.schemas import VLLM_NO_OPS, GenerationBody, _mistake
 from eft_serve.types import MAX_ALTERNATIVES
 
 LOGPROBS = "message.output_text.logprobs"

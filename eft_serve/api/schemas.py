@@ -9,10 +9,11 @@ import secrets
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+from typing_extensions import TypedDict
 
-from eft_serve.api.knobs import EftKnobs, Strict
+from eft_serve.api.knobs import EftKnobs, Strict, Whole
 from eft_serve.types import MAX_ALTERNATIVES, SamplingParams
 
 MAX_CHOICES = 16
@@ -37,6 +38,8 @@ def _text(content: object) -> object:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError("content parts other than text are not supported yet")
+        if len(part) > 2:
+            raise ValueError("a content part of text has type and text, and nothing else")
         texts.append(part["text"])
     return "\n".join(texts)
 
@@ -55,14 +58,11 @@ def _text_or_ids(value: object) -> object:
     raise ValueError("must be a string or a list of token ids")
 
 
-def _whole(value: object) -> object:
-    """JSON has one kind of number, and some clients write 2 as 2.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
-TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids, json_schema_input_type=str | TokenIds)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 
 
 def _given(value: object) -> object:
@@ -146,12 +146,7 @@ class GenerationBody(Strict):
     seed: Whole | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
     """Same seed, same request, same tokens; taken modulo 2^63."""
     stop: (
-        Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-            Field(max_length=MAX_STOP_STRINGS),
-            BeforeValidator(_stop_list),
-        ]
-        | None
+        Annotated[StopStrings, BeforeValidator(_stop_list, json_schema_input_type=StopString | StopStrings)] | None
     ) = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     """Tokens that end the output, as end tokens do."""
@@ -165,7 +160,7 @@ class GenerationBody(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted and not used."""
-    eft: Annotated[EftKnobs, BeforeValidator(_given)] = EftKnobs()
+    eft: Annotated[EftKnobs, BeforeValidator(_given, json_schema_input_type=EftKnobs | None)] = EftKnobs()
 
     @field_validator("best_of")
     @classmethod
@@ -261,12 +256,20 @@ class GenerationBody(Strict):
         return "max_tokens"
 
 
+class ContentPart(TypedDict):
+    """Text."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+    type: Literal["text"]
+    text: str
+
+
 class Message(Strict):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
-    content: Annotated[str, BeforeValidator(_text)]
+    content: Annotated[str, BeforeValidator(_text, json_schema_input_type=str | list[ContentPart])]
     name: str | None = Field(default=None, max_length=256)
     """The speaker, for templates that show it."""
 
@@ -354,10 +357,13 @@ class ChatBody(GenerationBody):
         return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
 
+OnePrompt = Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=1)]
+
+
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
+    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt, json_schema_input_type=str | TokenIds | OnePrompt)]
     """Text, or token ids where all models that run share a tokenizer."""
     logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Each choice also has the log-probabilities of its tokens, and of this many alternatives to each."""

@@ -10,18 +10,22 @@ from starlette.responses import Response
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of, request_id_of
 from eft_serve.api.errors import ResponseNotFoundError
-from eft_serve.api.openapi import body_of
+from eft_serve.api.openapi import MODEL_ERRORS, answers_of, body_of
 from eft_serve.api.prompts import Prompting, PromptRenderer, Prompts
 from eft_serve.api.responses import ResponsesCall, ResponsesResponse
+from eft_serve.api.responses_answers import EVENTS, ResponseObject
 from eft_serve.api.responses_format import ResponseFormat
 from eft_serve.api.responses_schemas import ResponsesBody
 from eft_serve.errors import InvalidRequestError
 from eft_serve.types import Term
 
-router = APIRouter()
+router = APIRouter(default_response_class=Response)
 
 
-@router.post("/v1/responses", openapi_extra=body_of(ResponsesBody))
+@router.post(
+    "/v1/responses",
+    openapi_extra=body_of(ResponsesBody) | answers_of(ResponseObject, events=EVENTS, errors=MODEL_ERRORS),
+)
 async def create_response(request: Request) -> Response:
     """The models' answer to a text or a conversation, whole or as a stream of typed events."""
     context = context_of(request)
