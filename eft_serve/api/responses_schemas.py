@@ -170,7 +170,7 @@ class ResponsesBody(GenerationBody):
     def messages(self) -> list[dict[str, str]]:
         """The conversation, with its instructions, in the form that chat templates take."""
         messages = [item.rendered for item in self.input]
-        if self.instructions is None:
+        if not self.instructions:
             return messages
         own = [message["content"] for message in messages[:1] if message["role"] == "system"]
         return [{"role": "system", "content": "\n\n".join([self.instructions, *own])}, *messages[len(own) :]]

@@ -14,11 +14,12 @@ from uvicorn.config import HTTP_PROTOCOLS
 from eft_serve.rayserve.http_protocol import use_h11
 
 BODY = json.dumps(chat()).encode()
-HEAD = (
-    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    f"Content-Length: {len(BODY)}\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
-    "HTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n"
-).encode()
+OFFER = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+)
+HEAD = OFFER + b"Content-Length: %d\r\n\r\n" % len(BODY)
+CHUNKED = OFFER + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 
 async def answer(server: uvicorn.Server, packets: list[bytes]) -> bytes:
@@ -36,7 +37,7 @@ async def answer(server: uvicorn.Server, packets: list[bytes]) -> bytes:
         await writer.wait_closed()
 
 
-@pytest.mark.parametrize("packets", [[HEAD + BODY], [HEAD, BODY], [HEAD, BODY[:9], BODY[9:]]], ids=len)
+@pytest.mark.parametrize("packets", [[HEAD + BODY], [HEAD, BODY], [HEAD, BODY[:9], BODY[9:]], [CHUNKED]])
 async def test_a_request_that_offers_http2_is_answered_in_http1_and_keeps_its_body(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packets: list[bytes]
 ) -> None:

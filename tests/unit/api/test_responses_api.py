@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 from api_fakes import Connection, Stack, deltas, make_config
 from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from eft_serve.errors import EngineError
 from eft_serve.types import Delta, FinishReason, GenerationRequest, ModelUsage, TokenComponents, Usage
@@ -222,6 +223,13 @@ CONVERSATIONS: list[tuple[dict[str, Any], str]] = [
         "<|assistant|>yes\n<|user|>b\n<|assistant|>",
     ),
     ({"input": "hi", "instructions": "I."}, "<|system|>I.\n<|user|>hi\n<|assistant|>"),
+    # fields that other servers leave out, or have as null; a message with a text instead of parts
+    (
+        {"input": [{k: ANSWERED[k] for k in ("type", "role", "content")}, {"role": "user", "content": "b"}]},
+        "<|assistant|>yes\n<|user|>b\n<|assistant|>",
+    ),
+    ({"input": [ANSWERED | {"id": None, "phase": None, "content": "yes"}]}, "<|assistant|>yes\n<|assistant|>"),
+    ({"input": "hi", "instructions": ""}, "<|user|>hi\n<|assistant|>"),
     ({"input": [{"role": "developer", "content": "D."}]}, "<|system|>D.\n<|assistant|>"),
     (
         {"input": [{"role": "system", "content": "S."}, {"role": "user", "content": "hi"}], "instructions": "I."},
@@ -269,6 +277,18 @@ async def test_log_probabilities_come_where_include_has_them(stack: Stack, strea
     if stream:
         shown = [event["logprobs"] for event in events_of(response) if "output_text" in event["type"]]
         assert shown == [token, token]
+
+
+@pytest.mark.parametrize("include", [[], [LOGPROBS]])
+async def test_everything_has_the_types_that_openais_client_declares(stack: Stack, include: list[str]) -> None:
+    stack.service.answer = with_tokens
+    whole = await post(stack, include=include)
+    TypeAdapter(Response).validate_python(whole.json())
+    event_type: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
+    for event in events_of(await post(stack, include=include, stream=True)):
+        event_type.validate_python(event)
+    stack.service.answer = lambda _: [*deltas("Hel", "lo")[:1], EngineError("broken")]
+    event_type.validate_python(events_of(await post(stack, stream=True))[-1])
 
 
 async def test_our_own_and_vllms_parameters_reach_the_models(stack: Stack) -> None:
