@@ -33,7 +33,8 @@ class Strict(BaseModel):
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = handler.resolve_ref_schema(handler(core))
-        schema["properties"] |= {name: {"enum": [None, *values]} for name, values in cls.NO_OPS.items()}
+        no_ops = {name: {"enum": [None, *values]} for name, values in cls.NO_OPS.items()}
+        schema.setdefault("properties", {}).update(no_ops)
         return schema
 
 

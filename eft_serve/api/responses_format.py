@@ -34,7 +34,7 @@ class ResponseEnvelope(Envelope):
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int, candidates: Sequence[Choice]) -> JsonObject:
         """The answer in one piece."""
         choice = choices[0]
-        return self.ended(choice, self.message(choice), num_prompt_tokens)
+        return self.ended(choice, self.answer(choice), num_prompt_tokens)
 
     def running(self) -> JsonObject:
         """The response before its first token."""
@@ -49,16 +49,19 @@ class ResponseEnvelope(Envelope):
         return response | {"completed_at": int(time.time())}
 
     def failed(self, choice: Choice, error: JsonObject) -> JsonObject:
-        """The response whose generation broke off, with the text so far."""
+        """The response whose generation broke off, with the text so far and, as that may be much, no more of it."""
         code = "server_error" if error["type"] == "server_error" else "invalid_prompt"
         failure = {"code": code, "message": error["message"]}
-        return self._response("failed", [self.message(choice)]) | {"error": failure}
+        return self._response("failed", [self.message("incomplete", self.part(choice.text, ()))]) | {"error": failure}
 
-    def message(self, choice: Choice | None) -> JsonObject:
-        """The output item with the text so far, without a part before the first token."""
-        content = [] if choice is None else [self.part(choice.text, choice.components)]
-        status = "in_progress" if choice is None else _status(choice)
-        return {"id": self.item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+    def message(self, status: str, *content: JsonObject) -> JsonObject:
+        """The output item with these parts."""
+        own = {"id": self.item_id, "type": "message", "role": "assistant", "status": status}
+        return own | {"content": list(content)}
+
+    def answer(self, choice: Choice) -> JsonObject:
+        """The output item after the last token."""
+        return self.message(_status(choice), self.part(choice.text, choice.components))
 
     def part(self, text: str, components: Sequence[TokenComponents]) -> JsonObject:
         """Text as a part of the message."""
@@ -125,7 +128,7 @@ class ResponseEvents:
 
     def opening(self, envelope: ResponseEnvelope) -> list[JsonObject]:
         """Before the first text."""
-        item, part = envelope.message(None), envelope.part("", ())
+        item, part = envelope.message("in_progress"), envelope.part("", ())
         return [
             self._event("response.created", response=envelope.running()),
             self._event("response.in_progress", response=envelope.running()),
@@ -143,7 +146,7 @@ class ResponseEvents:
 
     def ending(self, envelope: ResponseEnvelope, choice: Choice, num_prompt_tokens: int) -> list[JsonObject]:
         """After the last text."""
-        message = envelope.message(choice)
+        message = envelope.answer(choice)
         part = message["content"][0]
         place = {"item_id": envelope.item_id} | PLACE
         response = envelope.ended(choice, message, num_prompt_tokens)
