@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from eft_serve.config_base import Frozen, Name
+from eft_serve.config_base import ANY_ORIGIN, Frozen, Name, Origin
 from eft_serve.config_recipes import RecipeConfig, ToolFormat
 from eft_serve.errors import ConfigError
 
@@ -145,12 +145,26 @@ class ServerConfig(Frozen):
     batch_concurrency: int = Field(default=8, ge=1)
     """Requests of batches that a server process runs at once."""
 
+    cors_origins: tuple[Origin, ...] = ()
+    """Origins whose web pages may call the API from a browser; `*` for all, which needs tenants."""
+
     @field_validator("files_url")
     @classmethod
     def _files_are_where_every_process_finds_them(cls, url: str | None) -> str | None:
         if url is not None and not url.startswith("/") and "://" not in url:
             raise ValueError("must be a path that begins with '/', or a URL such as s3://bucket/prefix")
         return url
+
+    @model_validator(mode="after")
+    def _all_origins_need_keys(self) -> Self:
+        if ANY_ORIGIN in self.cors_origins and len(self.cors_origins) > 1:
+            raise ValueError("cors_origins: '*' is every origin; leave the others out")
+        if ANY_ORIGIN in self.cors_origins and self.tenants_file is None:
+            raise ValueError(
+                "cors_origins: '*' needs tenants_file, or every web page that is open on this machine could use the "
+                "models; name the origins"
+            )
+        return self
 
 
 class AppConfig(Frozen):

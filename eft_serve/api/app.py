@@ -10,19 +10,15 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from eft_serve import __version__
-from eft_serve.api import errors, openapi
+from eft_serve.api import cors, errors, openapi
 from eft_serve.api.auth import Access
 from eft_serve.api.batch_client import open_storage
-from eft_serve.api.batch_schemas import BatchBody
 from eft_serve.api.context import Context
 from eft_serve.api.metrics import ApiMetrics
 from eft_serve.api.middleware import RequestMiddleware
 from eft_serve.api.prompts import PromptRenderer
-from eft_serve.api.routers import batches, chat, completions, files, models, ops, score, tokenize
-from eft_serve.api.schemas import ChatBody, CompletionBody
-from eft_serve.api.score_schemas import ScoreBody, SingleScoreBody
+from eft_serve.api.routers import batches, chat, completions, files, models, ops, responses, score, tokenize
 from eft_serve.api.service import Service
-from eft_serve.api.tokenize_schemas import DetokenizeBody, TokenizeBody, TokenizeChatBody
 from eft_serve.batches.watch import TIMING, Timing
 from eft_serve.tenancy.limits import AdmissionLimits
 from eft_serve.tenancy.tenants import Tenants
@@ -49,18 +45,10 @@ def create_app(
         ConfigError: the tenants file is missing or wrong, or files cannot be kept where the configuration says.
         CheckpointError: a model has no tokenizer.
     """
-    # The documentation pages would load scripts from elsewhere; /openapi.json is the same without them.
-    app = FastAPI(
-        title="eft-serve",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-        lifespan=_lifespan,
-    )
+    app = FastAPI(title="eft-serve", version=__version__, openapi_url=None, redirect_slashes=False, lifespan=_lifespan)
     registry = registry or CollectorRegistry()
-    tenants_file = service.config.server.tenants_file
-    access = Access(Tenants.load(tenants_file) if tenants_file else None)
+    server = service.config.server
+    access = Access(Tenants.load(server.tenants_file) if server.tenants_file else None, server.cors_origins)
     context = Context(
         service=service,
         renderer=renderer or PromptRenderer.load(service.config, service.max_model_len),
@@ -74,10 +62,10 @@ def create_app(
     )
     app.state.context = context
     app.add_middleware(RequestMiddleware, metrics=context.metrics, show_id=show_request_id)
+    cors.install(app, server.cors_origins)
     errors.install(app)
-    tokenize_bodies = (TokenizeBody, TokenizeChatBody, DetokenizeBody)
-    openapi.install(app, ChatBody, CompletionBody, ScoreBody, SingleScoreBody, BatchBody, *tokenize_bodies)
-    for module in (models, chat, completions, score, tokenize, files, batches, ops):
+    openapi.install(app, has_tenants=server.tenants_file is not None)
+    for module in (models, chat, completions, responses, score, tokenize, files, batches, ops):
         app.include_router(module.router)
     return app
 

@@ -1,13 +1,15 @@
 """Who is asking: a tenant by its key or, on a server without tenants, a loopback client.
 
-Without tenants three things must hold, because a remote client can arrange each one alone: the peer is loopback,
-nothing says that a proxy forwarded the request (then the peer is the proxy, not the client), and the `Host` is a
-loopback name (a web page can make a browser ask 127.0.0.1 under its own name). Headers can only reduce trust.
+Without tenants four things must hold, because a remote client can arrange each one alone: the peer is loopback,
+nothing says that a proxy forwarded the request (then the peer is the proxy, not the client), the `Host` is a loopback
+name (a web page can make a browser ask 127.0.0.1 under its own name), and the `Origin`, which a browser sends with what
+a page posts, is this server's own or one that the configuration names. Headers can only reduce trust.
 """
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
@@ -25,10 +27,12 @@ class Access:
 
     Args:
         tenants: all tenants; None to answer loopback clients only.
+        origins: those whose web pages are answered without tenants.
     """
 
-    def __init__(self, tenants: Tenants | None) -> None:
+    def __init__(self, tenants: Tenants | None, origins: Collection[str] = ()) -> None:
         self._tenants = tenants
+        self._origins = frozenset(origins)
 
     def tenant(self, request: Request) -> Tenant:
         """The tenant who asks.
@@ -46,8 +50,13 @@ class Access:
             raise PermissionDeniedError(f"without tenants only loopback clients are answered; {REMEDY}")
         if any(header in request.headers for header in FORWARDING_HEADERS):
             raise PermissionDeniedError(f"without tenants nothing that a proxy forwarded is answered; {REMEDY}")
-        if not is_loopback(host_name(request.headers.get("host", ""))):
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if not is_loopback(host_name(host)):
             raise PermissionDeniedError(f"without tenants the Host must be a loopback name; ask localhost, or {REMEDY}")
+        if origin is not None and origin not in self._origins and not _is_own(origin, host):
+            raise PermissionDeniedError(
+                f"without tenants only web pages of server.cors_origins are answered; add its origin, or {REMEDY}"
+            )
         return ANONYMOUS
 
     def named(self, name: str) -> Tenant:
@@ -60,12 +69,6 @@ class Access:
         if tenant is None or tenant.name != name or not (tenant.keys or self._tenants is None):
             raise AuthenticationError(f"tenant {name!r} has no API key any more")
         return tenant
-
-    def refuse_other_sites(self, request: Request) -> None:
-        """Refuse a web page of another site, where a browser would let its form through and no key is asked for."""
-        origin = request.headers.get("origin")
-        if self._tenants is None and origin is not None and not is_loopback(host_name(origin.partition("//")[2])):
-            raise PermissionDeniedError(f"without tenants no page of another site is answered; {REMEDY}")
 
     def metrics_reader(self, request: Request) -> Tenant:
         """As `tenant`, but only a tenant that may read metrics, which name every tenant."""
@@ -81,6 +84,10 @@ def host_name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
+
+
+def _is_own(origin: str, host: str) -> bool:
+    return origin.partition("://")[2] == host != ""
 
 
 def is_loopback(host: str) -> bool:

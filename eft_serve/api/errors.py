@@ -35,6 +35,12 @@ class UnsupportedParameterError(InvalidRequestError):
     code = "unsupported_parameter"
 
 
+class ResponseNotFoundError(InvalidRequestError):
+    """A response of `/v1/responses` is asked for by its id, and none is stored."""
+
+    status, code = 404, "response_not_found"
+
+
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -35,10 +35,12 @@ logger = logging.getLogger(__name__)
 class GenerationResponse(ModelResponse):
     """Generates while it answers; see `ModelResponse`."""
 
+    keeps_streams: ClassVar[bool] = False  # whether what is streamed is also kept
     _call: GenerationCall
 
     def __init__(self, context: Context, call: GenerationCall) -> None:
-        super().__init__(context, call, call.format.prefix, call.num_answers, keeps=not call.body.stream)
+        keeps = self.keeps_streams or not call.body.stream
+        super().__init__(context, call, call.format.prefix, call.num_answers, keeps=keeps)
         options = call.body.stream_options
         self._envelope = Envelope(
             call.format,
@@ -120,20 +122,16 @@ class GenerationResponse(ModelResponse):
             await self._send_events(send, self._events(first))
             async for item in deltas:
                 await self._send_events(send, self._events(item))
-            if self._envelope.with_usage:
-                progress = self._progress
-                chunk = self._envelope.usage_chunk(progress.num_prompt_tokens, progress.choices)
-                await self._send_events(send, [chunk])
-            end = sse.DONE
+            end = await self._ending()
         except EftServeError as error:
             self._progress.status = error.status
-            end = sse.encode(domain_body(error))
+            end = self._failing(domain_body(error))
         except OSError as error:
             raise ClientDisconnect from error
         except Exception:
             logger.exception("request %s failed in mid-stream", self._call.request_id)
             self._progress.status = 500
-            end = sse.encode(internal_body())
+            end = self._failing(internal_body())
         self._progress.answered = True
         await send({"type": "http.response.body", "body": end, "more_body": False})
 
@@ -152,10 +150,24 @@ class GenerationResponse(ModelResponse):
         progress = self._progress
         return [self._envelope.chunk(part, progress.num_prompt_tokens, progress.choices) for part in parts]
 
+    async def _ending(self) -> bytes:
+        """The last events of a stream."""
+        if not self._envelope.with_usage:
+            return sse.DONE
+        progress = self._progress
+        return self._encode(self._envelope.usage_chunk(progress.num_prompt_tokens, progress.choices)) + sse.DONE
+
+    def _failing(self, body: JsonObject) -> bytes:
+        """The last event of a stream that fails with this error."""
+        return self._encode(body)
+
     @staticmethod
-    async def _send_events(send: Send, events: list[JsonObject]) -> None:
+    def _encode(event: JsonObject) -> bytes:
+        return sse.encode(event)
+
+    async def _send_events(self, send: Send, events: list[JsonObject]) -> None:
         if events:
-            body = b"".join(map(sse.encode, events))
+            body = b"".join(map(self._encode, events))
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
 

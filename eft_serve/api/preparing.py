@@ -12,7 +12,6 @@ from eft_serve.api.context import Context
 from eft_serve.api.formats import Format
 from eft_serve.api.prompts import OwnPrompts, Prompting, Prompts
 from eft_serve.api.schemas import GenerationBody, choice_seed
-from eft_serve.api.structured_outputs import grammar_of
 from eft_serve.errors import ContextLengthError, InvalidRequestError
 from eft_serve.types import Combination, GenerationRequest, Grammar, Term
 
@@ -127,7 +126,7 @@ async def _grammar(
     if not set(special.values()).issuperset(body.stop_token_ids or ()):
         message = "stop_token_ids: with structured output they are special tokens; leave the others out"
         raise InvalidRequestError(message, param="stop_token_ids")
-    define = partial(grammar_of, body.response_format, body.structured_outputs)
+    define = body.grammar
     if must_call and tools is not None and call.ensemble.tool_parser is not None:
         define = partial(tools.grammar, call.ensemble.tool_parser, special)
     return await context.renderer.grammar(combination, define)

@@ -86,13 +86,14 @@ class PromptRenderer:
         messages: Sequence[Message],
         own: OwnPrompts = NO_PROMPTS,
         options: PromptOptions = DEFAULT_OPTIONS,
+        param: str = "messages",
     ) -> Prompts:
         """Each term's prompt for a chat: its own template (`plain_chat` where there is none) and its own instructions.
 
         Raises:
             InvalidRequestError: a template refuses the messages; or as `completion`, for prompts of single terms.
         """
-        return await self._read(terms, prompting, Asked(messages, "messages"), own, options)
+        return await self._read(terms, prompting, Asked(messages, param), own, options)
 
     async def completion(
         self,

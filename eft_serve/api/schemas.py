@@ -12,12 +12,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from eft_serve.api.knobs import Strict
+from eft_serve.api.knobs import Strict, Whole
 from eft_serve.api.knobs import mistake as _mistake
 from eft_serve.api.messages import Message
 from eft_serve.api.prompt_options import PromptOptions, TemplateKwargs, Truncation
 from eft_serve.api.role_prompts import GenerationKnobs
-from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs
+from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs, grammar_of
 from eft_serve.api.tools import MAX_TOOLS, ActiveTools, Tool, ToolChoice
 from eft_serve.types import MAX_ALTERNATIVES, Grammar, SamplingParams
 
@@ -50,14 +50,11 @@ def _text_or_ids(value: object) -> object:
     raise ValueError("must be a string or a list of token ids")
 
 
-def _whole(value: object) -> object:
-    """JSON has one kind of number, and some clients write 2 as 2.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
-TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids, json_schema_input_type=str | TokenIds)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 
 
 def _given(value: object) -> object:
@@ -144,12 +141,7 @@ class GenerationBody(Strict):
     seed: Whole | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
     """Same seed, same request, same tokens; taken modulo 2^63."""
     stop: (
-        Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-            Field(max_length=MAX_STOP_STRINGS),
-            BeforeValidator(_stop_list),
-        ]
-        | None
+        Annotated[StopStrings, BeforeValidator(_stop_list, json_schema_input_type=StopString | StopStrings)] | None
     ) = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     """Tokens that end the output, as end tokens do."""
@@ -165,7 +157,9 @@ class GenerationBody(Strict):
     """Accepted and not used."""
     truncate_prompt_tokens: Annotated[Whole, AfterValidator(_check_kept)] | None = None
     """vLLM's: keep only so many of each prompt's tokens, its last ones; -1 keeps what the context has room for."""
-    eft: Annotated[GenerationKnobs, BeforeValidator(_given)] = GenerationKnobs()
+    eft: Annotated[GenerationKnobs, BeforeValidator(_given, json_schema_input_type=GenerationKnobs | None)] = (
+        GenerationKnobs()
+    )
 
     @field_validator("best_of")
     @classmethod
@@ -193,7 +187,7 @@ class GenerationBody(Strict):
         if self.prompt_logprobs is not None and self.stream:
             raise _mistake("prompt_logprobs", "is not streamed; let stream be false")
         if self.structured_outputs is not None and self.is_structured_by_format:
-            raise _mistake("structured_outputs", "response_format asks for a form too; send one of them")
+            raise _mistake("structured_outputs", f"{self.form_param} asks for a form too; send one of them")
         return self
 
     def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
@@ -231,8 +225,22 @@ class GenerationBody(Strict):
         return "prompt_logprobs"
 
     @property
+    def form(self) -> ResponseFormat | None:
+        """That the answer has; None for any text."""
+        return self.response_format
+
+    @property
+    def form_param(self) -> str:
+        """The parameter that says so."""
+        return "response_format"
+
+    @property
     def is_structured_by_format(self) -> bool:
-        return self.response_format is not None and self.response_format.type != "text"
+        return self.form is not None and self.form.type != "text"
+
+    def grammar(self) -> Grammar | None:
+        """That its answers follow; raises as `grammar_of`."""
+        return grammar_of(self.form, self.structured_outputs, self.form_param)
 
     @property
     def is_structured(self) -> bool:
@@ -372,7 +380,7 @@ class ChatBody(GenerationBody):
         if self.continue_final_message and self.add_generation_prompt:
             raise _mistake("add_generation_prompt", "contradicts continue_final_message; leave one of them out")
         if self.active_tools is not None and self.is_structured:
-            param = "response_format" if self.is_structured_by_format else "structured_outputs"
+            param = self.form_param if self.is_structured_by_format else "structured_outputs"
             raise _mistake(param, "leaves no room for tool calls; leave it or tools out")
         return self
 
@@ -406,10 +414,15 @@ class ChatBody(GenerationBody):
         return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
 
+PromptInput = str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[list[TextOrIds], Field(max_length=MAX_PROMPTS), BeforeValidator(_prompts)]
+    prompt: Annotated[
+        list[TextOrIds], Field(max_length=MAX_PROMPTS), BeforeValidator(_prompts, json_schema_input_type=PromptInput)
+    ]
     """Text, or token ids where all models that run share a tokenizer; or a list of either."""
     echo: bool | None = None
     """The prompt's text, and its log-probabilities if `logprobs` wants any, come before the answer's."""

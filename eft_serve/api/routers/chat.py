@@ -7,20 +7,25 @@ from functools import partial
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from eft_serve.api.answers import ChatCompletion, ChatCompletionChunk, ErrorBody
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import Context, context_of, request_id_of
 from eft_serve.api.formats import ChatFormat
 from eft_serve.api.generation import GenerationResponse
-from eft_serve.api.openapi import body_of
+from eft_serve.api.openapi import MODEL_ERRORS, answers_of, body_of
 from eft_serve.api.preparing import GenerationCall, PromptSource
 from eft_serve.api.schemas import ChatBody
 from eft_serve.api.tool_format import ToolChatFormat
 from eft_serve.ensemble import Ensemble
 
-router = APIRouter()
+router = APIRouter(default_response_class=Response)
 
 
-@router.post("/v1/chat/completions", openapi_extra=body_of(ChatBody))
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=body_of(ChatBody)
+    | answers_of(ChatCompletion, events=(ChatCompletionChunk, ErrorBody), has_done=True, errors=MODEL_ERRORS),
+)
 async def create_chat_completion(request: Request) -> Response:
     """The models' answer to a conversation, whole or as a stream."""
     context = context_of(request)

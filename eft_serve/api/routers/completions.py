@@ -7,20 +7,25 @@ from functools import partial
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from eft_serve.api.answers import Completion, ErrorBody
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of, request_id_of
 from eft_serve.api.formats import CompletionFormat
 from eft_serve.api.generation import GenerationResponse
-from eft_serve.api.openapi import body_of
+from eft_serve.api.openapi import MODEL_ERRORS, answers_of, body_of
 from eft_serve.api.preparing import GenerationCall, PromptSource
 from eft_serve.api.schemas import CompletionBody
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-router = APIRouter()
+router = APIRouter(default_response_class=Response)
 
 
-@router.post("/v1/completions", openapi_extra=body_of(CompletionBody))
+@router.post(
+    "/v1/completions",
+    openapi_extra=body_of(CompletionBody)
+    | answers_of(Completion, events=(Completion, ErrorBody), has_done=True, errors=MODEL_ERRORS),
+)
 async def create_completion(request: Request) -> Response:
     """The models' continuation of a text, whole or as a stream."""
     context = context_of(request)

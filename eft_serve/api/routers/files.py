@@ -20,7 +20,6 @@ async def create_file(request: Request) -> Response:
     """Upload a file of requests."""
     context = context_of(request)
     tenant, config = context.access.tenant(request), context.service.config.server
-    context.access.refuse_other_sites(request)
     batches = context.batches
     with context.uploads.hold(tenant.name):
         async with receive_upload(request, config.max_file_bytes, config.request_timeout_s) as upload:

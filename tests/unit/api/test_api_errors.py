@@ -97,7 +97,7 @@ def message(**fields: Any) -> dict[str, Any]:
         (chat(eft={"components": 21}), "eft.components"),
         (chat(eft={"components": -1}), "eft.components"),
         (chat(eft={"components": "all"}), "eft.components"),
-        (chat(eft={"components": 1.0}), "eft.components"),
+        (chat(eft={"components": 1.5}), "eft.components"),
     ],
 )
 async def test_a_wrong_field_is_named(stack: Stack, request_body: dict[str, Any], param: str | None) -> None:

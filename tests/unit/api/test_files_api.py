@@ -328,7 +328,8 @@ async def test_without_the_setting_every_endpoint_names_it(tmp_path: Path, metho
 
 
 @pytest.mark.parametrize(
-    ("origin", "status"), [("https://evil.example", 403), ("null", 403), ("http://localhost:3000", 200)]
+    ("origin", "status"),
+    [("https://evil.example", 403), ("null", 403), ("http://localhost:3000", 403), ("http://localhost:8000", 200)],
 )
 async def test_without_keys_no_other_sites_page_uploads(server: Server, origin: str, status: int) -> None:
     response = await post(server, PURPOSE + part("file", b"x", "a") + END, origin=origin)
