@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from eft_serve.config_base import Frozen, Name
-from eft_serve.config_recipes import RecipeConfig
+from eft_serve.config_base import ANY_ORIGIN, Frozen, Name, Origin
+from eft_serve.config_recipes import RecipeConfig, ToolFormat
 from eft_serve.errors import ConfigError
 
 ZOO_PREFIX = "zoo:"
@@ -64,6 +64,8 @@ class ModelConfig(Frozen):
     """A sequence that was not stepped for this many seconds is freed."""
     startup_timeout_s: float = Field(default=600.0, gt=0)
     """Limit for loading the weights and joining the tensor-parallel group."""
+    tool_parser: ToolFormat | None = None
+    """How it writes tool calls where it is asked alone: `hermes` (also Qwen), `llama3_json` or `mistral`."""
 
     @property
     def checkpoint(self) -> Path:
@@ -80,6 +82,8 @@ class AdapterConfig(Frozen):
     """The model that it adapts; it must have a `path`."""
     adapter: str
     """A PEFT directory with a LoRA: `adapter_config.json` and `adapter_model.safetensors`."""
+    tool_parser: ToolFormat | None = None
+    """As of a model."""
 
     @property
     def directory(self) -> Path:
@@ -131,6 +135,36 @@ class ServerConfig(Frozen):
     """`max_tokens` of a chat request that does not set it."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Deadline of one request, from arrival to the last token."""
+    files_url: str | None = None
+    """Where files and batches are kept: a directory's absolute path, or a URL that fsspec knows; without it there are
+    none."""
+    max_file_bytes: int = Field(default=200 * 2**20, ge=1)
+    """Size of one uploaded file."""
+    max_stored_bytes: int = Field(default=10 * 2**30, ge=1)
+    """Size of one tenant's files together; beyond it no file is taken."""
+    batch_concurrency: int = Field(default=8, ge=1)
+    """Requests of batches that a server process runs at once."""
+
+    cors_origins: tuple[Origin, ...] = ()
+    """Origins whose web pages may call the API from a browser; `*` for all, which needs tenants."""
+
+    @field_validator("files_url")
+    @classmethod
+    def _files_are_where_every_process_finds_them(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith("/") and "://" not in url:
+            raise ValueError("must be a path that begins with '/', or a URL such as s3://bucket/prefix")
+        return url
+
+    @model_validator(mode="after")
+    def _all_origins_need_keys(self) -> Self:
+        if ANY_ORIGIN in self.cors_origins and len(self.cors_origins) > 1:
+            raise ValueError("cors_origins: '*' is every origin; leave the others out")
+        if ANY_ORIGIN in self.cors_origins and self.tenants_file is None:
+            raise ValueError(
+                "cors_origins: '*' needs tenants_file, or every web page that is open on this machine could use the "
+                "models; name the origins"
+            )
+        return self
 
 
 class AppConfig(Frozen):
@@ -160,8 +194,9 @@ class AppConfig(Frozen):
     def _a_step_holds_a_token_of_every_prompt(self) -> Self:
         budget = self.coordinator.max_num_batched_tokens
         for name, recipe in self.recipes.items():
-            roles = {role.role for _, role in recipe.roles}
-            model, count = Counter(self.deployment_of(role.model) for role in roles).most_common(1)[0]
+            own = recipe.promptable
+            roles = {(role.role, place if place in own else None) for place, (_, role) in enumerate(recipe.roles)}
+            model, count = Counter(self.deployment_of(role.model) for role, _ in roles).most_common(1)[0]
             if count > budget:
                 raise ValueError(
                     f"coordinator.max_num_batched_tokens: {budget} is fewer than the {count} prompts "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -16,6 +16,8 @@ DRAFTERS = ("auto", "none")  # besides the recipe's own models
 MAX_KNOB = 100.0  # far beyond any use; keeps |logit| * knob finite in fp32
 
 Interval = tuple[float, float]
+ToolFormat = Literal["hermes", "llama3_json", "mistral"]
+"""How a model writes tool calls; vLLM's names of its parsers."""
 
 
 def _check_interval(interval: Interval) -> Interval:
@@ -94,6 +96,8 @@ class BoundsConfig(Frozen):
     weights: dict[Name, KnobInterval] = Field(default_factory=dict)
     """By fine-tuning; fine-tunings not named are not bounded."""
     truncate_top_p: ProbabilityInterval = (0.0, 1.0)
+    prompts: tuple[str, ...] | None = None
+    """Roles that a request may give a prompt of their own; None: every role."""
 
     def weight(self, knob: str) -> Interval:
         """Bounds of one fine-tuning's weight."""
@@ -136,6 +140,8 @@ class RecipeConfig(Frozen):
     """Bounds of the knobs in a request."""
     speculative: SpeculativeConfig = SpeculativeConfig()
     """How tokens are drafted."""
+    tool_parser: ToolFormat | None = None
+    """How its models write tool calls: `hermes` (also Qwen), `llama3_json` or `mistral`; None: no tools."""
 
     @model_validator(mode="after")
     def _drafter_is_known(self) -> Self:
@@ -153,6 +159,13 @@ class RecipeConfig(Frozen):
             raise ValueError(f"tuned: a name is given twice in {knobs}; give each fine-tuning a name of its own")
         if unknown := sorted(set(self.bounds.weights) - set(knobs)):
             raise ValueError(f"bounds.weights: {unknown[0]!r} is not among the fine-tunings {knobs}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompted_roles_are_known(self) -> Self:
+        known = self.role_names
+        if unknown := sorted(set(self.bounds.prompts or ()) - known.keys()):
+            raise ValueError(f"bounds.prompts: {unknown[0]!r} is not a role of this recipe; give some of {list(known)}")
         return self
 
     @model_validator(mode="after")
@@ -175,6 +188,23 @@ class RecipeConfig(Frozen):
         for tuned in self.tuned:
             if tuned.reference is not None:
                 yield f"{tuned.knob}/reference", tuned.reference
+
+    @property
+    def role_names(self) -> dict[str, int]:
+        """What requests call the roles → their place in `roles`. A fine-tuning is called as its weight is."""
+        names = {"base": 0, "reference": 1}
+        for place, each in enumerate(self.tuned, len(names)):
+            names.setdefault(each.knob, place)
+        if len(self.tuned) == 1:
+            names.setdefault("tuned", 2)
+        own = [each.knob for each in self.tuned if each.reference is not None]
+        return names | {f"{knob}/reference": place for place, knob in enumerate(own, 2 + len(self.tuned))}
+
+    @property
+    def promptable(self) -> frozenset[int]:
+        """Places in `roles` of those that a request may give a prompt of their own."""
+        names = self.role_names
+        return frozenset(names.values() if self.bounds.prompts is None else map(names.__getitem__, self.bounds.prompts))
 
     @property
     def models(self) -> tuple[str, ...]:

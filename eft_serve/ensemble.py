@@ -16,7 +16,16 @@ from typing import Any
 from msgspec.structs import replace
 
 from eft_serve.config import AppConfig
-from eft_serve.config_recipes import AS_ITSELF, DRAFTERS, Interval, PromptConfig, RecipeConfig, RoleConfig, TunedConfig
+from eft_serve.config_recipes import (
+    AS_ITSELF,
+    DRAFTERS,
+    Interval,
+    PromptConfig,
+    RecipeConfig,
+    RoleConfig,
+    ToolFormat,
+    TunedConfig,
+)
 from eft_serve.errors import InvalidRequestError
 from eft_serve.types import Combination, Reward, Speculative, Term, rounded
 
@@ -31,6 +40,21 @@ class Knobs:
 
 
 OWN_KNOBS = Knobs()
+Prompted = Mapping[int, str]  # place of a role in the recipe → the name under which the request gives its prompt
+UNPROMPTED: Prompted = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a term is: a model with its prompt settings, and which of the request's prompts it reads."""
+
+    role: RoleConfig
+    prompt: str | None = None  # the name of the role that it is given for; None: the request's own
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it reads the request's own prompt as the model itself defines."""
+        return self.prompt is None and self.role.prompting == AS_ITSELF
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +65,7 @@ class Ensemble:
     models: tuple[str, ...]  # every model that it may run, base first
     recipe: RecipeConfig | None = None  # None: a plain model
     adapted: Mapping[str, str] = field(default_factory=dict)  # adapter → the deployment that computes it
+    tool_parser: ToolFormat | None = None  # None: no tools
 
     @classmethod
     def find(cls, config: AppConfig, name: str) -> Ensemble | None:
@@ -50,12 +75,12 @@ class Ensemble:
             return None
         models = recipe.models if recipe else (name,)
         adapted = {model: config.deployment_of(model) for model in models if model not in config.deployments}
-        return cls(name, models, recipe, adapted)
+        return cls(name, models, recipe, adapted, (recipe or config.models[name]).tool_parser)
 
-    def resolve(self, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> Combination:
+    def resolve(self, knobs: Knobs = OWN_KNOBS, *, prompted: Prompted = UNPROMPTED, every: bool = False) -> Combination:
         """The combination for these knobs, see `resolve_recipe`; a plain model is its only term and takes no knobs."""
         if self.recipe is not None:
-            combination = resolve_recipe(self.recipe, knobs, every=every)
+            combination = resolve_recipe(self.recipe, knobs, prompted=prompted, every=every)
         elif knobs == OWN_KNOBS:
             combination = Combination((Term(self.name, self.name, 1.0),))
         else:
@@ -70,12 +95,43 @@ class Ensemble:
         deployment = self.adapted.get(term.model)
         return term if deployment is None else replace(term, model=deployment, adapter=term.model)
 
+    def prompted(self, prompts: Mapping[str, object]) -> Prompted:
+        """Which role reads which of these prompts, each given for the role of its name.
+
+        Equal prompts count as the first of them, so that roles that are equal stay one term.
+
+        Raises:
+            InvalidRequestError: a name is of no role, or of one that the recipe gives no prompt of a request.
+        """
+        names = {} if self.recipe is None else self.recipe.role_names
+        permitted = frozenset[int]() if self.recipe is None else self.recipe.promptable
+        found: dict[int, str] = {}
+        for name, prompt in prompts.items():
+            if (place := names.get(name)) not in permitted or place in found:
+                raise InvalidRequestError(f"eft.prompts.{name}: {self._refusal(name)}", param=f"eft.prompts.{name}")
+            found[place] = next(other for other, given in prompts.items() if given == prompt)
+        return found
+
+    def _refusal(self, name: str) -> str:
+        if self.recipe is None:
+            return f"model {self.name!r} is a plain model, which has no roles; name a recipe, or leave out eft"
+        names, permitted = self.recipe.role_names, self.recipe.promptable
+        if name in names and names[name] in permitted:
+            return "this role is given a prompt under another name too; leave one of them out"
+        known = [name for name, place in names.items() if place in permitted]
+        kind = "its prompt is fixed by this recipe" if name in names else "is not a role of this recipe"
+        return f"{kind}; a request may prompt {known or 'none of its roles'}"
+
+    def parts(self, prompted: Prompted = UNPROMPTED) -> dict[str, Part]:
+        """What each possible term is, by the term's name."""
+        if self.recipe is None:
+            return {self.name: Part(RoleConfig(model=self.name))}
+        return {name: part for part, name in term_names(self.recipe, prompted).items()}
+
     @property
     def prompting(self) -> dict[str, PromptConfig]:
-        """How each possible term is prompted, by the term's name."""
-        if self.recipe is None:
-            return {self.name: AS_ITSELF}
-        return {name: role.prompting for role, name in term_names(self.recipe).items()}
+        """How each possible term is prompted where the request has one prompt for all, by the term's name."""
+        return {name: part.role.prompting for name, part in self.parts().items()}
 
     def speculative(self, changes: Mapping[str, Any]) -> Speculative:
         """How tokens are drafted: the recipe's settings with these changes; a plain model drafts only if asked to.
@@ -93,7 +149,9 @@ class Ensemble:
         return Speculative(**{**own, **changes})
 
 
-def resolve_recipe(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, every: bool = False) -> Combination:
+def resolve_recipe(
+    recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, prompted: Prompted = UNPROMPTED, every: bool = False
+) -> Combination:
     """The recipe with these knobs; their bounds are checked here and nowhere later.
 
     Terms are in the recipe's order. Their coefficients sum to 1, so at least one is not 0.
@@ -101,6 +159,7 @@ def resolve_recipe(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, every: boo
     Args:
         recipe: the models, and the knobs' default values and bounds.
         knobs: None, or a weight not named: the recipe's value.
+        prompted: roles that read a prompt of their own; those that are equal but for it are terms of their own.
         every: include the terms with coefficient 0, and the rewards, which need every term.
 
     Raises:
@@ -110,46 +169,53 @@ def resolve_recipe(recipe: RecipeConfig, knobs: Knobs = OWN_KNOBS, *, every: boo
     beta = _within(knobs.scale, recipe.scale, recipe.bounds.scale, "eft.scale")
     bounds = recipe.bounds.truncate_top_p
     truncate_top_p = _within(knobs.truncate_top_p, recipe.truncate_top_p, bounds, "eft.truncate_top_p")
-    names = term_names(recipe)
-    total: dict[RoleConfig, float] = defaultdict(float)
-    total[recipe.base.role] += beta
-    total[recipe.reference.role] -= beta
+    names = term_names(recipe, prompted)
+    base, reference, *others = _parts(recipe, prompted)
+    tuned, own_references = others[: len(weights)], iter(others[len(weights) :])
+    total: dict[Part, float] = defaultdict(float)
+    total[base] += beta
+    total[reference] -= beta
     ratio = dict(total) if truncate_top_p < 1 else {}
-    total[recipe.reference.role] += 1.0
-    brought: dict[RoleConfig, float] = defaultdict(float)
+    total[reference] += 1.0
+    brought: dict[Part, float] = defaultdict(float)
     rewards = []
-    for each, alpha in weights:
-        reference = (each.reference or recipe.reference).role
-        total[each.role] += alpha
-        brought[each.role] += alpha
-        total[reference] -= alpha
-        rewards.append(Reward(each.knob, names[each.role], names[reference], alpha))
+    for part, (each, alpha) in zip(tuned, weights, strict=True):
+        its_reference = reference if each.reference is None else next(own_references)
+        total[part] += alpha
+        brought[part] += alpha
+        total[its_reference] -= alpha
+        rewards.append(Reward(each.knob, names[part], names[its_reference], alpha))
     terms = (
         Term(
             name,
-            role.model,
-            rounded(total[role]),
-            weight=brought.get(role, 0.0),
-            ratio=rounded(ratio.get(role, 0.0)),
+            part.role.model,
+            rounded(total[part]),
+            weight=brought.get(part, 0.0),
+            ratio=rounded(ratio.get(part, 0.0)),
         )
-        for role, name in names.items()
+        for part, name in names.items()
     )
     running = tuple(term for term in terms if every or term.counts)
     return Combination(running, truncate_top_p, tuple(rewards) if every else ())
 
 
-def term_names(recipe: RecipeConfig) -> dict[RoleConfig, str]:
+def term_names(recipe: RecipeConfig, prompted: Prompted = UNPROMPTED) -> dict[Part, str]:
     """Every term that the recipe may run, named after its model, or `model@role` for a prompt other than its own.
 
     Roles with equal model and prompt are one term.
     """
-    names: dict[RoleConfig, str] = {}
-    roles = [(label, role.role) for label, role in recipe.roles]
-    prompts = {model: {role for _, role in roles if role.model == model} for model in recipe.models}
-    for label, role in roles:
-        plain = len(prompts[role.model]) == 1 or role.prompting == AS_ITSELF
-        names.setdefault(role, role.model if plain else f"{role.model}@{label}")
+    names: dict[Part, str] = {}
+    parts = _parts(recipe, prompted)
+    by_model = {model: {part for part in parts if part.role.model == model} for model in recipe.models}
+    for (label, _), part in zip(recipe.roles, parts, strict=True):
+        model = part.role.model
+        names.setdefault(part, model if len(by_model[model]) == 1 or part.is_plain else f"{model}@{label}")
     return names
+
+
+def _parts(recipe: RecipeConfig, prompted: Prompted) -> list[Part]:
+    """Every role of the recipe, in its order."""
+    return [Part(role.role, prompted.get(place)) for place, (_, role) in enumerate(recipe.roles)]
 
 
 def _weights(recipe: RecipeConfig, knobs: Knobs) -> list[tuple[TunedConfig, float]]:

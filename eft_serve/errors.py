@@ -89,6 +89,24 @@ class ModelNotFoundError(EftServeError):
     status, error_type, code = 404, "invalid_request_error", "model_not_found"
 
 
+class ResourceNotFoundError(EftServeError):
+    """No such file or batch, or none of this tenant's."""
+
+    status, error_type, code = 404, "invalid_request_error", "not_found"
+
+
+class QuotaError(InvalidRequestError):
+    """The tenant keeps as much as it may; waiting does not help."""
+
+    code = "quota_exceeded"
+
+
+class FeatureDisabledError(InvalidRequestError):
+    """The server's configuration does not switch this on; the message names the setting."""
+
+    code = "feature_disabled"
+
+
 class RateLimitError(EftServeError):
     """The tenant's limit is reached; `retry_after_s` says when to try again."""
 
@@ -124,6 +142,9 @@ BY_NAME: dict[str, type[EftServeError]] = {
         AuthenticationError,
         PermissionDeniedError,
         ModelNotFoundError,
+        ResourceNotFoundError,
+        QuotaError,
+        FeatureDisabledError,
         RateLimitError,
         EngineError,
         UnavailableError,

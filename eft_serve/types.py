@@ -49,6 +49,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
 
     definition: str  # in llguidance's notation, see `eft_serve.grammars.definitions`
     param: str  # of the request, that it is of
+    of_schemas: bool = False  # of JSON schemas, which are hardly ambiguous; other grammars have tighter limits
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -259,6 +260,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     forced_token_ids: list[int] | None = None  # a given output that is only scored; None: the output is sampled
     components: int | None = None  # number of alternatives to each token; None: no components
     logprobs: int | None = None  # the same, of the combination alone; None: no log-probabilities
+    prompt_logprobs: int | None = None  # the same, of the tokens of a prompt that all terms share, but its first
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # before or after its controls
     tenant: str = "anonymous"
     timeout_s: float = 600.0  # the coordinator ends it then, also if its reader vanished
@@ -347,6 +349,7 @@ class TokenComponents(msgspec.Struct, frozen=True, array_like=True):
     rewards: list[float]  # log π_tuned − log π_reference of each fine-tuning, in the recipe's order
     reward: float  # their weighted sum; 0 without fine-tunings
     top: list[TokenComponents] = []  # the most likely tokens under the combination; their own `top` is empty
+    rank: int = 0  # 1 for the most likely token; 0: not asked for
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -358,3 +361,4 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     failure: Failure | None = None  # set exactly when finish_reason is ERROR
     usage: Usage | None = None  # with the last delta; an error has none
     components: list[TokenComponents] | None = None  # one for each token; None: not requested
+    prompt_logprobs: list[TokenComponents] = []  # of the next prompt tokens, before the first of the output

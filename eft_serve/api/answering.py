@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -31,6 +32,7 @@ from eft_serve.types import Delta, GenerationRequest
 STALLED_CLIENT_S = 5.0  # beyond the deadline, for the last event to be read
 INLINE_COMPONENTS = 256  # log-probabilities of tokens: about a millisecond of work
 
+Made = TypeVar("Made")
 logger = logging.getLogger(__name__)
 
 
@@ -106,12 +108,15 @@ class ModelResponse(Response):
                 pass
 
     async def _send_whole(self, body: Callable[[], JsonObject], scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the object that `body` makes; a large one is made in a thread, or it would stall every stream."""
-        size = sum(1 + len(token.top) for choice in self._progress.choices for token in choice.components)
-        make = partial(_response, body)
-        response = make() if size <= INLINE_COMPONENTS else await asyncio.to_thread(make)
+        """Send the object that `body` makes of the choices."""
+        response = await self._made(partial(_response, body))
         self._progress.answered = True
         await response(scope, receive, send)
+
+    async def _made(self, make: Callable[[], Made]) -> Made:
+        """What `make` makes of the choices; where that is much, in a thread, or it would stall every stream."""
+        size = sum(1 + len(token.top) for choice in self._progress.choices for token in choice.components)
+        return make() if size <= INLINE_COMPONENTS else await asyncio.to_thread(make)
 
     async def _deltas(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Indexed, None]:
         """What the models generate, within the deadline, noted in the progress as it comes."""

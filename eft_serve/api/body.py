@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from eft_serve.api.errors import BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedParameterError
 from eft_serve.api.knobs import Strict
-from eft_serve.api.schemas import Message
+from eft_serve.api.messages import Message
 from eft_serve.api.strict_json import MOST_SHOWN, read_object
 from eft_serve.errors import DeadlineError, InvalidRequestError
 
@@ -74,6 +74,8 @@ def validate(kind: type[Body], data: dict[str, Any]) -> Body:
     data = without_no_ops(data, kind.NO_OPS)
     if "messages" in kind.model_fields:
         data = _with_plain_messages(data)
+    if "eft" in kind.model_fields and isinstance(data.get("eft"), dict):
+        data["eft"] = _with_plain_prompts(data["eft"])
     if "items" in kind.model_fields and isinstance(data.get("items"), list):
         data["items"] = [
             _with_plain_messages(item, f"items.{i}.") if isinstance(item, dict) else item
@@ -82,18 +84,29 @@ def validate(kind: type[Body], data: dict[str, Any]) -> Body:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        raise _first_mistake(error) from error
+        raise first_mistake(error) from error
 
 
 def _with_plain_messages(data: dict[str, Any], path: str = "") -> dict[str, Any]:
     messages = data.get("messages")
-    if not isinstance(messages, list):
-        return data
-    plain = [
-        without_no_ops(m, Message.NO_OPS, f"{path}messages.{i}.") if isinstance(m, dict) else m
-        for i, m in enumerate(messages)
+    return data | {"messages": _plain(messages, f"{path}messages")} if isinstance(messages, list) else data
+
+
+def _with_plain_prompts(eft: dict[str, Any]) -> dict[str, Any]:
+    prompts = eft.get("prompts")
+    if not isinstance(prompts, dict):
+        return eft
+    plain = {
+        role: _plain(prompt, f"eft.prompts.{role[:MOST_SHOWN]}") if isinstance(prompt, list) else prompt
+        for role, prompt in prompts.items()
+    }
+    return eft | {"prompts": plain}
+
+
+def _plain(messages: list[Any], path: str) -> list[Any]:
+    return [
+        without_no_ops(m, Message.NO_OPS, f"{path}.{i}.") if isinstance(m, dict) else m for i, m in enumerate(messages)
     ]
-    return data | {"messages": plain}
 
 
 def without_no_ops(data: Mapping[str, Any], no_ops: Mapping[str, tuple[Any, ...]], path: str = "") -> dict[str, Any]:
@@ -105,7 +118,8 @@ def without_no_ops(data: Mapping[str, Any], no_ops: Mapping[str, tuple[Any, ...]
     return {name: value for name, value in data.items() if name not in no_ops}
 
 
-def _first_mistake(error: ValidationError) -> InvalidRequestError:
+def first_mistake(error: ValidationError) -> InvalidRequestError:
+    """The first mistake that pydantic found, as the caller may read it."""
     first = error.errors(include_url=False, include_input=False)[0]
     # pydantic names the branch of a union after the field; these parts are not in the caller's JSON
     where = [str(part)[:MOST_SHOWN] for part in first["loc"] if not (isinstance(part, str) and "[" in part)]

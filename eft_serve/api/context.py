@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
@@ -12,8 +12,10 @@ from eft_serve.api.auth import Access
 from eft_serve.api.metrics import ApiMetrics
 from eft_serve.api.prompts import PromptRenderer, Prompts
 from eft_serve.api.service import Service
+from eft_serve.api.uploads import UploadSlots
+from eft_serve.batches.service import BatchService
 from eft_serve.ensemble import Ensemble
-from eft_serve.errors import ModelNotFoundError
+from eft_serve.errors import FeatureDisabledError, ModelNotFoundError
 from eft_serve.tenancy.limits import AdmissionLimits
 from eft_serve.tenancy.tenants import Tenant
 from eft_serve.tenancy.usage import UsageCounters
@@ -32,6 +34,15 @@ class Context:
     usage: UsageCounters
     registry: CollectorRegistry
     started: int  # Unix seconds
+    uploads: UploadSlots = field(default_factory=UploadSlots)
+    storage: BatchService | None = None  # files and batches, where they are switched on
+
+    @property
+    def batches(self) -> BatchService:
+        """Files and batches; raises `FeatureDisabledError` where there are none."""
+        if self.storage is None:
+            raise FeatureDisabledError("this server keeps no files and batches; set server.files_url to switch them on")
+        return self.storage
 
     def ensemble(self, name: str, tenant: Tenant) -> Ensemble:
         """What a `model` names, for this tenant; what the tenant may not use does not exist for it.

@@ -24,7 +24,7 @@ class BodyTooLargeError(InvalidRequestError):
 
 
 class UnsupportedMediaTypeError(InvalidRequestError):
-    """The body is not declared as JSON."""
+    """The body is not declared as what the endpoint reads."""
 
     status, code = 415, "unsupported_media_type"
 
@@ -33,6 +33,12 @@ class UnsupportedParameterError(InvalidRequestError):
     """A parameter of OpenAI's API that this server does not have yet, at a value that would change the answer."""
 
     code = "unsupported_parameter"
+
+
+class ResponseNotFoundError(InvalidRequestError):
+    """A response of `/v1/responses` is asked for by its id, and none is stored."""
+
+    status, code = 404, "response_not_found"
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

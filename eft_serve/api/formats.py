@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from eft_serve.api.components import ComponentsFormat
 from eft_serve.api.logprobs import ChatLogprobs, CompletionLogprobs, LogprobsFormat
+from eft_serve.api.shown_prompts import ShownPrompt
 from eft_serve.types import Delta, FinishReason, SpecDecodeStats, TokenComponents, Usage
 
 JsonObject = dict[str, Any]
@@ -25,6 +26,7 @@ class Choice:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None  # once it is complete
     components: list[TokenComponents] = field(default_factory=list)  # of each token, where they are wanted
+    prompt_logprobs: list[TokenComponents] = field(default_factory=list)  # of each prompt token but the first
 
     @property
     def spec_decode(self) -> SpecDecodeStats:
@@ -36,18 +38,26 @@ class Choice:
         self.reward += sum(token.reward for token in delta.components or ())
         self.finish_reason = delta.finish_reason
         self.usage = delta.usage or self.usage
+        self.prompt_logprobs += delta.prompt_logprobs
         if self.keeps:
             self.text += delta.text
             self.token_ids += delta.token_ids
             self.components += delta.components or ()
 
 
-def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool, counted_model: str = "") -> JsonObject:
-    """Tokens used; the prompt counts once however many choices there are, as in OpenAI's API.
+def usage(
+    num_prompt_tokens: int,
+    choices: Sequence[Choice],
+    with_report: bool,
+    counted_model: str = "",
+    num_candidates: int = 1,
+) -> JsonObject:
+    """Tokens used; a prompt counts once however many choices there are, as in OpenAI's API.
 
     Args:
         with_report: with the acceptance of draft tokens.
-        counted_model: the model whose prompt it is.
+        counted_model: the model whose prompts they are.
+        num_candidates: choices of each prompt.
     """
     num_generated = sum(choice.num_tokens for choice in choices)
     used: JsonObject = {
@@ -55,10 +65,10 @@ def usage(num_prompt_tokens: int, choices: Sequence[Choice], with_report: bool, 
         "completion_tokens": num_generated,
         "total_tokens": num_prompt_tokens + num_generated,
     }
-    first = choices[0].usage if choices else None
-    if first is not None and counted_model in first.models:
-        cached = min(first.models[counted_model].cached_tokens, num_prompt_tokens)
-        used["prompt_tokens_details"] = {"cached_tokens": cached}
+    firsts = [choice.usage.models for choice in choices[::num_candidates] if choice.usage is not None]
+    if any(counted_model in models for models in firsts):
+        cached = sum(models[counted_model].cached_tokens for models in firsts if counted_model in models)
+        used["prompt_tokens_details"] = {"cached_tokens": min(cached, num_prompt_tokens)}
     if with_report:
         report = sum((choice.spec_decode for choice in choices), SpecDecodeStats())
         used["completion_tokens_details"] = {
@@ -80,6 +90,7 @@ class Format(Protocol):
     prefix: str
     whole: str
     part: str
+    has_prompt_choices: bool  # its choices are of prompts, which they may show
 
     def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes], hidden: frozenset[int]) -> LogprobsFormat:
         """The form of its log-probabilities.
@@ -112,6 +123,7 @@ class ChatFormat:
     """`chat.completion`: a role first, then text, then an empty delta with the finish reason."""
 
     prefix, whole, part = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+    has_prompt_choices = False
 
     def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes], hidden: frozenset[int]) -> LogprobsFormat:
         return ChatLogprobs(num_top, bytes_of)
@@ -131,7 +143,7 @@ class ChatFormat:
         return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
 
     @staticmethod
-    def _part(index: int, delta: JsonObject, finish_reason: FinishReason | None = None) -> JsonObject:
+    def _part(index: int, delta: JsonObject, finish_reason: str | None = None) -> JsonObject:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
 
 
@@ -139,6 +151,7 @@ class CompletionFormat:
     """`text_completion`: text, and the finish reason with the last of it."""
 
     prefix, whole, part = "cmpl-", "text_completion", "text_completion"
+    has_prompt_choices = True
 
     def logprobs(self, num_top: int, bytes_of: Callable[[int], bytes], hidden: frozenset[int]) -> LogprobsFormat:
         return CompletionLogprobs(num_top, bytes_of, hidden)
@@ -176,16 +189,44 @@ class Envelope:
     components: ComponentsFormat | None = None  # every choice has those of its tokens
     logprobs: LogprobsFormat | None = None  # every choice has those of its tokens
     with_running_usage: bool = False  # that in every chunk is the usage so far
+    prompts: Sequence[ShownPrompt] = ()  # what is shown of each; none if nothing is
+    num_choices: int = 1  # of each prompt
+    num_candidates: int = 1  # of each prompt
 
     def whole(self, choices: Sequence[Choice], num_prompt_tokens: int, candidates: Sequence[Choice]) -> JsonObject:
         """The answer in one piece, with these of the candidates."""
-        shown = [
-            self.format.choice(i, c)
-            | self._extras(i, c.token_ids, c.components, c.reward if self.with_reward else None)
-            for i, c in enumerate(choices)
-        ]
-        body = self._body(self.format.whole, shown)
+        body = self._body(self.format.whole, [self._choice(i, c) for i, c in enumerate(choices)])
+        if self.prompts and not self.format.has_prompt_choices:
+            body["prompt_logprobs"] = self.prompts[0].logprobs(choices[0].prompt_logprobs)
         return body | {"usage": self._usage(num_prompt_tokens, candidates)}
+
+    def _choice(self, index: int, choice: Choice) -> JsonObject:
+        """A whole choice, with its prompt if that is shown."""
+        reward = choice.reward if self.with_reward else None
+        shown = self.format.choice(index, choice)
+        prompt = self.prompts[index // self.num_choices] if self.prompts and self.format.has_prompt_choices else None
+        if prompt is None:
+            return shown | self._extras(index, choice.token_ids, choice.components, reward)
+        begun = None if prompt.text is None else self._echo(index, prompt, choice)
+        shown |= self._extras(index, choice.token_ids, choice.components, reward)
+        if begun is not None:
+            shown["text"] = begun["text"] + shown["text"]
+            if self.logprobs is not None:
+                shown["logprobs"] = {name: begun["logprobs"][name] + more for name, more in shown["logprobs"].items()}
+        return shown if prompt.num_top is None else shown | {"prompt_logprobs": prompt.logprobs(choice.prompt_logprobs)}
+
+    def _echo(self, index: int, prompt: ShownPrompt, choice: Choice) -> JsonObject:
+        """A completion's echo as a choice without output."""
+        shown = self.format.choice_part(index) | {"text": prompt.text}
+        if self.logprobs is None:
+            return shown
+        return shown | {"logprobs": self.logprobs.of_prompt(index, prompt.token_ids[0], choice.prompt_logprobs)}
+
+    def opening(self, index: int, choice: Choice) -> JsonObject | None:
+        """What a choice's stream begins with, before its first token."""
+        if self.prompts and self.prompts[index // self.num_choices].text is not None:
+            return self._echo(index, self.prompts[index // self.num_choices], choice)
+        return self.format.opening(index)
 
     def parts(self, index: int, delta: Delta, reward: float | None = None) -> list[JsonObject]:
         """A delta as stream choices; what it has besides text comes with the first, even where there is no text yet."""
@@ -222,4 +263,4 @@ class Envelope:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def _usage(self, num_prompt_tokens: int, choices: Sequence[Choice]) -> JsonObject:
-        return usage(num_prompt_tokens, choices, self.with_report, self.counted_model)
+        return usage(num_prompt_tokens, choices, self.with_report, self.counted_model, self.num_candidates)

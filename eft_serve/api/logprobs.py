@@ -22,6 +22,10 @@ class LogprobsFormat(Protocol):
         """The next tokens of a choice."""
         ...
 
+    def of_prompt(self, index: int, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
+        """A choice's prompt, whose first token has no log-probability; before any other token of it."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class ChatLogprobs:
@@ -37,6 +41,10 @@ class ChatLogprobs:
             for token in tokens
         ]
         return {"content": content, "refusal": None}
+
+    def of_prompt(self, index: int, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
+        """Chats do not echo."""
+        raise NotImplementedError
 
     def _token(self, token: TokenComponents) -> JsonObject:
         own = self.bytes_of(token.token_id)
@@ -65,8 +73,29 @@ class CompletionLogprobs:
 
     def of(self, index: int, tokens: Sequence[TokenComponents]) -> JsonObject:
         """See `LogprobsFormat`."""
-        offset = self._offsets.setdefault(index, _Offset())
         shown: JsonObject = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        self._add(shown, index, tokens)
+        return shown
+
+    def of_prompt(self, index: int, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
+        """See `LogprobsFormat`."""
+        text = self.bytes_of(first_token_id)
+        if first_token_id not in self.hidden:
+            self._offset(index).add(text)
+        shown: JsonObject = {
+            "tokens": [text.decode(errors="replace")],
+            "token_logprobs": [None],
+            "top_logprobs": [None],
+            "text_offset": [0],
+        }
+        self._add(shown, index, tokens)
+        return shown
+
+    def _offset(self, index: int) -> _Offset:
+        return self._offsets.setdefault(index, _Offset())
+
+    def _add(self, shown: JsonObject, index: int, tokens: Sequence[TokenComponents]) -> None:
+        offset = self._offset(index)
         for token in tokens:
             text = self._text(token)
             top: dict[str, float] = {}
@@ -78,7 +107,6 @@ class CompletionLogprobs:
             shown["text_offset"].append(offset.characters)
             if token.token_id not in self.hidden:
                 offset.add(self.bytes_of(token.token_id))
-        return shown
 
     def _text(self, token: TokenComponents) -> str:
         return self.bytes_of(token.token_id).decode(errors="replace")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eft_serve.api.prompt_options import DEFAULT_OPTIONS, PromptOptions
 from eft_serve.checkpoints.chat_template import check_template
 from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.checkpoints.tokenizer import load_tokenizer
@@ -28,7 +30,7 @@ PIECE_SLACK = 256  # tokens that a piece may have more than its part of the whol
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -55,9 +57,17 @@ def _templates(template: str | dict[str, str] | None) -> dict[str, str]:
     return {} if template is None else {"": template}
 
 
-def plain_chat(messages: Sequence[Message]) -> str:
-    """The prompt of a model without a chat template: one `Role: text` line per turn, then `Assistant:`."""
-    return "".join(f"{m['role'].capitalize()}: {m['content']}\n" for m in messages) + "Assistant:"
+def plain_chat(messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    """The prompt of a model without a chat template: one `Role: text` line per turn, then `Assistant:`.
+
+    A model begins its answer with the space after the colon, so an answer that is sent back as it was has it already.
+    """
+    lines = [
+        f"{m['role'].capitalize()}:{'' if m['role'] == 'assistant' and m['content'][:1].isspace() else ' '}"
+        f"{m['content']}\n"
+        for m in messages
+    ]
+    return "".join(lines) + ("Assistant:" if add_generation_prompt else "")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +148,15 @@ class ModelTokenizer:
             return str(token).replace("\u2581", " ").encode()
         return str(backend.decode([token_id], skip_special_tokens=False)).encode()
 
+    def token(self, token_id: int) -> str | None:
+        """A token as the vocabulary has it, or None if it has none of this id."""
+        token: str | None = self.tokenizer.backend_tokenizer.id_to_token(token_id)
+        return token
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of tokens."""
+        return str(self.tokenizer.backend_tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
     def check_length(self, text: str, max_tokens: int, param: str) -> None:
         """Refuse a text that cannot fit, however long it is, in about the time that a text that fits takes.
 
@@ -152,8 +171,17 @@ class ModelTokenizer:
             piece = self._encode(text[start : start + PIECE_CHARACTERS], add_special_tokens=False)
             count += max(0, len(piece) - PIECE_SLACK)
             if count > max_tokens:
-                message = f"{param}: its {len(text)} characters are more than {max_tokens} tokens, the context's length"
-                raise ContextLengthError(f"{message}; shorten it", param=param)
+                message = f"{param}: its {len(text)} characters are more than {max_tokens} tokens"
+                raise ContextLengthError(f"{message}, which is the limit; shorten it", param=param)
+
+    def end_of(self, text: str, num_tokens: int) -> str:
+        """The end of a long text that has more than its last `num_tokens` tokens, found in pieces from the end."""
+        start, count = len(text), 0
+        while start > PIECE_CHARACTERS and count < num_tokens:
+            piece = self._encode(text[start - PIECE_CHARACTERS : start], add_special_tokens=False)
+            count += max(0, len(piece) - PIECE_SLACK)
+            start -= PIECE_CHARACTERS
+        return text[max(0, start - PIECE_CHARACTERS) :]
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # The Rust tokenizer itself: its wrapper sets truncation on every call, which fails under concurrent use.
@@ -177,22 +205,61 @@ class ModelTokenizer:
         template = self.tokenizer.chat_template if self.own_template is None else self.own_template
         return template if template is None or isinstance(template, str) else json.dumps(template, sort_keys=True)
 
-    def render(self, messages: Sequence[Message], template: str | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        template: str | None = None,
+        options: PromptOptions = DEFAULT_OPTIONS,
+        param: str = "messages",
+    ) -> str:
         """The chat as text, by this template or, without one, by the model's own.
 
         Raises:
-            InvalidRequestError: the template refuses the messages (with its own message) or fails.
+            InvalidRequestError: the template refuses the messages (with its own message), fails, or changes a last
+                message that is to be continued.
         """
+        if not options.continue_final_message:
+            return self._rendered(messages, template, options.add_generation_prompt, options, param)
+        *before, last = messages
+        content = last["content"]
+        if last["role"] != "assistant" or not content:
+            message = "continue_final_message needs an assistant's message with text as the last one"
+            raise InvalidRequestError(f"{param}: {message}", param=param)
+        end = f"end{secrets.token_hex(16)}"  # shows where the text ends in the template's, whatever follows
+        marked = [*before, {**last, "content": content + end}]
+        text, *rest = self._rendered(marked, template, False, options, param).split(end)
+        if len(rest) != 1 or not text.endswith(content.lstrip()):
+            message = "the chat template changes the last message, so that it cannot be continued"
+            raise InvalidRequestError(f"{param}: {message}; leave out continue_final_message", param=param)
+        return text
+
+    def _rendered(
+        self,
+        messages: Sequence[Message],
+        template: str | None,
+        add_generation_prompt: bool,
+        options: PromptOptions,
+        param: str,
+    ) -> str:
+        kwargs = options.template_kwargs
         template = self.own_template if template is None else template
         if template is None and self.template is None:
-            return plain_chat(messages)
+            return plain_chat(messages, add_generation_prompt)
+        if special := sorted(kwargs.keys() & self.tokenizer.special_tokens_map.keys()):
+            name = f"chat_template_kwargs.{special[0]}"
+            raise InvalidRequestError(f"{name}: is a token of the tokenizer's own; leave it out", param=name)
         try:
             text = self.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], chat_template=template, tokenize=False, add_generation_prompt=True
+                [dict(m) for m in messages],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                tools=options.tools,
+                **kwargs,
             )
         except Exception as error:  # a template may raise any exception
-            message = f"messages: the chat template refuses them: {error}"
-            raise InvalidRequestError(message, param="messages") from error
+            message = f"{param}: the chat template refuses them: {error}"
+            raise InvalidRequestError(message, param=param) from error
         return str(text)
 
 

@@ -7,15 +7,18 @@ and not another) but share one vocabulary. What several terms have in common is 
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from eft_serve.api.model_tokenizer import Message, ModelTokenizer
+from eft_serve.api.prompt_options import DEFAULT_OPTIONS, PromptOptions
+from eft_serve.api.reader import Asked, Given, Reader
+from eft_serve.api.strict_json import MOST_SHOWN
 from eft_serve.checkpoints.chat_template import directory_template, read_template
 from eft_serve.checkpoints.json_file import BrokenFileError
 from eft_serve.checkpoints.vocabulary import check_range
@@ -30,87 +33,8 @@ INLINE_CHARACTERS = 2048  # one or two milliseconds of work; more runs in a thre
 T = TypeVar("T")
 Prompts = dict[str, list[int]]  # by term
 Prompting = Mapping[str, PromptConfig]  # by term
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A text to encode."""
-
-    text: str
-    add_special_tokens: bool
-    param: str  # of the request, that it is of
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """The tokens of an output that is given."""
-
-    token_ids: list[int]
-    split_token: str | None = None  # of prompt and output together, the token across the cut; None: the cut is clean
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """How one term of a combination is prompted."""
-
-    tokenizer: ModelTokenizer
-    prompting: PromptConfig
-    template: str | None  # of a file; None: the model's own
-    max_tokens: int  # of the model's context
-
-    @property
-    def key(self) -> Hashable:
-        """Readers of equal key make equal prompts."""
-        template = self.tokenizer.template if self.template is None else self.template
-        return self.tokenizer.fingerprint, template, self.prompting.system_prompt, self.prompting.response_prefix
-
-    def chat(self, messages: Sequence[Message]) -> Text:
-        """The text of a chat; a template brings its special tokens, the plain format gets the tokenizer's."""
-        text = self.tokenizer.render(_instructed(messages, self.prompting.system_prompt), self.template)
-        is_plain = self.template is None and self.tokenizer.template is None
-        return Text(text + (self.prompting.response_prefix or ""), is_plain, "messages")
-
-    def completion(self, prompt: str) -> Text:
-        """The text of a prompt: the system prompt on a line before it, the answer's beginning right after it."""
-        before = f"{self.prompting.system_prompt}\n" if self.prompting.system_prompt else ""
-        return Text(before + prompt + (self.prompting.response_prefix or ""), True, "prompt")
-
-    def encode(self, text: Text) -> list[int]:
-        """Its token ids; raises as `ModelTokenizer.encode`."""
-        return self.tokenizer.encode(text.text, text.add_special_tokens, text.param, self.max_tokens)
-
-    def continuation(self, before: Text, completion: str) -> Given:
-        """The tokens of a text as they follow another one in the tokens of both together.
-
-        If one of these is across the cut, the completion is encoded alone, but not as the beginning of a text: some
-        tokenizers put a space before that.
-        """
-        plain = replace(before, add_special_tokens=False)  # some tokenizers add them at the end too
-        own = self.encode(plain)
-        whole = self.encode(replace(plain, text=before.text + completion, param="completion"))
-        if whole[: len(own)] == own:
-            return Given(whole[len(own) :])
-        across = next(a for a, b in zip_longest(whole, own) if a != b)
-        line = Text("\n", False, "completion")
-        joined, start = (self.encode(replace(line, text=text)) for text in (line.text + completion, line.text))
-        alone = joined[len(start) :] if joined[: len(start)] == start else self.encode(replace(line, text=completion))
-        return Given(alone, None if across is None else self.tokenizer.bytes_of(across).decode(errors="replace"))
-
-
-def _before(reader: Reader, prompt: str | Sequence[int] | Sequence[Message]) -> Text:
-    if isinstance(prompt, str):
-        return reader.completion(prompt)
-    messages = [each for each in prompt if not isinstance(each, int)]
-    return reader.chat(messages) if messages else Text("", False, "completion")
-
-
-def _instructed(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
-    """The chat with this system prompt; a leading system message is appended to it."""
-    if system_prompt is None:
-        return messages
-    own = [m["content"] for m in messages[:1] if m["role"] == "system"]
-    content = "\n\n".join(part for part in (system_prompt, *own) if part)
-    return [{"role": "system", "content": content}, *messages[len(own) :]]
+OwnPrompts = Mapping[str, Asked]  # by term; the others read the request's own prompt
+NO_PROMPTS: OwnPrompts = {}
 
 
 class PromptRenderer:
@@ -155,28 +79,38 @@ class PromptRenderer:
             raise ConfigError(f"chat_template: {error}", param="recipes") from error
         return cls(tokenizers, templates, max_model_len)
 
-    async def chat(self, terms: Sequence[Term], prompting: Prompting, messages: Sequence[Message]) -> Prompts:
+    async def chat(
+        self,
+        terms: Sequence[Term],
+        prompting: Prompting,
+        messages: Sequence[Message],
+        own: OwnPrompts = NO_PROMPTS,
+        options: PromptOptions = DEFAULT_OPTIONS,
+        param: str = "messages",
+    ) -> Prompts:
         """Each term's prompt for a chat: its own template (`plain_chat` where there is none) and its own instructions.
 
         Raises:
-            InvalidRequestError: a template refuses the messages.
+            InvalidRequestError: a template refuses the messages; or as `completion`, for prompts of single terms.
         """
-        characters = sum(len(m["content"]) for m in messages)
-        return await self._each(terms, prompting, lambda reader: reader.encode(reader.chat(messages)), characters)
+        return await self._read(terms, prompting, Asked(messages, param), own, options)
 
-    async def completion(self, terms: Sequence[Term], prompting: Prompting, prompt: str | Sequence[int]) -> Prompts:
+    async def completion(
+        self,
+        terms: Sequence[Term],
+        prompting: Prompting,
+        prompt: str | Sequence[int],
+        own: OwnPrompts = NO_PROMPTS,
+        options: PromptOptions = DEFAULT_OPTIONS,
+        param: str = "prompt",
+    ) -> Prompts:
         """Each term's prompt for a text completion, with the special tokens that its tokenizer adds by default.
 
         Raises:
             InvalidRequestError: token ids are out of range, mean different things to the models, or cannot be
-                preceded or followed by a term's own text.
+                preceded or followed by a term's own text; or as `chat`, for prompts of single terms.
         """
-        if isinstance(prompt, str):
-            return await self._each(
-                terms, prompting, lambda reader: reader.encode(reader.completion(prompt)), len(prompt)
-            )
-        self._check_ids(terms, prompting, prompt)
-        return {term.name: list(prompt) for term in terms}
+        return await self._read(terms, prompting, Asked(prompt, param), own, options)
 
     async def given(
         self,
@@ -196,10 +130,11 @@ class PromptRenderer:
         tokenizer = self._one_vocabulary(terms, "completion")
         if isinstance(completion, str):
             reader = self._reader(combination.counted, prompting[combination.counted.name])
+            asked = Asked(prompt, "prompt" if isinstance(prompt, str) else "messages")
 
             def work() -> Given:
                 reader.tokenizer.check_length(completion, reader.max_tokens, "completion")
-                return reader.continuation(_before(reader, prompt), completion)
+                return reader.continuation(reader.text(asked), completion)
 
             given = await self._run(work, len(completion) + len(prompt))
         else:
@@ -209,6 +144,40 @@ class PromptRenderer:
         if not given.token_ids:
             raise InvalidRequestError("completion: must hold at least one token", param="completion")
         return given
+
+    async def tokenize(
+        self,
+        term: Term,
+        prompting: PromptConfig,
+        asked: Asked,
+        options: PromptOptions,
+        max_tokens: int,
+        *,
+        with_strs: bool,
+    ) -> tuple[list[int], list[str] | None]:
+        """A term's prompt, however long up to `max_tokens`, and its tokens as the vocabulary has them if wanted.
+
+        Raises:
+            InvalidRequestError: as `chat` and `completion`.
+        """
+        reader = replace(self._reader(term, prompting), max_tokens=max_tokens)
+        _check_kwargs(options.template_kwargs, [reader])
+
+        def work() -> tuple[list[int], list[str] | None]:
+            ids = reader.read(asked, options)
+            return ids, [str(reader.tokenizer.token(token_id)) for token_id in ids] if with_strs else None
+
+        return await self._run(work, asked.num_characters)
+
+    async def detokenize(self, term: Term, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special tokens included; raises as `check_range`."""
+        tokenizer = self.tokenizer(term.model)
+
+        def work() -> str:
+            check_range("tokens", token_ids, tokenizer.num_ids)
+            return tokenizer.decode(token_ids)
+
+        return await self._run(work, len(token_ids))
 
     def tokenizer(self, model: str) -> ModelTokenizer:
         """The tokenizer of this model."""
@@ -251,16 +220,18 @@ class PromptRenderer:
         decode = self._tokenizers[model].tokenizer.backend_tokenizer.decode
         return lambda token_id: str(decode([token_id], skip_special_tokens=False))
 
-    def _check_ids(self, terms: Sequence[Term], prompting: Prompting, ids: Sequence[int]) -> None:
+    def _check_ids(self, terms: Sequence[Term], prompting: Prompting, asked: Asked, options: PromptOptions) -> None:
+        param = asked.param
         for term in terms:
             if prompting[term.name].system_prompt or prompting[term.name].response_prefix:
                 raise InvalidRequestError(
-                    f"prompt: token ids leave no place for the system_prompt or response_prefix of {term.name!r}; "
+                    f"{param}: token ids leave no place for the system_prompt or response_prefix of {term.name!r}; "
                     "send text",
-                    param="prompt",
+                    param=param,
                 )
-        self._check_count(terms, len(ids), "prompt")
-        check_range("prompt", ids, self._one_vocabulary(terms, "prompt").num_ids)
+        if options.truncation is None:
+            self._check_count(terms, len(asked.prompt), param)
+        self._one_vocabulary(terms, param)
 
     def _check_count(self, terms: Sequence[Term], count: int, param: str) -> None:
         """Before anything is done for each of so many tokens."""
@@ -279,12 +250,21 @@ class PromptRenderer:
             )
         return tokenizers[0]
 
-    async def _each(
-        self, terms: Sequence[Term], prompting: Prompting, encode: Callable[[Reader], list[int]], characters: int
+    async def _read(
+        self, terms: Sequence[Term], prompting: Prompting, default: Asked, own: OwnPrompts, options: PromptOptions
     ) -> Prompts:
-        """`encode` once for all terms that are prompted alike; in a thread when there is much to encode."""
+        """Each term's tokens, made once for all terms that are prompted alike; in a thread when there is much to do."""
+        asked = {term.name: own.get(term.name, default) for term in terms}
         readers = {term.name: self._reader(term, prompting[term.name]) for term in terms}
-        own = sum(
+        several = {each.param: each for each in asked.values()}
+        for param, each in several.items():
+            if each.has_ids:
+                self._check_ids([term for term in terms if asked[term.name].param == param], prompting, each, options)
+        _check_kwargs(options.template_kwargs, (readers[name] for name, each in asked.items() if each.messages))
+        if options.tool_param is not None:
+            for name, reader in readers.items():
+                _check_knows_tools(name, reader, options.tool_param)
+        characters = sum(each.num_characters for each in several.values()) + sum(
             len(r.prompting.system_prompt or "") + len(r.prompting.response_prefix or "") for r in readers.values()
         )
 
@@ -292,11 +272,11 @@ class PromptRenderer:
             done: dict[Hashable, list[int]] = {}
             prompts: Prompts = {}
             for name, reader in readers.items():
-                key = reader.key
-                prompts[name] = done[key] if key in done else done.setdefault(key, encode(reader))
+                key = (reader.key, reader.keep(options), asked[name].param)
+                prompts[name] = done[key] if key in done else done.setdefault(key, reader.read(asked[name], options))
             return prompts
 
-        return await self._run(work, characters + own)
+        return await self._run(work, characters)
 
     async def _run(self, work: Callable[[], T], characters: int) -> T:
         if characters <= INLINE_CHARACTERS:
@@ -311,3 +291,19 @@ class PromptRenderer:
             None if template is None else self._templates[template],
             self._max_model_len(term.model),
         )
+
+
+def _check_knows_tools(name: str, reader: Reader, param: str) -> None:
+    if not {"tools", "tool_calls"} & set(re.findall(r"\w+", reader.chat_template or "")):
+        message = f"the chat template of {name!r} knows no tools; give it another by chat_template, or leave them out"
+        raise InvalidRequestError(f"{param}: {message}", param=param)
+
+
+def _check_kwargs(kwargs: Mapping[str, object], readers: Iterable[Reader]) -> None:
+    """Raises `InvalidRequestError` for the first argument that no chat template reads."""
+    if not kwargs:
+        return
+    words = {word for reader in readers for word in re.findall(r"\w+", reader.chat_template or "")}
+    if unread := sorted(kwargs.keys() - words):
+        param = f"chat_template_kwargs.{unread[0][:MOST_SHOWN]}"
+        raise InvalidRequestError(f"{param}: no chat template of this model reads it; leave it out", param=param)

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from eft_serve.api.knobs import EftKnobs, Strict
-from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs
+from eft_serve.api.knobs import Strict, Whole
+from eft_serve.api.knobs import mistake as _mistake
+from eft_serve.api.messages import Message
+from eft_serve.api.prompt_options import PromptOptions, TemplateKwargs, Truncation
+from eft_serve.api.role_prompts import GenerationKnobs
+from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs, grammar_of
+from eft_serve.api.tools import MAX_TOOLS, ActiveTools, Tool, ToolChoice
 from eft_serve.types import MAX_ALTERNATIVES, Grammar, SamplingParams
 
 MAX_CHOICES = 16
+MAX_PROMPTS = 128  # in one request
+MAX_ANSWERS = 256  # generated for one request
 MAX_STOP_STRINGS = 16  # OpenAI accepts 4; each is searched for in every token's text
 MAX_STOP_CHARACTERS = 256
 MAX_STOP_TOKENS = 128
@@ -30,24 +37,11 @@ def _stop_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _text(content: object) -> object:
-    """A message's text; parts of text are joined by line breaks."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError("content parts other than text are not supported yet")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _one_prompt(value: object) -> object:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        return _one_prompt(value[0])
-    if isinstance(value, list) and value and all(isinstance(v, str | list) for v in value):
-        raise ValueError("several prompts in one request are not supported yet; send a request for each")
-    return _text_or_ids(value)
+def _prompts(value: object) -> object:
+    """One prompt or several, as a list of several."""
+    if isinstance(value, list) and value and all(isinstance(each, str | list) for each in value):
+        return value
+    return [_text_or_ids(value)]
 
 
 def _text_or_ids(value: object) -> object:
@@ -56,24 +50,22 @@ def _text_or_ids(value: object) -> object:
     raise ValueError("must be a string or a list of token ids")
 
 
-def _whole(value: object) -> object:
-    """JSON has one kind of number, and some clients write 2 as 2.0."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
 TokenId = Annotated[Whole, Field(ge=0, lt=2**31)]
-TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TextOrIds = Annotated[str | list[int], BeforeValidator(_text_or_ids, json_schema_input_type=str | TokenIds)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 
 
 def _given(value: object) -> object:
     """`null` is the default."""
-    return EftKnobs() if value is None else value
+    return GenerationKnobs() if value is None else value
 
 
-def _mistake(param: str, message: str) -> PydanticCustomError:
-    """Of several fields together; the parameter is named by its context."""
-    return PydanticCustomError("cross_field", "{message}", {"param": param, "message": message})
+def _check_kept(num_tokens: int) -> int:
+    if num_tokens != -1 and not 1 <= num_tokens < 2**31:
+        raise ValueError("must be at least 1, or -1 for what the context has room for")
+    return num_tokens
 
 
 class StreamOptions(Strict):
@@ -86,17 +78,14 @@ class StreamOptions(Strict):
 
 
 VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
-    "add_special_tokens": (),
     "cache_salt": (),
     "length_penalty": (1, 1.0),
     "logits_processors": (),
     "mm_processor_kwargs": (),
     "priority": (0,),
-    "prompt_logprobs": (),
     "request_id": (),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 """Parameters of vLLM that are not served, each with the values besides null that change nothing."""
@@ -132,6 +121,8 @@ class GenerationBody(Strict):
     """By token id, added to the token's logit; -100 makes it as good as impossible."""
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None = None
     """Only these tokens may be generated."""
+    prompt_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
+    """vLLM's: the log-probabilities of the prompt's tokens too, and of this many alternatives to each."""
     bad_words: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]], Field(max_length=MAX_BAD_WORDS)
@@ -150,12 +141,7 @@ class GenerationBody(Strict):
     seed: Whole | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
     """Same seed, same request, same tokens; taken modulo 2^63."""
     stop: (
-        Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-            Field(max_length=MAX_STOP_STRINGS),
-            BeforeValidator(_stop_list),
-        ]
-        | None
+        Annotated[StopStrings, BeforeValidator(_stop_list, json_schema_input_type=StopString | StopStrings)] | None
     ) = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     """Tokens that end the output, as end tokens do."""
@@ -169,7 +155,11 @@ class GenerationBody(Strict):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Accepted and not used."""
-    eft: Annotated[EftKnobs, BeforeValidator(_given)] = EftKnobs()
+    truncate_prompt_tokens: Annotated[Whole, AfterValidator(_check_kept)] | None = None
+    """vLLM's: keep only so many of each prompt's tokens, its last ones; -1 keeps what the context has room for."""
+    eft: Annotated[GenerationKnobs, BeforeValidator(_given, json_schema_input_type=GenerationKnobs | None)] = (
+        GenerationKnobs()
+    )
 
     @field_validator("best_of")
     @classmethod
@@ -194,13 +184,63 @@ class GenerationBody(Strict):
             raise _mistake("eft.logprobs_mode", "components and best_of go by raw_logprobs; leave one of them out")
         if self.eft.logprobs_mode is not None and self.num_logprobs is None:
             raise _mistake("eft.logprobs_mode", "needs logprobs")
+        if self.prompt_logprobs is not None and self.stream:
+            raise _mistake("prompt_logprobs", "is not streamed; let stream be false")
         if self.structured_outputs is not None and self.is_structured_by_format:
-            raise _mistake("structured_outputs", "response_format asks for a form too; send one of them")
+            raise _mistake("structured_outputs", f"{self.form_param} asks for a form too; send one of them")
         return self
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        """How its prompts are made.
+
+        Args:
+            default_max_tokens: of the answer, where the request does not say.
+        """
+        kept = self.truncate_prompt_tokens
+        truncation = (
+            None
+            if kept is None
+            else Truncation(num_tokens=kept, max_tokens=self.requested_tokens, default_max_tokens=default_max_tokens)
+        )
+        return PromptOptions(truncation=truncation)
+
+    @property
+    def active_tools(self) -> ActiveTools | None:
+        """The tools that an answer may call."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """Whether an answer begins with the text of its prompt."""
+        return False
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives to each token of the prompt whose log-probabilities are wanted; None: of no prompt."""
+        return self.prompt_logprobs
+
+    @property
+    def prompt_logprobs_param(self) -> str:
+        """The parameter that asks for them."""
+        return "prompt_logprobs"
+
+    @property
+    def form(self) -> ResponseFormat | None:
+        """That the answer has; None for any text."""
+        return self.response_format
+
+    @property
+    def form_param(self) -> str:
+        """The parameter that says so."""
+        return "response_format"
 
     @property
     def is_structured_by_format(self) -> bool:
-        return self.response_format is not None and self.response_format.type != "text"
+        return self.form is not None and self.form.type != "text"
+
+    def grammar(self) -> Grammar | None:
+        """That its answers follow; raises as `grammar_of`."""
+        return grammar_of(self.form, self.structured_outputs, self.form_param)
 
     @property
     def is_structured(self) -> bool:
@@ -257,7 +297,8 @@ class GenerationBody(Strict):
             stop=tuple(self.stop or ()),
             stop_token_ids=(*(self.stop_token_ids or ()), *stop_token_ids),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
-            skip_special_tokens=self.skip_special_tokens is not False,
+            # Some begin a tool call; content does not show them.
+            skip_special_tokens=self.skip_special_tokens is not False and self.active_tools is None,
             ignore_eos=bool(self.ignore_eos),
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
@@ -279,34 +320,6 @@ class GenerationBody(Strict):
         return "max_tokens"
 
 
-class Message(Strict):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
-    content: Annotated[str, BeforeValidator(_text)]
-    name: str | None = Field(default=None, max_length=256)
-    """The speaker, for templates that show it."""
-
-    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "refusal": (),
-        "reasoning": (),
-        "reasoning_content": (),
-        "tool_call_id": (),
-        "audio": (),
-        "annotations": ([],),
-        "function_call": (),
-        "tool_calls": ([],),
-    }
-
-    @property
-    def rendered(self) -> dict[str, str]:
-        """In the form that chat templates take."""
-        role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": self.content} | named
-
-
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
@@ -317,6 +330,20 @@ class ChatBody(GenerationBody):
     """Each choice also has the log-probabilities of its tokens."""
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """And of this many alternatives to each."""
+    add_generation_prompt: bool | None = None
+    """vLLM's: the prompt ends where the assistant begins to speak. The default, unless a message is continued."""
+    continue_final_message: bool | None = None
+    """vLLM's: the answer goes on with the text of the last message, which must be the assistant's."""
+    add_special_tokens: bool | None = None
+    """vLLM's: true adds the tokenizer's special tokens to those that chat templates bring."""
+    chat_template_kwargs: TemplateKwargs | None = None
+    """vLLM's: more arguments of every model's chat template."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    """Functions that the answer may call, where the recipe has a `tool_parser`."""
+    tool_choice: ToolChoice | None = None
+    """`auto` by default; with `required` or a function's name a grammar makes the answer a call."""
+    parallel_tool_calls: bool | None = None
+    """False: at most one call in an answer."""
     metadata: dict[str, str] | None = None
     """Accepted and not used."""
     prompt_cache_key: str | None = None
@@ -325,11 +352,8 @@ class ChatBody(GenerationBody):
     """Accepted and not used."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
-        "add_generation_prompt": (True,),
         "audio": (),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
-        "continue_final_message": (False,),
         "documents": ([],),
         "echo": (False,),
         "function_call": ("none",),
@@ -337,15 +361,12 @@ class ChatBody(GenerationBody):
         "include_reasoning": (True, False),  # there is none
         "modalities": (["text"],),
         "moderation": (),
-        "parallel_tool_calls": (True, False),  # without tools there is nothing to call
         "prediction": (),
         "prompt_cache_options": (),
         "prompt_cache_retention": (),
         "reasoning_effort": ("none",),
         "service_tier": ("auto", "default"),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -356,7 +377,29 @@ class ChatBody(GenerationBody):
             raise _mistake("max_completion_tokens", "differs from max_tokens; send one of them")
         if self.top_logprobs and not self.logprobs:
             raise _mistake("top_logprobs", "needs logprobs to be true")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise _mistake("add_generation_prompt", "contradicts continue_final_message; leave one of them out")
+        if self.active_tools is not None and self.is_structured:
+            param = self.form_param if self.is_structured_by_format else "structured_outputs"
+            raise _mistake(param, "leaves no room for tool calls; leave it or tools out")
         return self
+
+    @property
+    def active_tools(self) -> ActiveTools | None:
+        return ActiveTools.of(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        tools = self.active_tools
+        called = next((f"messages.{i}" for i, message in enumerate(self.messages) if message.is_of_tools), None)
+        options = PromptOptions.of_chat(
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            template_kwargs=self.chat_template_kwargs,
+            add_special_tokens=self.add_special_tokens,
+            truncation=super().prompt_options(default_max_tokens).truncation,
+        )
+        shown = None if tools is None else tools.rendered
+        return replace(options, tools=shown, tool_param=called if tools is None else "tools")
 
     @property
     def num_logprobs(self) -> int | None:
@@ -371,19 +414,55 @@ class ChatBody(GenerationBody):
         return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
 
 
+PromptInput = str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+
+
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_one_prompt)]
-    """Text, or token ids where all models that run share a tokenizer."""
+    prompt: Annotated[
+        list[TextOrIds], Field(max_length=MAX_PROMPTS), BeforeValidator(_prompts, json_schema_input_type=PromptInput)
+    ]
+    """Text, or token ids where all models that run share a tokenizer; or a list of either."""
+    echo: bool | None = None
+    """The prompt's text, and its log-probabilities if `logprobs` wants any, come before the answer's."""
+    max_tokens: Whole | None = Field(default=None, ge=0, lt=2**31)
+    """16 by default; 0, with `echo` or `prompt_logprobs`, generates nothing."""
+    add_special_tokens: bool | None = None
+    """vLLM's: false leaves out the tokenizer's special tokens."""
     logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Each choice also has the log-probabilities of its tokens, and of this many alternatives to each."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
-        "add_special_tokens": (True,),
-        "echo": (False,),
         "suffix": ("",),
     }
+
+    @model_validator(mode="after")
+    def _completion_fields_agree(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise _mistake("max_tokens", "0 needs echo or prompt_logprobs; ask for at least 1")
+        if len(self.prompt) * self.num_candidates > MAX_ANSWERS:
+            asked = f"{len(self.prompt)} prompts with {self.num_candidates} answers each"
+            raise _mistake("prompt", f"{asked} are more than {MAX_ANSWERS}; send several requests")
+        return self
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        wanted = [self.logprobs if self.echo else None, self.prompt_logprobs]
+        return max((count for count in wanted if count is not None), default=None)
+
+    @property
+    def prompt_logprobs_param(self) -> str:
+        return "echo" if self.prompt_logprobs is None else "prompt_logprobs"
+
+    def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
+        return replace(
+            super().prompt_options(default_max_tokens), special_tokens_in_texts=self.add_special_tokens is not False
+        )
 
     @property
     def num_logprobs(self) -> int | None:

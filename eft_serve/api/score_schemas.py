@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from eft_serve.api.knobs import RecipeKnobs, Strict
-from eft_serve.api.schemas import Message, TextOrIds
-from eft_serve.types import MAX_ALTERNATIVES
+from eft_serve.api.knobs import NumAlternatives, Strict
+from eft_serve.api.messages import Message
+from eft_serve.api.role_prompts import ScoreKnobs
+from eft_serve.api.schemas import TextOrIds
 
 MAX_ITEMS = 64  # in one request
 
 
 class ScoreItem(Strict):
     """An output to score, after its prompt."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["prompt"]}, {"required": ["messages"]}]})
 
     prompt: TextOrIds | None = None
     """Text or token ids, as for text completions."""
@@ -35,8 +38,8 @@ class ScoreOptions(Strict):
 
     model: str = Field(max_length=256)
     """A recipe's name, or a plain model's."""
-    eft: RecipeKnobs = RecipeKnobs()
-    components: int = Field(default=0, ge=0, le=MAX_ALTERNATIVES)
+    eft: ScoreKnobs = ScoreKnobs()
+    components: NumAlternatives = 0
     """How many of the likeliest alternatives to each token to report."""
     user: str | None = None
     """Accepted and not used."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
@@ -13,9 +13,11 @@ from eft_serve.api.answering import Call, ModelResponse
 from eft_serve.api.components import ComponentsFormat
 from eft_serve.api.context import Context
 from eft_serve.api.formats import JsonObject, usage
-from eft_serve.api.prompts import Prompting, Prompts
+from eft_serve.api.model_tokenizer import Message
+from eft_serve.api.prompts import OwnPrompts, Prompting, Prompts
 from eft_serve.api.score_schemas import ScoreBody, ScoreItem, SingleScoreBody
 from eft_serve.api.streams import Indexed
+from eft_serve.ensemble import Part
 from eft_serve.errors import ContextLengthError, InvalidRequestError
 from eft_serve.types import Combination, GenerationRequest, SamplingParams, Term
 
@@ -25,6 +27,16 @@ class ScoreCall(Call):
     """A request for scores."""
 
     body: ScoreBody | SingleScoreBody
+
+
+@dataclass(frozen=True, slots=True)
+class Scorer:
+    """What scores every item."""
+
+    combination: Combination
+    prompting: Prompting
+    own: OwnPrompts  # the prompts that are for all items, of the terms that have one
+    own_prompts: Prompts  # their tokens
 
 
 class ScoreResponse(ModelResponse):
@@ -39,30 +51,42 @@ class ScoreResponse(ModelResponse):
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._context.limits.admit(self._call.tenant, len(self._items), "items"):
-            combination = self._call.ensemble.resolve(self._call.body.eft.knobs, every=True)
-            await self._run_all(await self._prepare(combination))
+            knobs, ensemble = self._call.body.eft, self._call.ensemble
+            prompted = ensemble.prompted(knobs.prompts or {})
+            combination = ensemble.resolve(knobs.knobs, prompted=prompted, every=True)
+            scorer = await self._scorer(combination, ensemble.parts(prompted))
+            await self._run_all(await self._prepare(scorer))
         await self._send_whole(lambda: self._body(combination), scope, receive, send)
 
-    async def _prepare(self, combination: Combination) -> list[GenerationRequest]:
-        requests, prompting = [], self._call.ensemble.prompting
+    async def _scorer(self, combination: Combination, parts: Mapping[str, Part]) -> Scorer:
+        prompting = {name: part.role.prompting for name, part in parts.items()}
+        own = self._call.body.eft.own(parts)
+        terms = [term for term in combination.terms if term.name in own]
+        return Scorer(combination, prompting, own, await self._context.renderer.chat(terms, prompting, [], own))
+
+    async def _prepare(self, scorer: Scorer) -> list[GenerationRequest]:
+        requests = []
         for index, (place, item) in enumerate(self._items):
             await asyncio.sleep(0)  # tokenising many texts must not stall every stream
             with within(place):
-                requests.append(await self._request(index, item, combination, prompting))
+                requests.append(await self._request(index, item, scorer))
         return requests
 
-    async def _request(
-        self, index: int, item: ScoreItem, combination: Combination, prompting: Prompting
-    ) -> GenerationRequest:
+    async def _request(self, index: int, item: ScoreItem, scorer: Scorer) -> GenerationRequest:
+        combination, prompting, own = scorer.combination, scorer.prompting, scorer.own
         call, renderer, terms = self._call, self._context.renderer, combination.terms
+        others = [term for term in terms if term.name not in own]
+        before: str | Sequence[int] | Sequence[Message]
         if item.messages is not None:
-            prompts = await renderer.chat(terms, prompting, [message.rendered for message in item.messages])
+            before = [message.rendered for message in item.messages]
+            prompts = scorer.own_prompts | await renderer.chat(others, prompting, before)
         else:
             assert item.prompt is not None
-            prompts = await renderer.completion(terms, prompting, item.prompt)
-        before = [message.rendered for message in item.messages] if item.messages is not None else item.prompt
-        assert before is not None
-        found = await renderer.given(combination, prompting, item.completion, before)
+            before = item.prompt
+            prompts = scorer.own_prompts | await renderer.completion(others, prompting, before)
+        counted = combination.counted.name
+        read = own[counted].prompt if counted in own else before
+        found = await renderer.given(combination, prompting, item.completion, read)
         self._split_tokens[index], given = found.split_token, found.token_ids
         self._check_room(terms, prompts, len(given), "prompt" if item.messages is None else "messages")
         self._progress.num_prompt_tokens += len(prompts[combination.counted.name])

@@ -20,9 +20,14 @@ _LINE_BREAKS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 
 _encoder = msgspec.json.Encoder()
 
 
-def encode(event: Mapping[str, Any]) -> bytes:
-    """One event, always a single `data` line: JSON escapes line breaks, and Unicode's other ones are escaped here."""
+def encode(event: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event, always a single `data` line: JSON escapes line breaks, and Unicode's other ones are escaped here.
+
+    Args:
+        name: of the event, for an `event` line before it.
+    """
     data = _encoder.encode(event)
     for raw, escaped in _LINE_BREAKS:
         data = data.replace(raw, escaped)
-    return b"data: " + data + b"\n\n"
+    line = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return line + b"data: " + data + b"\n\n"

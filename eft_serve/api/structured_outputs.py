@@ -75,27 +75,34 @@ class StructuredOutputs(Strict):
         return {name: value for name, value in self.model_dump(by_alias=True).items() if value is not None}
 
 
-def grammar_of(response_format: ResponseFormat | None, structured: StructuredOutputs | None) -> Grammar | None:
+def grammar_of(
+    response_format: ResponseFormat | None, structured: StructuredOutputs | None, param: str = "response_format"
+) -> Grammar | None:
     """The grammar that an answer has to follow; None for any text.
+
+    Args:
+        param: what the format is called in errors; `text.format` has its schema beside its type.
 
     Raises:
         InvalidRequestError: it cannot be a grammar, or is too long.
     """
     if structured is not None:
         ((name, value),) = structured.given.items()
+        if name == "json_object":
+            return _grammar("structured_outputs.json_object", definitions.of_json_schema, definitions.ANY_OBJECT)
         return _grammar(f"structured_outputs.{name}", _DEFINITIONS[name], value)
     if response_format is None or response_format.type == "text":
         return None
     if response_format.json_schema is None:
-        return _grammar("response_format", definitions.of_json_schema, definitions.ANY_OBJECT)
+        return _grammar(param, definitions.of_json_schema, definitions.ANY_OBJECT)
     own = response_format.json_schema.json_schema
     schema = definitions.ANY_OBJECT if own is None else own
-    return _grammar("response_format.json_schema.schema", definitions.of_json_schema, schema)
+    place = f"{param}.json_schema.schema" if param == "response_format" else f"{param}.schema"
+    return _grammar(place, definitions.of_json_schema, schema)
 
 
 _DEFINITIONS: dict[str, Callable[[Any], str]] = {
     "json": definitions.of_json_schema,
-    "json_object": lambda _: definitions.of_json_schema(definitions.ANY_OBJECT),
     "regex": definitions.of_regex,
     "choice": definitions.of_choice,
     "grammar": definitions.of_grammar,
@@ -108,6 +115,6 @@ def _grammar(param: str, define: Callable[[Any], str], value: Any) -> Grammar:
         message = f"{param}: has {size} characters, more than {definitions.MAX_CHARACTERS}; shorten it"
         raise InvalidRequestError(message, param=param)
     try:
-        return Grammar(define(value), param)
+        return Grammar(define(value), param, of_schemas=define is definitions.of_json_schema)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{param}: {error}", param=param) from error

@@ -25,7 +25,7 @@ from eft_serve.bench.word_vocabulary import Words
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.structured_output import GrammarCompiler
-from eft_serve.types import GenerationRequest, Grammar, SamplingParams
+from eft_serve.types import GenerationRequest, SamplingParams
 
 GREEDY, PLAIN, GRAMMAR = "greedy", "t1", "grammar"
 SIDES: Mapping[str, Mapping[str, Any]] = {  # sampling parameters
@@ -86,7 +86,7 @@ class Coordinator(LocalStack):
         settings = dict(SIDES.get(side) or CONTROLS[side])
         logprobs = settings.pop("logprobs", None)
         if side == GRAMMAR:  # documents that are at different places in the same step
-            settings["grammar"] = Grammar(documents.grammar(index), "response_format")
+            settings["grammar"] = documents.grammar(index)
         sampling = SamplingParams(seed=index, max_tokens=num_tokens, ignore_eos=True, **settings)
         generation = GenerationRequest(
             request_id=str(index),

@@ -7,6 +7,8 @@ from typing import Any
 
 from llguidance import LLMatcher
 
+from eft_serve.types import Grammar
+
 NUM_RECORDS = 1000  # at least; a record takes a dozen tokens or more
 FIELDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("name", {"type": "string"}),
@@ -20,9 +22,11 @@ FIELDS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def grammar(number: int) -> str:
+def grammar(number: int) -> Grammar:
     """Of `schema(number)` without blanks: random documents would have little else where blanks are allowed."""
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema(number)), overrides={"whitespace_flexible": False})
+    text = json.dumps(schema(number))
+    definition = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+    return Grammar(definition, "response_format", of_schemas=True)
 
 
 def schema(number: int) -> dict[str, Any]:

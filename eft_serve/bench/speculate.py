@@ -20,7 +20,7 @@ from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS, ModelConfig
 from eft_serve.coordinator.structured_output import GrammarCompiler
 from eft_serve.engine.engine import Engine
-from eft_serve.types import Combination, Grammar, ModelInfo, Speculative, Term
+from eft_serve.types import Combination, ModelInfo, Speculative, Term
 from eft_serve.zoo.questions import long_prompts
 
 BLOCKS = (1, 2, 4, 8, 16)
@@ -108,7 +108,7 @@ def measure_simulated(stage: Stage, latencies_ms: Sequence[float], acceptance: f
 def measure_schema(stage: Stage) -> dict[str, Any]:
     """Part (c): what draft tokens gain under a JSON schema, over what they gain without."""
     sides = [Variant(PLAIN, None), Variant.of(SCHEMA_BLOCK)]
-    grammars = {"free": None, "json_schema": Grammar(documents.grammar(1), "response_format")}
+    grammars = {"free": None, "json_schema": documents.grammar(1)}
     shown = {}
     for name, grammar in grammars.items():
         outcomes = stage.measure(sides, batch=1, num_batches=1, ignore_eos=True, grammar=grammar)

@@ -1,10 +1,14 @@
-"""Checks the HTTP side: whether the tenants file can be read. `tenancy` checks its contents."""
+"""Checks the HTTP side: that files can be kept and the tenants file be read. `tenancy` checks its contents."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import yaml
+from fsspec.core import split_protocol
+from fsspec.registry import get_filesystem_class
 
 from eft_serve.config import ServerConfig
 from eft_serve.config_check.problem import Problem
@@ -12,6 +16,29 @@ from eft_serve.yaml_file import DuplicateKeyError, read_yaml
 
 
 def server_problems(server: ServerConfig) -> Iterator[Problem]:
+    """What the server would not start with."""
+    yield from _tenants_problems(server)
+    yield from _files_problems(server)
+
+
+def _files_problems(server: ServerConfig) -> Iterator[Problem]:
+    """Looks, and writes nothing; the URL is not repeated, since it may hold a password."""
+    if server.files_url is None:
+        return
+    where = "server.files_url"
+    protocol, path = split_protocol(server.files_url)
+    try:
+        get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        yield Problem(where, f"cannot be used: {error}")
+        return
+    if protocol in (None, "file", "local"):
+        existing = next(each for each in (Path(path), *Path(path).parents) if each.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            yield Problem(where, f"{path} cannot be made or written; name a directory of the server's user")
+
+
+def _tenants_problems(server: ServerConfig) -> Iterator[Problem]:
     """The tenants file; its contents are never repeated."""
     if server.tenants_file is None:
         return

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -16,7 +17,15 @@ from eft_serve.numerics.rows import RequestRows
 from eft_serve.types import TokenComponents
 
 
-def describe(request: Request, rows: RequestRows, token_ids: Sequence[int], combined: Tensor) -> list[TokenComponents]:
+def describe(
+    request: Request,
+    rows: RequestRows,
+    token_ids: Sequence[int],
+    combined: Tensor,
+    logprobs: int | None,
+    *,
+    with_ranks: bool = False,
+) -> list[TokenComponents]:
     """Log-probabilities of each token that a request has sampled, under the combination and, if wanted, each term.
 
     Args:
@@ -24,18 +33,26 @@ def describe(request: Request, rows: RequestRows, token_ids: Sequence[int], comb
         rows: its rows; the tokens were sampled from the first ones.
         token_ids: the sampled tokens.
         combined: [at least num_tokens, at least vocab_size] float32, not normalised: combined or processed logits.
+        logprobs: alternatives to each token.
+        with_ranks: each token also has its rank.
 
     Raises:
         ValueError: a term, whatever its coefficient, has NaN, +inf or no possible token in these rows.
     """
     count = len(token_ids)
     generation = request.generation
-    num_alternatives = min(max(generation.components or 0, generation.logprobs or 0), rows.vocab_size)
+    num_alternatives = min(max(generation.components or 0, logprobs or 0), rows.vocab_size)
     described, combined_logprobs = top_logprobs(combined[:count], rows.vocab_size, token_ids, num_alternatives)
     if generation.components is None:
-        return _plain(described, combined_logprobs)
-    by_term = torch.stack([token_logprobs(term[:count, : rows.vocab_size], described) for term in rows.logits])
-    return _described(request, described, combined_logprobs, by_term)
+        found = _plain(described, combined_logprobs)
+    else:
+        by_term = torch.stack([token_logprobs(term[:count, : rows.vocab_size], described) for term in rows.logits])
+        found = _described(request, described, combined_logprobs, by_term)
+    if not with_ranks:
+        return found
+    own = combined[:count].gather(1, described[:, :1].to(combined.device))
+    ranks = (combined[:count, : rows.vocab_size] > own).sum(dim=1) + 1
+    return [msgspec.structs.replace(token, rank=rank) for token, rank in zip(found, ranks.tolist(), strict=True)]
 
 
 def _plain(token_ids: Tensor, logprobs: Tensor) -> list[TokenComponents]:

@@ -180,9 +180,10 @@ class DecodeLoop:
                 continue
             if not request.output_token_ids:
                 self.metrics.queue_seconds.observe(now - request.arrival)
+            is_forcing = request.is_forcing
             num_taken = self.requests.take(request, taken, now)
-            num_scored += num_taken * request.is_forced
-            num_generated += num_taken * (not request.is_forced)
+            num_scored += len(taken.token_ids) * is_forcing
+            num_generated += num_taken * (not is_forcing)
         self.metrics.generated_tokens.inc(num_generated)
         self.metrics.scored_tokens.inc(num_scored)
 

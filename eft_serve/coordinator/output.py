@@ -34,12 +34,13 @@ class OutputStream:
         sampling = request.generation.sampling
         pairs = zip(request.sequences, vocabularies, strict=True)
         first, vocabulary = next(pair for pair in pairs if pair[0].term.counts)
+        scored = request.forced_token_ids[: request.num_scored]
         decoder = vocabulary if sampling.skip_special_tokens else vocabulary.with_special_tokens
         return cls(
             end_token_ids=end_token_ids(request, vocabularies),
             min_tokens=sampling.min_tokens,
-            max_tokens=request.max_tokens,
-            detokenizer=Detokenizer.after_prompt(decoder, first.prompt_token_ids),
+            max_tokens=request.max_tokens - request.num_scored,
+            detokenizer=Detokenizer.after_prompt(decoder, [*first.prompt_token_ids, *scored]),
             stop_checker=StopChecker(() if request.is_forced else sampling.stop, sampling.include_stop_str_in_output),
             matcher=request.matcher,
             shows_end=sampling.include_stop_str_in_output,

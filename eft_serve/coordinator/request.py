@@ -32,6 +32,7 @@ class SequenceState:
     prompt_token_ids: list[int]
     replica_id: str | None = None  # None: not placed
     num_computed_tokens: int = 0  # tokens in the replica's cache, as far as is known
+    num_scored: int = 0  # tokens that follow these in its prompt
     rows: Tensor | None = None  # [positions, vocab_size], logits after the output and each draft token
     usage: ModelUsage | None = None  # so far, without the output; None: not started
 
@@ -51,9 +52,8 @@ class SequenceState:
             return  # there was no room: it has not started, and may find its prefix cached later
         num_computed = max(0, end - step.position - output.num_cached_tokens) + num_drafted
         if self.usage is None:
-            self.usage = ModelUsage(
-                len(self.prompt_token_ids), min(output.num_cached_tokens, len(self.prompt_token_ids))
-            )
+            cached = min(output.num_cached_tokens, len(self.prompt_token_ids))
+            self.usage = ModelUsage(len(self.prompt_token_ids) + self.num_scored, cached)
         self.usage += ModelUsage(computed_tokens=num_computed)
 
     def forget(self) -> None:
@@ -63,13 +63,18 @@ class SequenceState:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A user's request, from admission to its last token."""
+    """A user's request, from admission to its last token.
+
+    A prompt whose log-probabilities are wanted is computed up to its first token; its other tokens are scored like
+    given ones, and come before the output in `output_token_ids`.
+    """
 
     generation: GenerationRequest
     timeline: Timeline
     last_progress: float  # monotonic seconds; since then it waits for a model, not just for its turn
     speculation: Speculation
-    max_tokens: int  # as requested, or what the shortest context leaves
+    max_tokens: int  # as requested, or what the shortest context leaves; scored prompt tokens included
+    forced_token_ids: list[int]  # what `output_token_ids` begins with
     num_ids: int  # size of the vocabulary that its models share; higher ids are padding
     output_token_ids: list[int] = field(default_factory=list)
     draft_token_ids: list[int] = field(default_factory=list)  # what may follow the output
@@ -105,6 +110,16 @@ class Request:
     def is_forced(self) -> bool:
         """Whether its output is given and only scored."""
         return self.generation.forced_token_ids is not None
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens at the beginning of `output_token_ids` that are of its prompt."""
+        return 0 if self.is_forced else len(self.forced_token_ids)
+
+    @property
+    def is_forcing(self) -> bool:
+        """Whether its next tokens are given, and only scored."""
+        return len(self.output_token_ids) < len(self.forced_token_ids)
 
     @property
     def cache_salt(self) -> str:
@@ -143,17 +158,27 @@ class Request:
         check_request(generation)
         has_grammar = generation.sampling.grammar is not None
         assert compile_grammar is not None or not has_grammar
+        scores_prompt = generation.prompt_logprobs is not None
+        forced = generation.forced_token_ids or []
+        if scores_prompt:
+            forced = next(iter(generation.prompts.values()))[1:]
+        num_scored = len(forced) if scores_prompt else 0
         sequences = tuple(
-            SequenceState(f"{generation.request_id}/{term.name}", term, generation.prompts[term.name])
+            SequenceState(
+                f"{generation.request_id}/{term.name}",
+                term,
+                generation.prompts[term.name][: 1 if scores_prompt else None],
+                num_scored=num_scored,
+            )
             for term in generation.combination.terms
         )
-        forced = generation.forced_token_ids
         return cls(
             generation,
             timeline=Timeline(now),
             last_progress=now,
             speculation=Speculation.of(generation),
-            max_tokens=generation.sampling.max_tokens if forced is None else len(forced),
+            max_tokens=len(forced) + (generation.sampling.max_tokens if generation.forced_token_ids is None else 0),
+            forced_token_ids=forced,
             num_ids=0,
             sequences=sequences,
             matcher=compile_grammar(generation) if compile_grammar is not None and has_grammar else None,
@@ -171,24 +196,26 @@ class Request:
         self.num_ids = min(num_tokens)
         for sequence, count in zip(self.sequences, num_tokens, strict=True):
             check_range("prompt", sequence.prompt_token_ids, count)
-        if self.generation.forced_token_ids is not None:
-            check_range("completion", self.generation.forced_token_ids, self.num_ids)
+        check_range("completion" if self.is_forced else "prompt", self.forced_token_ids, self.num_ids)
 
     def limit(self, room: int) -> None:
         """Limit `max_tokens` to the room for output; raises `ContextLengthError` when more tokens are forced."""
-        if self.is_forced and room < self.max_tokens:
+        num_forced = len(self.forced_token_ids)
+        if room < num_forced and self.is_forced:
             raise ContextLengthError(
-                f"completion: has {self.max_tokens} tokens, and after the prompt there is room for {room}; "
+                f"completion: has {num_forced} tokens, and after the prompt there is room for {room}; "
                 "shorten one of them",
                 param="completion",
             )
+        if room < num_forced:
+            message = f"prompt: has {num_forced + 1} tokens, and there is room for {room + 1}; shorten it"
+            raise ContextLengthError(message, param="prompt")
         self.max_tokens = min(self.max_tokens, room)
 
     def next_forced(self, count: int) -> list[int]:
         """The next `count` forced tokens, or as many as are left."""
-        assert self.generation.forced_token_ids is not None
         start = len(self.output_token_ids)
-        return self.generation.forced_token_ids[start : start + count]
+        return self.forced_token_ids[start : start + count]
 
     @property
     def num_rows(self) -> int:
@@ -204,11 +231,11 @@ class Request:
             num_rows=num_rows,
             vocab_size=self.num_ids,
             sampling=self.generation.sampling,
-            output_token_ids=self.output_token_ids,
+            output_token_ids=self.output_token_ids[self.num_scored :],
             draft_token_ids=self.draft_token_ids[:num_rows],
-            forced_token_ids=self.next_forced(num_rows) if self.is_forced else None,
+            forced_token_ids=self.next_forced(num_rows) if self.is_forcing else None,
             truncation=self._truncation(),
-            processors=self.processors,
+            processors=() if self.is_forcing else self.processors,
         )
 
     def _truncation(self) -> Truncation | None:
@@ -249,7 +276,7 @@ class Request:
 
     def count_accepted(self, token_ids: Sequence[int]) -> None:
         """Count the draft tokens that equal these tokens, which become output; call it before `take`."""
-        if not self.is_forced:
+        if not self.is_forcing:
             self.speculation.count(sum(map(eq, self.draft_token_ids[: self.num_rows], token_ids)))
 
     def take(self, token_ids: list[int]) -> None:

@@ -66,6 +66,9 @@ class RequestTable:
 
     def take(self, request: Request, drawn: SamplerOutput, now: float) -> int:
         """Append sampled tokens, and end the request where they end it; returns how many became output."""
+        if len(request.output_token_ids) < request.num_scored:
+            self._take_prompt(request, drawn, now)
+            return 0
         output = self._open[request.request_id][1]
         try:
             with _decoding(request.request_id):
@@ -73,7 +76,7 @@ class RequestTable:
         except EngineError as error:
             self.fail(request, error)
             return 0
-        if not request.output_token_ids:
+        if len(request.output_token_ids) == request.num_scored:
             request.timeline.add(EventKind.FIRST_TOKEN, now)
         request.count_accepted(token_ids)
         request.take(drawn.token_ids)
@@ -82,6 +85,20 @@ class RequestTable:
         usage = None if reason is None else self.end(request, reason).usage
         self._deltas.append((request, partial(output.delta, token_ids, reason, components, usage)))
         return len(token_ids)
+
+    def _take_prompt(self, request: Request, drawn: SamplerOutput, now: float) -> None:
+        """Append scored tokens of the prompt; they end a request that wants no other."""
+        request.take(drawn.token_ids)
+        request.last_progress = now
+        reason = None if request.num_left else FinishReason.LENGTH
+        delta = Delta(
+            text="",
+            token_ids=[],
+            finish_reason=reason,
+            usage=None if reason is None else self.end(request, reason).usage,
+            prompt_logprobs=drawn.components or [],
+        )
+        self._deltas.append((request, lambda: delta))
 
     def refuse(self, request: Request, error: EftServeError) -> None:
         """End a request that cannot be served."""

@@ -147,7 +147,7 @@ def _nothing_possible(sampling: SamplingParams) -> InvalidRequestError:
 
 
 def _shows_combined(request: Request) -> bool:
-    """Whether log-probabilities are wanted as they were before the processors."""
+    """Whether its output's log-probabilities are wanted as they were before the processors; forced tokens have none."""
     generation = request.generation
     is_described = generation.components is not None or generation.logprobs is not None
     return is_described and generation.logprobs_mode == "raw_logprobs"
@@ -157,13 +157,15 @@ def _described(
     request: Request, rows: RequestRows, token_ids: list[int], combined: Tensor, processed: Tensor
 ) -> SamplerOutput | EftServeError:
     generation = request.generation
-    if generation.components is None and generation.logprobs is None:
+    is_prompt = request.is_forcing and not request.is_forced
+    wanted = generation.prompt_logprobs if is_prompt else generation.logprobs
+    if generation.components is None and wanted is None:
         return SamplerOutput(token_ids)
     logits = combined
-    if generation.logprobs_mode == "processed_logprobs":
+    if generation.logprobs_mode == "processed_logprobs" and not is_prompt:
         logits = _as_sampled(processed[: len(token_ids), : rows.vocab_size], rows)
     try:
-        return SamplerOutput(token_ids, describe(request, rows, token_ids, logits))
+        return SamplerOutput(token_ids, describe(request, rows, token_ids, logits, wanted, with_ranks=is_prompt))
     except ValueError as error:  # a term of coefficient 0 whose logits are not finite
         return EngineError(f"request {request.request_id}: {error}")
 

@@ -96,7 +96,7 @@ class Scheduler:
         budgets = dict.fromkeys(self.replicas.replicas, self.config.max_num_batched_tokens)
         prefills: list[Request] = []
         for request in self.running:
-            if request.is_prefilling or request.is_forced:
+            if request.is_prefilling or request.is_forcing:
                 prefills.append(request)
             else:
                 self._schedule(request, scheduled, budgets, now)
@@ -149,11 +149,12 @@ class Scheduler:
         Forced tokens take the place of draft tokens; the last one is not computed, only scored.
         """
         decoding = [request for request in self.running if not request.is_prefilling]
-        num_drawn = sum(not request.is_forced for request in decoding)
+        num_drawn = sum(not request.is_forcing for request in decoding)
         for request in self.running:
             if request.is_prefilling:
                 _drop_drafts(request)
-            elif request.is_forced:
+            elif request.is_forcing:
+                request.speculation.num_requested = 0
                 request.draft_token_ids = request.next_forced(FORCED_ROWS)[:-1]
             else:
                 request.speculation.request(len(request.draft_token_ids), request.num_left, num_drawn)
@@ -204,7 +205,7 @@ class Scheduler:
         wanted = _wanted(request, placed)
         if request.draft_token_ids and any(wanted[replica_id] > budgets[replica_id] for replica_id in wanted):
             request.drop_draft_tokens(
-                kept=_num_affordable(request, placed, wanted, budgets) if request.is_forced else 0
+                kept=_num_affordable(request, placed, wanted, budgets) if request.is_forcing else 0
             )
             wanted = _wanted(request, placed)
         final = all(wanted[replica_id] <= budgets[replica_id] for replica_id in wanted)
@@ -253,7 +254,7 @@ def _draft(request: Request, sequence: SequenceState, budget: int) -> Draft | No
     count = min(request.speculation.num_requested, budget + 1)
     if sequence.term.name != request.speculation.drafter or not count:
         return None
-    position = len(request.output_token_ids) + len(request.draft_token_ids)
+    position = len(request.output_token_ids) + len(request.draft_token_ids) - request.num_scored
     return request.speculation.draft(count, position, request.num_ids)
 
 

@@ -26,7 +26,7 @@ class Speculation:
 
     @classmethod
     def of(cls, generation: GenerationRequest) -> Speculation:
-        """Forced tokens are not drafted."""
+        """A given output is not drafted."""
         asked = generation.speculative if generation.forced_token_ids is None else None
         settings = asked or Speculative(draft="none")
         drafter = _drafter(settings.draft, generation.combination.terms)

@@ -39,6 +39,8 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
         yield "request_id", f"{generation.request_id!r} is empty or has a slash"
     if generation.forced_token_ids == []:
         yield "completion", "must hold at least one token"
+    if generation.prompt_logprobs is not None:
+        yield from _unscorable(generation)
     if generation.components is not None and generation.logprobs_mode != "raw_logprobs":
         yield "logprobs_mode", "components are raw_logprobs"
     yield from _out_of_range(generation)
@@ -62,17 +64,29 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
 
 def _out_of_range(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
     speculative = generation.speculative or Speculative()
+    has_forced = generation.forced_token_ids is not None or generation.prompt_logprobs is not None
     for param, value, low, high in (
-        ("max_tokens", generation.sampling.max_tokens, 1, MAX_TOKENS),
+        ("max_tokens", generation.sampling.max_tokens, 0 if has_forced else 1, MAX_TOKENS),
         ("min_tokens", generation.sampling.min_tokens, 0, generation.sampling.max_tokens),
         ("timeout_s", generation.timeout_s, 0, MAX_TIMEOUT_S),
         ("components", generation.components or 0, 0, MAX_ALTERNATIVES),
         ("logprobs", generation.logprobs or 0, 0, MAX_ALTERNATIVES),
+        ("prompt_logprobs", generation.prompt_logprobs or 0, 0, MAX_ALTERNATIVES),
         ("speculative.num_tokens", speculative.num_tokens, 1, MAX_DRAFT_TOKENS),
         ("speculative.min_confidence", speculative.min_confidence, 0, 1),
     ):
         if not low <= value <= high:  # NaN is in no range
             yield param, f"{value} is not between {low} and {high}"
+
+
+def _unscorable(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
+    prompts = list(generation.prompts.values())
+    if generation.forced_token_ids is not None:
+        yield "prompt_logprobs", "an output that is given has none"
+    if any(prompt != prompts[0] for prompt in prompts):
+        yield "prompt_logprobs", "the terms have different prompts"
+    if prompts and len(prompts[0]) + generation.sampling.max_tokens < 2:
+        yield "max_tokens", "a prompt of one token has no log-probabilities, and no output is wanted"
 
 
 def _is_factor(value: float) -> bool:

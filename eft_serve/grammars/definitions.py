@@ -34,9 +34,12 @@ def of_json_schema(schema: Schema | str) -> str:
         value = {}
     if not isinstance(value, Mapping):
         raise ValueError(f"a JSON schema is an object, not {value!r:.50}")
-    own = {key: part for key, part in value.items() if key != "x-guidance"}  # would change how it is compiled
-    text = json.dumps(own, ensure_ascii=False)
-    return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": WHITESPACE})
+    return LLMatcher.grammar_from_json_schema(json.dumps(with_blanks(value), ensure_ascii=False))
+
+
+def with_blanks(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema whose documents have blanks as we allow them; its own `x-guidance` would change how it is compiled."""
+    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
 
 
 def of_regex(regex: str) -> str:

@@ -81,7 +81,7 @@ class GrammarTokenizer:
             return GrammarMatcher(compiled.deep_copy(), self._num_words, grammar.param)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
-        limits = _SCHEMA_LIMITS if grammar.definition.startswith("{") else _LIMITS
+        limits = _SCHEMA_LIMITS if grammar.of_schemas else _LIMITS
         compiled = LLMatcher(self._tokenizer, grammar.definition, log_level=0, limits=limits)
         if not compiled.is_error():
             compiled.compute_bitmask()  # some limits show here only

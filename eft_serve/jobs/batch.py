@@ -18,18 +18,10 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from eft_serve.batches.client import UnreachedError, ask, body_of
+from eft_serve.batches.lines import INVALID_LINE, Line, answer, failure
 from eft_serve.errors import ConfigError
-from eft_serve.jobs.batch_client import UnreachedError, ask
-from eft_serve.jobs.batch_file import (
-    INVALID_LINE,
-    UNREACHED,
-    Line,
-    OutputFile,
-    answer,
-    failure,
-    input_keys,
-    read_lines,
-)
+from eft_serve.jobs.batch_file import UNREACHED, OutputFile, input_keys, read_lines
 
 # A traceback with local variables would show the key.
 app = typer.Typer(add_completion=False, pretty_exceptions_show_locals=False)
@@ -91,18 +83,11 @@ async def _work(
         except UnreachedError as error:
             unreached.append(failure(line, UNREACHED, str(error)))
             continue
-        output.append(answer(line, response.status_code, response.headers.get("x-request-id"), _body(response)))
+        output.append(answer(line, response.status_code, response.headers.get("x-request-id"), body_of(response)))
         if response.status_code == httpx.codes.OK:
             summary.succeeded += 1
         else:
             summary.failed += 1
-
-
-def _body(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError:
-        return response.text  # a proxy's own error page
 
 
 async def _main(

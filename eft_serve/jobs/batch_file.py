@@ -1,4 +1,4 @@
-"""OpenAI's batch file format: one request per input line, one answer per output line; knows no HTTP.
+"""The input and output files of a batch job, in OpenAI's batch format; knows no HTTP.
 
 An invalid line gets an answer with an error. Blank lines are skipped.
 """
@@ -9,33 +9,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from eft_serve.batches.lines import Line, parse_line
 from eft_serve.errors import ConfigError
 
-URLS = ("/v1/chat/completions", "/v1/completions")
-KEYS = {"custom_id", "method", "url", "body"}
-INVALID_LINE = "invalid_line"
 UNREACHED = "unreached"
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of the input: a request, or the reason why it is invalid."""
-
-    number: int  # from 1
-    custom_id: str | None
-    url: str = ""
-    body: bytes = b""  # JSON
-    mistake: str | None = None
-
-    @property
-    def key(self) -> str | int:
-        """Links the answer to it: the custom_id, or without one the number."""
-        return self.custom_id if self.custom_id is not None else self.number
 
 
 def read_lines(path: Path) -> Iterator[Line]:
@@ -53,37 +34,6 @@ def read_lines(path: Path) -> Iterator[Line]:
         raise ConfigError(f"--input: {path} cannot be read: {error.strerror}") from error
 
 
-def parse_line(number: int, raw: bytes) -> Line:
-    """One line; `mistake` has all of its mistakes."""
-    try:
-        data = json.loads(raw)
-        json.dumps(data, allow_nan=False)  # Python accepts NaN, Infinity and 1e999; JSON does not
-    except (ValueError, RecursionError) as error:
-        return Line(number, None, mistake=f"line {number} is not JSON: {error}")
-    if not isinstance(data, dict):
-        return Line(number, None, mistake=f"line {number} is not a JSON object")
-    custom_id = data.get("custom_id") if isinstance(data.get("custom_id"), str) else None
-    if mistakes := list(_mistakes(data)):
-        return Line(number, custom_id or None, mistake=f"line {number}: {'; '.join(mistakes)}")
-    return Line(number, custom_id, data["url"], json.dumps(data["body"]).encode())
-
-
-def _mistakes(data: dict[str, Any]) -> Iterator[str]:
-    body = data.get("body")
-    if unknown := sorted(set(data) - KEYS):
-        yield f"unknown keys {unknown}"
-    if not isinstance(data.get("custom_id"), str) or not data["custom_id"]:
-        yield "custom_id: must be a string that is not empty"
-    if data.get("method") != "POST":
-        yield "method: must be POST"
-    if data.get("url") not in URLS:
-        yield f"url: must be one of {', '.join(URLS)}"
-    if not isinstance(body, dict):
-        yield "body: must be an object"
-    elif body.get("stream"):
-        yield "body.stream: a batch does not stream; leave it out"
-
-
 def input_keys(path: Path) -> set[str | int]:
     """The keys of all lines.
 
@@ -96,18 +46,6 @@ def input_keys(path: Path) -> set[str | int]:
         if first != line.number:
             raise ConfigError(f"--input: lines {first} and {line.number} both have custom_id {line.key!r}; rename one")
     return set(numbers)
-
-
-def answer(line: Line, status: int, request_id: str | None, body: Any) -> dict[str, Any]:
-    """The output line of a request that the server answered, with any status."""
-    response = {"status_code": status, "request_id": request_id, "body": body}
-    return {"id": f"line-{line.number}", "custom_id": line.custom_id, "response": response, "error": None}
-
-
-def failure(line: Line, code: str, message: str) -> dict[str, Any]:
-    """The output line of a request without an answer."""
-    error = {"code": code, "message": message}
-    return {"id": f"line-{line.number}", "custom_id": line.custom_id, "response": None, "error": error}
 
 
 class OutputFile:

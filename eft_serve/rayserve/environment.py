@@ -21,6 +21,8 @@ def prepare() -> None:
     os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     # Ray's workers have niceness 15 by default: beside busy processes of others they get 3 % of a core.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Its default parser drops the bodies of requests that offer HTTP/2.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "eft_serve.rayserve.http_protocol:use_h11")
     # Ray's own exporter listens on every interface without a token; our metrics do not use it.
     os.environ.setdefault("RAY_enable_metrics_collection", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

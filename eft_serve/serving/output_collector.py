@@ -21,6 +21,7 @@ def merge(deltas: Sequence[Delta]) -> Delta:
         text="".join(delta.text for delta in deltas),
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
         components=components or None,
+        prompt_logprobs=[each for delta in deltas for each in delta.prompt_logprobs],
     )
 
 

@@ -14,10 +14,12 @@ END = "<|end|>"
 PAD = "<|pad|>"
 NUM_DOCUMENTS = 30_000
 # A reply ends with the end token, a prompt with "Assistant:". No BOS: training rows start with bare text, too.
+# A model begins its reply with the space after the colon, so a reply that is sent back as it was has it already.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
-    "{{ 'Assistant: ' + message['content'] + eos_token }}{{ '' if loop.last else '\\n' }}"
+    "{{ 'Assistant:' + ('' if message['content'][:1].isspace() else ' ') + message['content'] + eos_token }}"
+    "{{ '' if loop.last else '\\n' }}"
     "{%- else -%}{{ message['role'].capitalize() + ': ' + message['content'] + '\\n' }}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}"

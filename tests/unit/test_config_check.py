@@ -334,6 +334,25 @@ def test_a_tenants_file_that_cannot_be_used(tmp_path: Path, model: Path, text: s
     assert "acme" not in problem.message
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("{tmp}/new/store", None),
+        ("file://{tmp}/new/store", None),
+        ("memory://store", None),
+        ("{tmp}/taken/store", "cannot be made"),
+        ("nonsense://user:secret@host/x", "cannot be used"),
+    ],
+)
+def test_where_files_are_kept(tmp_path: Path, model: Path, url: str, said: str | None) -> None:
+    (tmp_path / "taken").write_text("a file")
+    data = {"models": {"m": {"path": str(model)}}, "server": {"files_url": url.format(tmp=tmp_path)}}
+    problems = [p for p in check(AppConfig.parse(data)) if p.path == "server.files_url"]
+    assert (said is None and problems == []) or (said is not None and said in only(problems).message)
+    assert "secret" not in str(problems)
+    assert not (tmp_path / "new").exists()
+
+
 def write(path: Path, data: Any) -> Path:
     path.write_text(yaml.safe_dump(data))
     return path

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import AS_ITSELF, MAX_KNOB, PromptConfig, RecipeConfig
-from eft_serve.ensemble import Ensemble, Knobs, resolve_recipe
+from eft_serve.ensemble import Ensemble, Knobs, Prompted, resolve_recipe
 from eft_serve.errors import InvalidRequestError
 from eft_serve.types import Combination, Reward, Term
 
@@ -271,3 +271,108 @@ def test_rewards_are_the_fine_tunings_over_the_names_of_every_term() -> None:
     assert resolve_recipe(recipe, knobs).rewards == (), "not every term runs"
     other = resolve_recipe(TWO_TUNED, every=True).rewards
     assert [(r.name, r.reference) for r in other] == [("helpful", "small"), ("harmless", "other")]
+
+
+def prompted(recipe: RecipeConfig, **prompts: object) -> tuple[Ensemble, Prompted]:
+    ensemble = Ensemble("r", recipe.models, recipe)
+    return ensemble, ensemble.prompted({name.replace("_", "/"): prompt for name, prompt in prompts.items()})
+
+
+SAME_TWICE = RecipeConfig.model_validate(
+    {"base": "m", "reference": "m", "tuned": {"model": "t", "weight": 0.5}, "scale": 1.5}
+)
+
+
+def test_roles_of_one_model_with_different_prompts_are_terms_of_their_own() -> None:
+    ensemble, given = prompted(SAME_TWICE, reference="x")
+    assert ensemble.resolve().terms == (Term("m", "m", 0.5), Term("t", "t", 0.5, weight=0.5))
+    split = (Term("m", "m", 1.5), Term("m@reference", "m", -1.0), Term("t", "t", 0.5, weight=0.5))
+    assert ensemble.resolve(prompted=given).terms == split
+    parts = ensemble.parts(given)
+    assert {name: part.prompt for name, part in parts.items()} == {"m": None, "m@reference": "reference", "t": None}
+    assert list(parts) == [term.name for term in ensemble.resolve(prompted=given, every=True).terms]
+
+
+def test_roles_with_equal_prompts_stay_one_term() -> None:
+    ensemble, given = prompted(SAME_TWICE, reference=["x"], base=["x"])
+    assert ensemble.resolve(prompted=given).terms == ensemble.resolve().terms
+    assert ensemble.parts(given)["m"].prompt == "reference", "one of the equal prompts is read"
+    ensemble, given = prompted(SAME_TWICE, reference=["x"], base=["y"])
+    assert [term.name for term in ensemble.resolve(prompted=given).terms] == ["m@base", "m@reference", "t"]
+
+
+def test_a_prompt_of_its_own_changes_no_name_where_a_model_reads_one_prompt() -> None:
+    ensemble, given = prompted(UP_SCALING, base="x", tuned="y")
+    assert ensemble.resolve(prompted=given) == ensemble.resolve()
+    prompts = {name: part.prompt for name, part in ensemble.parts(given).items()}
+    assert prompts == {"large": "base", "small": None, "chat": "tuned"}
+
+
+def test_truncation_and_rewards_follow_the_terms_of_prompted_roles() -> None:
+    recipe = RecipeConfig.model_validate({"base": "m", "reference": "m", "tuned": "m"})
+    ensemble, given = prompted(recipe, reference="x", tuned="y")
+    combination = ensemble.resolve(Knobs(truncate_top_p=0.9), prompted=given, every=True)
+    assert {t.name: (t.coefficient, t.ratio, t.weight) for t in combination.terms} == {
+        "m": (1, 1, 0),
+        "m@reference": (-1, -1, 0),
+        "m@tuned": (1, 0, 1),
+    }
+    assert combination.rewards == (Reward("m", "m@tuned", "m@reference", 1.0),)
+
+
+def test_a_reference_of_its_own_is_prompted_by_its_own_name() -> None:
+    ensemble, given = prompted(TWO_TUNED, harmless="x", harmless_reference="y", reference="z")
+    prompts = {name: part.prompt for name, part in ensemble.parts(given).items()}
+    own = {"harmless": "harmless", "other": "harmless/reference", "small": "reference"}
+    assert prompts == {"large": None, "helpful": None} | own
+
+
+@given(beta=KNOBS, alpha=KNOBS, gamma=KNOBS, values=st.lists(st.floats(-30, 30), min_size=4, max_size=4))
+def test_prompted_terms_equal_the_formula_written_out(
+    beta: float, alpha: float, gamma: float, values: list[float]
+) -> None:
+    """One model in every role, each of which reads a prompt of its own."""
+    tuned = [{"model": "m", "name": "a"}, {"model": "m", "name": "b", "weight": 0.0}]
+    recipe = RecipeConfig.model_validate({"base": "m", "reference": "m", "tuned": tuned})
+    ensemble, by_role = prompted(recipe, base=0, reference=1, a=2, b=3)
+    combination = ensemble.resolve(Knobs(scale=beta, weights={"a": alpha, "b": gamma}), prompted=by_role)
+    logprobs = dict(zip(["m@base", "m@reference", "m@a", "m@b"], values, strict=True))
+    base, ref, first, second = values
+    expected = ref + beta * (base - ref) + alpha * (first - ref) + gamma * (second - ref)
+    assert sum(t.coefficient * logprobs[t.name] for t in combination.terms) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "prompts", "param", "said"),
+    [
+        (UP_SCALING, {"large": "x"}, "large", "not a role of this recipe; a request may prompt ['base', 'reference', "),
+        (UP_SCALING, {"chat/reference": "x"}, "chat/reference", "not a role"),
+        (TWO_TUNED, {"tuned": "x"}, "tuned", "not a role"),
+        (UP_SCALING, {"tuned": "x", "chat": "x"}, "chat", "under another name too"),
+        (None, {"base": "x"}, "base", "plain model"),
+    ],
+)
+def test_a_prompt_of_what_is_no_role_is_refused(
+    recipe: RecipeConfig | None, prompts: dict[str, str], param: str, said: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(said)) as caught:
+        Ensemble("r", ("large",), recipe).prompted(prompts)
+    assert caught.value.param == f"eft.prompts.{param}"
+
+
+def test_a_recipe_says_which_roles_a_request_may_prompt() -> None:
+    data = {"base": "large", "reference": "small", "tuned": "chat"}
+    ensemble, given = prompted(RecipeConfig.model_validate(data | {"bounds": {"prompts": ["tuned"]}}), chat="x")
+    assert given == {2: "chat"}
+    with pytest.raises(InvalidRequestError, match=re.escape("fixed by this recipe; a request may prompt ['chat', 't")):
+        ensemble.prompted({"base": "x"})
+    closed = RecipeConfig.model_validate(data | {"bounds": {"prompts": []}})
+    with pytest.raises(InvalidRequestError, match="none of its roles"):
+        prompted(closed, base="x")
+    with pytest.raises(ValueError, match=re.escape("bounds.prompts: 'large' is not a role of this recipe; give some")):
+        RecipeConfig.model_validate(data | {"bounds": {"prompts": ["base", "large"]}})
+
+
+def test_a_fine_tuning_of_a_model_called_base_is_prompted_as_tuned() -> None:
+    recipe = RecipeConfig.model_validate({"base": "other", "reference": "reference", "tuned": "base"})
+    assert recipe.role_names == {"base": 0, "reference": 1, "tuned": 2}

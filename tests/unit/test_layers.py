@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 FLOORS = [
     {"config", "config_base", "config_recipes", "ensemble", "errors", "extras", "types", "yaml_file"},
-    {"numerics", "checkpoints", "grammars"},
+    {"numerics", "checkpoints", "grammars", "batches"},
     {"engine", "coordinator", "transport", "tenancy", "api", "zoo", "config_check"},
     {"serving"},
     {"rayserve"},

@@ -7,13 +7,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from eft_serve.api.answers import Model, ModelList
 from eft_serve.api.context import Context, context_of
 from eft_serve.api.errors import json_response
+from eft_serve.api.openapi import answers_of
 
-router = APIRouter()
+router = APIRouter(default_response_class=Response)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", openapi_extra=answers_of(ModelList))
 async def list_models(request: Request) -> Response:
     """All that `model` may name."""
     context = context_of(request)
@@ -21,7 +23,7 @@ async def list_models(request: Request) -> Response:
     return json_response({"object": "list", "data": [_model(context, name) for name in names]})
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name}", openapi_extra=answers_of(Model, errors=(404,)))
 async def retrieve_model(request: Request, name: str) -> Response:
     """One of them."""
     context = context_of(request)

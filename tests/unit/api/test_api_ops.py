@@ -1,4 +1,4 @@
-"""`/health`, `/ready`, `/metrics`, `/openapi.json`, and what is counted."""
+"""`/health`, `/ready`, `/metrics`, and what is counted."""
 
 from __future__ import annotations
 
@@ -50,18 +50,6 @@ async def test_metrics_are_those_of_every_process_and_have_no_callers_strings(st
     assert stack.metric("eft_tenant_requests_total", tenant="anonymous", recipe="up", status="200") == 1
     assert stack.metric("eft_tenant_prompt_tokens_total", tenant="anonymous") == 20
     assert stack.metric("eft_tenant_generation_tokens_total", tenant="anonymous") == 5
-
-
-async def test_openapi_describes_the_bodies(stack: Stack) -> None:
-    async with stack.client() as client:
-        description = (await client.get("/openapi.json")).json()
-    assert {"ChatBody", "CompletionBody", "Message", "EftKnobs"} <= set(description["components"]["schemas"])
-    operation = description["paths"]["/v1/chat/completions"]["post"]
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
-    assert schema == {"$ref": "#/components/schemas/ChatBody"}
-    score = description["paths"]["/v1/score"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert [kind["$ref"].rpartition("/")[2] for kind in score["anyOf"]] == ["ScoreBody", "SingleScoreBody"]
-    assert {"ScoreBody", "SingleScoreBody", "ScoreItem"} <= set(description["components"]["schemas"])
 
 
 def test_tokens_that_arrive_together_share_the_time_they_took() -> None:

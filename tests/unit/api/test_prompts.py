@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from eft_serve.api.model_tokenizer import PIECE_CHARACTERS, Message, ModelTokenizer, plain_chat
-from eft_serve.api.prompts import INLINE_CHARACTERS, Given, PromptRenderer, Prompts
+from eft_serve.api.prompts import INLINE_CHARACTERS, PromptRenderer, Prompts
+from eft_serve.api.reader import Given
 from eft_serve.config import AppConfig
 from eft_serve.config_recipes import AS_ITSELF, PromptConfig
 from eft_serve.ensemble import Ensemble

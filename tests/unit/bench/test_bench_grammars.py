@@ -12,7 +12,6 @@ from eft_serve.bench import documents
 from eft_serve.bench.coordinator import GRAMMAR, SIDES, measure, summarize
 from eft_serve.bench.word_vocabulary import Words, token_texts
 from eft_serve.grammars.matcher import GrammarMatcher, load_grammar_tokenizer
-from eft_serve.types import Grammar
 
 NUM_TOKENS = 4000
 TEXTS = list(islice(token_texts(), NUM_TOKENS))
@@ -20,7 +19,7 @@ TEXTS = list(islice(token_texts(), NUM_TOKENS))
 
 def matcher(number: int) -> GrammarMatcher:
     tokenizer = load_grammar_tokenizer(Words(NUM_TOKENS).tokenizer_json)
-    return tokenizer.matcher(Grammar(documents.grammar(number), "response_format"))
+    return tokenizer.matcher(documents.grammar(number))
 
 
 def random_document(number: int, num_tokens: int) -> tuple[bytes, GrammarMatcher]:

@@ -140,6 +140,7 @@ def request(
     forced_token_ids: list[int] | None = None,
     components: int | None = None,
     logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs",
     **sampling: object,
 ) -> Request:
@@ -164,6 +165,7 @@ def request(
         forced_token_ids=forced_token_ids,
         components=components,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         logprobs_mode=logprobs_mode,
     )
     return Request.create(generation, time.monotonic() if now is None else now, GRAMMARS.matcher)

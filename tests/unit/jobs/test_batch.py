@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stub_server import Stub, serve_stub
 
-from eft_serve.jobs.batch_client import retry_after_s
-from eft_serve.jobs.batch_file import parse_line
+from eft_serve.batches.client import retry_after_s
+from eft_serve.batches.lines import parse_line
 
 KEY = "eft-a-secret-key"
 

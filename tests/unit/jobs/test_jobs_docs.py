@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
+from eft_serve.batches.lines import Line, answer, parse_line
 from eft_serve.jobs.batch import Summary
-from eft_serve.jobs.batch_file import Line, answer, parse_line
 
 DOCS = Path(__file__).parent.parent.parent.parent / "docs" / "jobs.md"
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpx
 
@@ -20,13 +22,16 @@ class UnreachedError(Exception):
     """No answer before the deadline; the message has the last attempt's failure."""
 
 
-async def ask(client: httpx.AsyncClient, url: str, body: bytes, timeout_s: float) -> httpx.Response:
+async def ask(
+    client: httpx.AsyncClient, url: str, body: bytes, timeout_s: float, headers: Mapping[str, str] | None = None
+) -> httpx.Response:
     """The server's answer, with any status but 429 and 503.
 
     Args:
         client: with the server's base URL and headers.
         body: JSON.
         timeout_s: for all attempts and the waits between them.
+        headers: of this request, besides the client's.
 
     Raises:
         UnreachedError: no answer in time, or the server asks to wait for longer than that.
@@ -38,7 +43,7 @@ async def ask(client: httpx.AsyncClient, url: str, body: bytes, timeout_s: float
         pause_s = backoff_s * random.uniform(0.5, 1.0)  # noqa: S311, not a secret: spreads the retries
         try:
             async with asyncio.timeout(left_s):
-                response = await client.post(url, content=body, headers=JSON)
+                response = await client.post(url, content=body, headers={**JSON, **(headers or {})})
         except TimeoutError:
             break
         except httpx.RequestError as error:
@@ -53,6 +58,14 @@ async def ask(client: httpx.AsyncClient, url: str, body: bytes, timeout_s: float
         await asyncio.sleep(pause_s)
         backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
     raise UnreachedError(f"no answer within {timeout_s:g} s; last: {last}")
+
+
+def body_of(response: httpx.Response) -> Any:
+    """The answer's JSON, or the text of a proxy's own error page."""
+    try:
+        return response.json()
+    except ValueError:
+        return response.text
 
 
 def retry_after_s(value: str | None) -> float:

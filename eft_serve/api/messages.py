@@ -1,0 +1,87 @@
+"""One turn of a chat as OpenAI has it; its content becomes text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+
+from eft_serve.api.knobs import Strict, mistake
+from eft_serve.api.tools import MAX_TOOLS, ToolCall
+
+TEXT_PARTS = {"text": "text", "refusal": "refusal"}  # kind of a content part → its field
+
+
+def _text(content: object, info: ValidationInfo) -> object:
+    """The text of content parts, joined by line breaks."""
+    if not isinstance(content, list):
+        return content
+    if not content:
+        raise ValueError("must be a string, or at least one part")
+    return "\n".join(_part(str(place), part, info.data.get("role")) for place, part in enumerate(content))
+
+
+def _part(place: str, part: object, role: str | None) -> str:
+    if not isinstance(part, dict) or not isinstance(kind := part.get("type"), str):
+        raise mistake(place, 'must be an object like {"type": "text", "text": "…"}')
+    if kind not in TEXT_PARTS:
+        raise mistake(place, "the models are text-only; send parts of type text")
+    if kind == "refusal" and role != "assistant":
+        raise mistake(place, "only an assistant's message has a refusal")
+    field = TEXT_PARTS[kind]
+    if unknown := sorted(name for name in part.keys() - {"type", field} if part[name] is not None):
+        raise mistake(f"{place}.{unknown[0]}", "unknown parameter")
+    if not isinstance(text := part.get(field), str):
+        raise mistake(f"{place}.{field}", "must be a string")
+    return text
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
+    content: Annotated[str | None, BeforeValidator(_text)] = None
+    """May be null in an assistant's message with tool calls."""
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    """Of an assistant."""
+    tool_call_id: str | None = Field(default=None, max_length=256)
+    """The call that a message of role `tool` answers."""
+    name: str | None = Field(default=None, max_length=256)
+    """The speaker, for templates that show it."""
+
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "refusal": (),
+        "reasoning": (),
+        "reasoning_content": (),
+        "audio": (),
+        "annotations": ([],),
+        "function_call": (),
+    }
+
+    @model_validator(mode="after")
+    def _has_what_its_role_has(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise mistake("content", "must be a string or a list of parts")
+        if self.tool_calls and self.role != "assistant":
+            raise mistake("tool_calls", "only an assistant calls tools")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise mistake("tool_call_id", "belongs to a message of role tool, which needs it")
+        return self
+
+    @property
+    def is_of_tools(self) -> bool:
+        """Whether it calls a tool, or answers a call."""
+        return self.role == "tool" or bool(self.tool_calls)
+
+    @property
+    def rendered(self) -> dict[str, Any]:
+        """In the form that chat templates take."""
+        role = "system" if self.role == "developer" else self.role
+        fields = {
+            "name": self.name,
+            "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.rendered for call in self.tool_calls or ()] or None,
+        }
+        given = {name: value for name, value in fields.items() if value is not None}
+        return {"role": role, "content": self.content or ""} | given
