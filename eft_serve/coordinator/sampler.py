@@ -101,10 +101,11 @@ class Sampler:
         with _timed(seconds, "describe"):
             outputs: list[SamplerOutput | EftServeError] = []
             for index, (request, (rows, where)) in enumerate(zip(requests, batch, strict=True)):
-                token_ids = verify(rows, drawn[where])
+                # A row without a possible token may be behind the output's end; if not, it is the next step's first.
+                token_ids = verify(rows, drawn[where])[: impossible.get(index)]
                 if index in errors:
                     outputs.append(EngineError(f"request {request.request_id}: {errors[index]}"))
-                elif impossible.get(index, rows.num_rows) < len(token_ids):
+                elif not token_ids:
                     outputs.append(_nothing_possible(rows.sampling))
                 else:
                     outputs.append(_described(request, rows, token_ids, combined[where], processed[where]))
