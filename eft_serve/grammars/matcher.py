@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -46,6 +46,11 @@ def _limits(step_max_items: int) -> LLParserLimits:
 
 
 _SCHEMA_LIMITS, _LIMITS = _limits(15_000), _limits(1_000)  # schemas are hardly ambiguous; other grammars may be
+
+
+def limits_of(grammar: Grammar) -> LLParserLimits:
+    """What compiling and following it may take."""
+    return _SCHEMA_LIMITS if grammar.of_schemas else _LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,10 @@ class GrammarTokenizer:
         """
         return GrammarMatcher(self, grammar)
 
+    def has_compiled(self, grammar: Grammar) -> bool:
+        """Whether a matcher of it is to be had at once."""
+        return grammar.definition in self._compiled
+
     def compiled(self, grammar: Grammar) -> _Compiled:
         """The grammar, compiled now or before; raises as `matcher`."""
         with self._lock:
@@ -106,8 +115,7 @@ class GrammarTokenizer:
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """At the beginning of the output, and sharing nothing; raises as `matcher`."""
-        limits = _SCHEMA_LIMITS if grammar.of_schemas else _LIMITS
-        compiled = LLMatcher(self._tokenizer, grammar.definition, log_level=0, limits=limits)
+        compiled = LLMatcher(self._tokenizer, grammar.definition, log_level=0, limits=limits_of(grammar))
         if not compiled.is_error():
             compiled.compute_bitmask()  # some limits show here only
         if compiled.is_error():
@@ -131,7 +139,11 @@ class NoGrammars:
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+    def has_compiled(self, grammar: Grammar) -> bool:
+        """Raises `InvalidRequestError`."""
+        self.matcher(grammar)
+
+    def matcher(self, grammar: Grammar) -> NoReturn:
         """Raises `InvalidRequestError`."""
         message = f"{grammar.param}: not supported with this model's tokenizer: {self._reason}"
         raise InvalidRequestError(message, param=grammar.param)
