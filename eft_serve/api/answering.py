@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from eft_serve.api.streams import Indexed, checked, merged, while_connected
 from eft_serve.ensemble import Ensemble
 from eft_serve.errors import DeadlineError, EftServeError
 from eft_serve.tenancy.tenants import Tenant
-from eft_serve.types import Delta, GenerationRequest
+from eft_serve.types import Delta, GenerationRequest, TokenComponents
 
 STALLED_CLIENT_S = 5.0  # beyond the deadline, for the last event to be read
 INLINE_COMPONENTS = 256  # log-probabilities of tokens: about a millisecond of work
@@ -113,9 +113,15 @@ class ModelResponse(Response):
         self._progress.answered = True
         await response(scope, receive, send)
 
-    async def _made(self, make: Callable[[], Made]) -> Made:
-        """What `make` makes of the choices; where that is much, in a thread, or it would stall every stream."""
-        size = sum(1 + len(token.top) for choice in self._progress.choices for token in choice.components)
+    async def _made(self, make: Callable[[], Made], size: int | None = None) -> Made:
+        """What `make` makes of the choices; where that is much, in a thread, or it would stall every stream.
+
+        Args:
+            size: log-probabilities; None: those of all choices.
+        """
+        if size is None:
+            choices = self._progress.choices
+            size = sum(num_described(choice.components) + num_described(choice.prompt_logprobs) for choice in choices)
         return make() if size <= INLINE_COMPONENTS else await asyncio.to_thread(make)
 
     async def _deltas(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[Indexed, None]:
@@ -166,6 +172,11 @@ class ModelResponse(Response):
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
+
+
+def num_described(tokens: Iterable[TokenComponents]) -> int:
+    """Log-probabilities of tokens, and of alternatives to them."""
+    return sum(1 + len(token.top) for token in tokens)
 
 
 def _response(body: Callable[[], JsonObject]) -> Response:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from eft_serve.api import sse
-from eft_serve.api.answering import ModelResponse
+from eft_serve.api.answering import ModelResponse, num_described
 from eft_serve.api.components import ComponentsFormat
 from eft_serve.api.context import Context
 from eft_serve.api.errors import domain_body, internal_body
@@ -119,9 +119,9 @@ class GenerationResponse(ModelResponse):
         first = await anext(deltas)
         await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
         try:
-            await self._send_events(send, self._events(first))
+            await self._send_item(send, first)
             async for item in deltas:
-                await self._send_events(send, self._events(item))
+                await self._send_item(send, item)
             end = await self._ending()
         except EftServeError as error:
             self._progress.status = error.status
@@ -139,13 +139,12 @@ class GenerationResponse(ModelResponse):
         index, delta = item
         ends = self._call.body.is_ranked and delta.finish_reason is not None
         reward = self._progress.choices[index].reward if ends else None
-        if not delta.token_ids and not delta.text and delta.finish_reason is None:
-            return []  # a part of the prompt's log-probabilities, which are sent with the first token
         parts: list[JsonObject] = []
         if index not in self._progress.opened:
             self._progress.opened.add(index)
             opening = self._envelope.opening(index, self._progress.choices[index])
             parts += [opening] if opening else []
+            self._progress.choices[index].prompt_logprobs = []
         parts += self._envelope.parts(index, delta, reward)
         progress = self._progress
         return [self._envelope.chunk(part, progress.num_prompt_tokens, progress.choices) for part in parts]
@@ -165,9 +164,13 @@ class GenerationResponse(ModelResponse):
     def _encode(event: JsonObject) -> bytes:
         return sse.encode(event)
 
-    async def _send_events(self, send: Send, events: list[JsonObject]) -> None:
-        if events:
-            body = b"".join(map(self._encode, events))
+    async def _send_item(self, send: Send, item: Indexed) -> None:
+        index, delta = item
+        if not delta.token_ids and not delta.text and delta.finish_reason is None:
+            return  # a part of the prompt's log-probabilities, which are sent with the first token
+        size = num_described(delta.components or ()) + num_described(self._progress.choices[index].prompt_logprobs)
+        body = await self._made(lambda: b"".join(map(self._encode, self._events(item))), size)
+        if body:
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
 

@@ -25,6 +25,7 @@ from eft_serve.checkpoints.vocabulary import check_range
 from eft_serve.config import AdapterConfig, AppConfig
 from eft_serve.config_recipes import PromptConfig
 from eft_serve.errors import ConfigError, ContextLengthError, InvalidRequestError
+from eft_serve.grammars.trial import TRIAL
 from eft_serve.types import Combination, Grammar, Term
 
 NUM_THREADS = 2  # that render and encode; more texts wait, so that their memory is bounded
@@ -56,6 +57,7 @@ class PromptRenderer:
         self._templates = dict(templates or {})
         self._max_model_len = max_model_len
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
+        self._grammar_threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammars")
 
     @classmethod
     def load(cls, config: AppConfig, max_model_len: Callable[[str], int]) -> PromptRenderer:
@@ -210,10 +212,12 @@ class PromptRenderer:
         def compile_it() -> Grammar | None:
             grammar = define()
             if grammar is not None:
+                if not tokenizer.grammars.has_compiled(grammar):
+                    TRIAL.check(grammar)
                 tokenizer.grammars.matcher(grammar)
             return grammar
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, compile_it)
+        return await asyncio.get_running_loop().run_in_executor(self._grammar_threads, compile_it)
 
     def token_decoder(self, model: str) -> Callable[[int], str]:
         """Decodes single tokens of this model, special tokens included."""

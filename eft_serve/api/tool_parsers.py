@@ -321,9 +321,8 @@ class MistralParser(_Parser):
             self._begin_call("")
             self._state = self._in_named_call
         else:
-            self._state = self._content
-            content, self._waiting = self.BEGIN + self._waiting, ""
-            return iter([content])
+            self._state = self._content  # what follows may hold another marker
+            return iter([self.BEGIN])
         return iter(())
 
     def _in_named_call(self) -> Iterator[Parsed] | None:

@@ -80,6 +80,8 @@ class RequestTable:
             request.timeline.add(EventKind.FIRST_TOKEN, now)
         request.count_accepted(token_ids)
         request.take(drawn.token_ids)
+        if drawn.is_cut:
+            request.drop_draft_tokens()  # the next step finds that nothing is possible, if there is one
         request.last_progress = now
         components = None if drawn.components is None else drawn.components[: len(token_ids)]
         usage = None if reason is None else self.end(request, reason).usage

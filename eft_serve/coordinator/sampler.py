@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -37,6 +37,7 @@ class SamplerOutput:
 
     token_ids: list[int]
     components: list[TokenComponents] | None = None
+    is_cut: bool = False  # no token is possible behind these, which are draft tokens; it matters if they do not end it
 
 
 class Sampler:
@@ -101,14 +102,15 @@ class Sampler:
         with _timed(seconds, "describe"):
             outputs: list[SamplerOutput | EftServeError] = []
             for index, (request, (rows, where)) in enumerate(zip(requests, batch, strict=True)):
-                # A row without a possible token may be behind the output's end; if not, it is the next step's first.
-                token_ids = verify(rows, drawn[where])[: impossible.get(index)]
+                token_ids = verify(rows, drawn[where])
                 if index in errors:
                     outputs.append(EngineError(f"request {request.request_id}: {errors[index]}"))
-                elif not token_ids:
+                elif (num_possible := impossible.get(index, rows.num_rows)) == 0:
                     outputs.append(_nothing_possible(rows.sampling))
                 else:
-                    outputs.append(_described(request, rows, token_ids, combined[where], processed[where]))
+                    is_cut, token_ids = num_possible < len(token_ids), token_ids[:num_possible]
+                    output = _described(request, rows, token_ids, combined[where], processed[where])
+                    outputs.append(replace(output, is_cut=is_cut) if isinstance(output, SamplerOutput) else output)
         return outputs, seconds
 
 

@@ -32,7 +32,9 @@ class GrammarMask:
     def __call__(self, output_token_ids: Sequence[int], draft_token_ids: Sequence[int], logits: Tensor) -> None:
         """See `LogitsProcessor`."""
         matcher = self._matcher
-        matcher.advance(output_token_ids[matcher.num_tokens :])
+        rest = output_token_ids[matcher.num_tokens :]
+        if matcher.advance(rest) < len(rest):  # fail closed, instead of masking for another place of the grammar
+            raise ValueError(f"the grammar does not take token {output_token_ids[matcher.num_tokens]} of the output")
         num_followed = matcher.num_tokens
         try:
             for index, row in enumerate(logits):

@@ -118,6 +118,7 @@ class Engine:
         """Drop sequences; those that are not here are no error."""
         for sequence_id in sequence_ids:
             self._cache.free(sequence_id)
+            self._grammars.free(sequence_id)
         self._observe(())
 
     def expire(self) -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
+from typing import NoReturn, TypeVar
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -23,8 +26,10 @@ from eft_serve.types import Grammar
 logger = logging.getLogger(__name__)
 
 Bitmask = NDArray[np.int32]
+T = TypeVar("T")
 
 CACHED_GRAMMARS = 64
+MAX_OWN_S = 0.05  # of compiling a grammar for one output, which others wait for
 _SHOWN = 300  # characters of a reason
 
 
@@ -33,7 +38,7 @@ def _limits(step_max_items: int) -> LLParserLimits:
         initial_lexer_fuel=500_000,  # 10 ms
         step_lexer_fuel=30_000,  # 2 ms
         step_max_items=step_max_items,  # 10 ms for a thousand
-        max_lexer_states=20_000,  # 40 MB
+        max_lexer_states=20_000,  # 40 MB; of all outputs since it was compiled
         max_grammar_size=20_000,
         max_items_in_row=step_max_items,  # so that an object of too many optional properties is refused at once
         verbose_errors=False,  # they would show other parts of the grammar
@@ -41,6 +46,19 @@ def _limits(step_max_items: int) -> LLParserLimits:
 
 
 _SCHEMA_LIMITS, _LIMITS = _limits(15_000), _limits(1_000)  # schemas are hardly ambiguous; other grammars may be
+
+
+def limits_of(grammar: Grammar) -> LLParserLimits:
+    """What compiling and following it may take."""
+    return _SCHEMA_LIMITS if grammar.of_schemas else _LIMITS
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    """A grammar over the tokens of one tokenizer."""
+
+    matcher: LLMatcher  # at the beginning; only its copies follow outputs
+    seconds: float  # that it took
 
 
 class GrammarTokenizer:
@@ -60,8 +78,8 @@ class GrammarTokenizer:
         end = self._end = 1 + max(_ids(described))
         described["added_tokens"] = [*described.get("added_tokens", ()), _special(end)]
         self._tokenizer = LLTokenizer(json.dumps(described), eos_token=end)
-        self._num_words = -(-self._tokenizer.vocab_size // 32)
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # least recently used first
+        self.num_words = -(-self._tokenizer.vocab_size // 32)
+        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()  # least recently used first
         self._lock = Lock()
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
@@ -70,19 +88,34 @@ class GrammarTokenizer:
         Raises:
             InvalidRequestError: the grammar is wrong, too complex or has no text.
         """
+        return GrammarMatcher(self, grammar)
+
+    def has_compiled(self, grammar: Grammar) -> bool:
+        """Whether a matcher of it is to be had at once."""
+        return grammar.definition in self._compiled
+
+    def compiled(self, grammar: Grammar) -> _Compiled:
+        """The grammar, compiled now or before; raises as `matcher`."""
         with self._lock:
             compiled = self._compiled.pop(grammar.definition, None)
         if compiled is None:
-            compiled = self._compile(grammar)
+            started = time.perf_counter()
+            compiled = _Compiled(self.compile(grammar), time.perf_counter() - started)
         with self._lock:
             self._compiled[grammar.definition] = compiled
             while len(self._compiled) > CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
-            return GrammarMatcher(compiled.deep_copy(), self._num_words, grammar.param)
+        return compiled
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        limits = _SCHEMA_LIMITS if grammar.of_schemas else _LIMITS
-        compiled = LLMatcher(self._tokenizer, grammar.definition, log_level=0, limits=limits)
+    def forget(self, grammar: Grammar, compiled: _Compiled) -> None:
+        """Compile the grammar anew the next time, unless that was done since."""
+        with self._lock:
+            if self._compiled.get(grammar.definition) is compiled:
+                del self._compiled[grammar.definition]
+
+    def compile(self, grammar: Grammar) -> LLMatcher:
+        """At the beginning of the output, and sharing nothing; raises as `matcher`."""
+        compiled = LLMatcher(self._tokenizer, grammar.definition, log_level=0, limits=limits_of(grammar))
         if not compiled.is_error():
             compiled.compute_bitmask()  # some limits show here only
         if compiled.is_error():
@@ -106,7 +139,11 @@ class NoGrammars:
     def __init__(self, reason: str) -> None:
         self._reason = reason
 
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
+    def has_compiled(self, grammar: Grammar) -> bool:
+        """Raises `InvalidRequestError`."""
+        self.matcher(grammar)
+
+    def matcher(self, grammar: Grammar) -> NoReturn:
         """Raises `InvalidRequestError`."""
         message = f"{grammar.param}: not supported with this model's tokenizer: {self._reason}"
         raise InvalidRequestError(message, param=grammar.param)
@@ -125,17 +162,19 @@ def load_grammar_tokenizer(tokenizer_json: str) -> GrammarTokenizer | NoGrammars
 class GrammarMatcher:
     """Follows one output; not thread-safe. An output that it no longer allows is not followed further.
 
-    Args:
-        matcher: at the output's beginning; its own.
-        num_words: of a bitmask.
-        param: of the request, that the grammar is of.
+    Copies of a compiled grammar share its lexer, whose states are limited, and outputs of other requests use them up.
+    Then the grammar is compiled for this output alone.
+
+    Raises:
+        InvalidRequestError: as `GrammarTokenizer.matcher`.
     """
 
-    def __init__(self, matcher: LLMatcher, num_words: int, param: str) -> None:
-        self._matcher = matcher
-        self._num_words = num_words
-        self._param = param
+    def __init__(self, tokenizer: GrammarTokenizer, grammar: Grammar) -> None:
+        self._tokenizer, self._grammar = tokenizer, grammar
+        self._compiled = tokenizer.compiled(grammar)
+        self._matcher = self._compiled.matcher.deep_copy()
         self._token_ids: list[int] = []  # followed so far
+        self._is_own = False  # whether no other output uses its lexer
 
     @property
     def num_tokens(self) -> int:
@@ -159,17 +198,17 @@ class GrammarMatcher:
             InvalidRequestError: the grammar is too complex here.
         """
         token_ids = [*token_ids]
-        count = self._matcher.try_consume_tokens(token_ids)
-        self._check()
+        count: int = self._of_usable(lambda matcher: matcher.try_consume_tokens(token_ids))
         self._token_ids += token_ids[:count]
         return count
 
     def go_back(self, num_tokens: int) -> None:
         """Forget the last tokens."""
         if num_tokens:
-            self._matcher.rollback(num_tokens)
-            self._check()
             del self._token_ids[-num_tokens:]
+            self._matcher.rollback(num_tokens)
+            if self._matcher.is_error():
+                self._compile_own()
 
     def follow(self, token_ids: Sequence[int]) -> bool:
         """Go to the end of this output from wherever it is; returns whether all of it is allowed.
@@ -191,15 +230,32 @@ class GrammarMatcher:
         Raises:
             InvalidRequestError: the grammar is too complex here.
         """
-        bitmask = np.zeros(self._num_words, np.int32)
-        if not self._matcher.is_stopped():
-            self._matcher.unsafe_compute_mask_ptr(bitmask.ctypes.data, bitmask.nbytes)
-        self._check()
+        bitmask = np.zeros(self._tokenizer.num_words, np.int32)
+
+        def compute(matcher: LLMatcher) -> None:
+            if not matcher.is_stopped():
+                matcher.unsafe_compute_mask_ptr(bitmask.ctypes.data, bitmask.nbytes)
+
+        self._of_usable(compute)
         return bitmask
 
-    def _check(self) -> None:
+    def _of_usable(self, act: Callable[[LLMatcher], T]) -> T:
+        """What a matcher gives that did not fail meanwhile."""
+        result = act(self._matcher)
         if self._matcher.is_error():
-            raise _unusable(self._param, self._matcher)
+            self._compile_own()
+            result = act(self._matcher)
+        if self._matcher.is_error():
+            raise _unusable(self._grammar.param, self._matcher)
+        return result
+
+    def _compile_own(self) -> None:
+        """Be at the same place again, with a lexer of its own."""
+        self._tokenizer.forget(self._grammar, self._compiled)
+        if self._is_own or self._compiled.seconds > MAX_OWN_S:
+            raise _unusable(self._grammar.param, self._matcher)
+        self._is_own, self._matcher = True, self._tokenizer.compile(self._grammar)
+        self._matcher.try_consume_tokens(self._token_ids)
 
 
 def _unusable(param: str, matcher: LLMatcher) -> InvalidRequestError:

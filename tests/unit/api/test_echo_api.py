@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from api_fakes import Stack, chat, events, make_config
 
+from eft_serve.api.model_tokenizer import ModelTokenizer
 from eft_serve.config import AppConfig
 from eft_serve.types import Delta, FinishReason, GenerationRequest, TokenComponents
 
@@ -179,3 +181,26 @@ async def test_a_prompt_that_the_terms_do_not_share_has_no_log_probabilities(
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "prompt_logprobs")
     assert says in error["message"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"echo": True, "logprobs": 1}, {"prompt_logprobs": 1}, {"echo": True, "logprobs": 1, "stream": True}],
+    ids=["echo", "prompt_logprobs", "stream"],
+)
+async def test_a_long_prompt_s_log_probabilities_are_worded_beside_the_event_loop(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    threads: dict[int, threading.Thread] = {}
+    bytes_of = ModelTokenizer.bytes_of
+
+    def seen(tokenizer: ModelTokenizer, token_id: int) -> bytes:
+        threads[token_id] = threading.current_thread()
+        return bytes_of(tokenizer, token_id)
+
+    monkeypatch.setattr(ModelTokenizer, "bytes_of", seen)
+    async with stack.client() as client:
+        body = {"model": MODEL, "prompt": [token_of("a")] * 300, **fields}
+        response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    assert threads[token_of("a")] is not threading.main_thread()

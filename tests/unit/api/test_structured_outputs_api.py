@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,14 @@ async def test_what_cannot_be_a_grammar_is_named(stack: Stack, fields: dict[str,
     assert says in error["message"]
     assert len(error["message"]) < 1000
     assert stack.service.requests == []
+
+
+async def test_a_schema_that_would_compile_for_ever_is_refused_while_others_are_answered(stack: Stack) -> None:
+    endless = {"type": "string", "allOf": [{"pattern": f".*x.{{{i}}}y.*"} for i in range(40)]}
+    async with stack.client() as client:
+        bodies = [chat(response_format=json_schema(endless)), chat(response_format=json_schema(SCHEMA))]
+        refused, answered = await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for body in bodies))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "response_format.json_schema.schema"
+    assert "too complex" in refused.json()["error"]["message"]
+    assert answered.status_code == 200, answered.text

@@ -69,6 +69,7 @@ CASES: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     ("llama3_json", 'It is {"name": "f.g-1"}', 'It is {"name": "f.g-1"}', []),
     ("llama3_json", "\n ", "\n ", []),
     ("mistral", f'[TOOL_CALLS] [{{"name": "get_weather", "arguments": {A}}}]', "", [("get_weather", A)]),
+    ("mistral", "[TOOL_CALLS]other{}[TOOL_CALLS]f.g-1{}", "[TOOL_CALLS]other{}", [("f.g-1", "{}")]),
     (
         "mistral",
         f'Sure.[TOOL_CALLS][{{"name": "f.g-1", "arguments": {{}}}}, {{"name": "get_weather", "arguments": {A}}}]',

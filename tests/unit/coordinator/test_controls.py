@@ -28,7 +28,7 @@ from eft_serve.coordinator.controls import processors
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
 from eft_serve.numerics.backends import CpuBackend
 from eft_serve.testing.naive import control
-from eft_serve.types import SamplingParams
+from eft_serve.types import SamplingParams, Speculative
 
 PROMPTS = {model: [1, 2] for model in EFT}
 
@@ -160,3 +160,22 @@ def test_scored_tokens_do_not_count_as_generated() -> None:
     harness.drive()
     value = harness.metrics.registry.get_sample_value
     assert (value("eft_generated_tokens_total"), value("eft_scored_tokens_total")) == (2, 3)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("end", ["max_tokens", "stop_token_ids"])
+def test_nothing_has_to_be_possible_behind_the_end_of_an_output_that_was_drafted(overlap: bool, end: str) -> None:
+    alone = {"base": 0.0, "tuned": 1.0}  # all that the drafter drafts is accepted
+    speculative = Speculative(num_tokens=4, min_confidence=0, overlap=overlap)
+    first = naive(request("r", PROMPTS, alone, max_tokens=4))
+    ending: dict[str, Any] = {"max_tokens": 4} if end == "max_tokens" else {"stop_token_ids": first[-1:]}
+    dead_end = tuple((*first, token) for token in range(VOCAB_SIZE))
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(request("r", PROMPTS, alone, speculative=speculative, bad_words=dead_end, **ending))
+    harness.submit(request("goes on", PROMPTS, alone, speculative=speculative, bad_words=dead_end))
+    harness.drive()
+    assert harness.tokens("r") == harness.tokens("goes on") == first
+    assert harness.last("r").failure is None
+    failure = harness.last("goes on").failure
+    assert failure is not None
+    assert failure.param == "bad_words"

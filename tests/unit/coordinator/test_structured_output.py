@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from fake_models import EOS, ToyBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from loop_harness import (
 
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.structured_output import GrammarMask
 from eft_serve.errors import InvalidRequestError
 from eft_serve.grammars.definitions import of_regex
 from eft_serve.testing.naive import PartialRegex
@@ -128,3 +130,10 @@ def test_a_grammar_that_cannot_be_used_names_its_parameter(definition: str) -> N
     with pytest.raises(InvalidRequestError) as caught:
         request("r", PROMPTS, grammar=Grammar(definition, "response_format"))
     assert caught.value.param == "response_format"
+
+
+def test_an_output_that_left_its_grammar_is_not_masked_at_another_place_of_it() -> None:
+    req = request("r", PROMPTS, grammar=Grammar(of_regex(letters(7, 3)), "p"))
+    assert req.matcher is not None
+    with pytest.raises(ValueError, match="token 9"):
+        GrammarMask(req.matcher, [EOS])([7, 9], [], torch.zeros(1, EOS + 1))

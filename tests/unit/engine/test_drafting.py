@@ -162,5 +162,8 @@ def test_draft_tokens_follow_the_grammar_and_end_with_it() -> None:
         assert matches(other + drafted("s", other, bound))
         assert drafted("s", [5, 6, 7], bound) == [], "it does not follow the grammar"
         assert matches(drafted("s", [], bound))
+        assert engine._grammars._matchers.keys() == {"s"}
+        engine.free(["s"])
+        assert not engine._grammars._matchers
     finally:
         engine.close()

@@ -1,0 +1,46 @@
+"""Matchers of many outputs over one tokenizer."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizer_files import byte_level
+
+from eft_serve.errors import InvalidRequestError
+from eft_serve.grammars.definitions import of_regex
+from eft_serve.grammars.matcher import GrammarMatcher, GrammarTokenizer
+from eft_serve.types import Grammar
+
+LETTERS = "abc"
+MANY_STATES = Grammar(of_regex("[abc]*a[abc]{18}b[abc]*"), "structured_outputs.regex")  # after 19 letters, 2^19
+
+
+def follow(matcher: GrammarMatcher, seed: int, num_tokens: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(num_tokens):
+        assert matcher.allowed()[0] & 7 == 7
+        assert matcher.advance([rng.randrange(len(LETTERS))]) == 1
+
+
+def test_outputs_before_do_not_use_up_the_states_of_the_next_one() -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    for seed in range(50):
+        follow(tokenizer.matcher(MANY_STATES), seed, 1000)
+
+
+def test_outputs_at_the_same_time_do_not_use_up_one_another_s_states() -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    matchers = [tokenizer.matcher(MANY_STATES) for _ in range(50)]
+    for chunk in range(10):
+        for place, matcher in enumerate(matchers):
+            follow(matcher, 100 * place + chunk, 100)
+            assert matcher.num_tokens == 100 * (chunk + 1)
+
+
+def test_an_output_that_uses_up_the_states_alone_is_an_error_that_says_so() -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    with pytest.raises(InvalidRequestError, match="too many") as caught:
+        follow(tokenizer.matcher(MANY_STATES), 0, 20_000)
+    assert caught.value.param == "structured_outputs.regex"
+    follow(tokenizer.matcher(MANY_STATES), 1, 100)
