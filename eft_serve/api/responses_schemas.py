@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from eft_serve.api.knobs import Strict, Whole, mistake
+from eft_serve.api.knobs import Metadata, Strict, Whole, mistake
 from eft_serve.api.schemas import VLLM_NO_OPS, GenerationBody
 from eft_serve.api.structured_outputs import JsonSchemaFormat, ResponseFormat
 from eft_serve.types import MAX_ALTERNATIVES
@@ -24,8 +24,6 @@ Includable = Literal[
     "web_search_call.results",
 ]
 Status = Literal["in_progress", "completed", "incomplete"]
-MetadataKey = Annotated[str, Field(max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 def _as_part(content: object) -> object:
@@ -138,7 +136,7 @@ class ResponsesBody(GenerationBody):
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Alternatives to each token whose log-probabilities are wanted too."""
     text: TextOptions | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     """Repeated in the answer."""
     parallel_tool_calls: bool | None = None
     """Repeated in the answer; without tools there is nothing to call."""

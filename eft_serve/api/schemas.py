@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from eft_serve.api.knobs import Strict, Whole
+from eft_serve.api.knobs import Strict, Whole, whole_numbers
 from eft_serve.api.knobs import mistake as _mistake
 from eft_serve.api.messages import Message
 from eft_serve.api.prompt_options import PromptOptions, TemplateKwargs, Truncation
@@ -45,7 +45,8 @@ def _prompts(value: object) -> object:
 
 
 def _text_or_ids(value: object) -> object:
-    if isinstance(value, str) or (isinstance(value, list) and all(type(v) is int for v in value)):
+    value = whole_numbers(value) if isinstance(value, list) else value
+    if isinstance(value, str) or (isinstance(value, list) and all(type(each) is int for each in value)):
         return value
     raise ValueError("must be a string or a list of token ids")
 
