@@ -144,10 +144,24 @@ class CompletionLogprobs(Closed):
     """Log-probabilities of a text's tokens; the lists are of equal length."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """Null for the first token of a prompt that is repeated, which follows nothing."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
     """Characters before each token."""
+
+
+class RankedLogprob(Closed):
+    """A prompt's token, or an alternative to it, in vLLM's shape."""
+
+    logprob: float
+    rank: int
+    """1 is the likeliest token."""
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, RankedLogprob] | None]
+"""For each token of the prompt, itself and the likeliest ones by their ids; null for the first."""
 
 
 class Choice(Closed):
@@ -159,14 +173,33 @@ class Choice(Closed):
 
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class FunctionCall(Closed):
+    """A function with its arguments."""
+
+    name: str
+    arguments: str
+    """JSON, unless the answer was cut off."""
+
+
+class AssistantToolCall(Closed):
+    """A call of one of the request's tools."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
 
 
 class AssistantMessage(Closed):
     """The answer to a chat."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """Null where there are only tool calls."""
     refusal: None
+    tool_calls: NotRequired[list[AssistantToolCall]]
 
 
 class ChatChoice(Choice):
@@ -174,7 +207,7 @@ class ChatChoice(Choice):
 
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(Closed):
@@ -186,6 +219,23 @@ class ChatCompletion(Closed):
     model: str
     choices: list[ChatChoice]
     usage: TokenUsage
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class FunctionCallDelta(Closed):
+    """What is new of a function call."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(Closed):
+    """What is new of a tool call; the first of it has its id."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCallDelta
 
 
 class MessageDelta(Closed):
@@ -193,6 +243,7 @@ class MessageDelta(Closed):
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
 
 
 class ChatChunkChoice(Choice):
@@ -200,7 +251,7 @@ class ChatChunkChoice(Choice):
 
     delta: MessageDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
 
 
 class ChatCompletionChunk(Closed):
@@ -220,6 +271,7 @@ class CompletionChoice(Choice):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Completion(Closed):
@@ -231,31 +283,3 @@ class Completion(Closed):
     model: str
     choices: list[CompletionChoice]
     usage: NotRequired[TokenUsage | None]
-
-
-class ScoreTotal(Closed):
-    """Sums over an output's tokens; null where the probability is 0."""
-
-    logprob: float | None
-    models: dict[str, float | None]
-    reward: float | None
-    num_tokens: int
-
-
-class ItemScore(Closed):
-    """What a recipe and its models say of an output."""
-
-    index: int
-    tokens: list[ComponentsOfToken]
-    total: ScoreTotal
-    split_token: str | None
-    """The token across the end of the prompt, where there is one."""
-
-
-class ScoreList(Closed):
-    """The answer of `/v1/score`."""
-
-    object: Literal["list"]
-    model: str
-    data: list[ItemScore]
-    usage: TokenUsage

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.requests import Request
 
 from eft_serve.api.body import first_mistake
-from eft_serve.api.knobs import Strict
+from eft_serve.api.knobs import Metadata, Strict
 from eft_serve.batches.ids import Paging
 from eft_serve.batches.lines import URLS
 from eft_serve.errors import InvalidRequestError
 
 MAX_ID = 256  # characters; ours are shorter
-MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512  # of metadata, OpenAI's
 
 
 class BatchBody(Strict):
@@ -24,9 +23,12 @@ class BatchBody(Strict):
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {"output_expires_after": ()}
 
     input_file_id: str = Field(max_length=MAX_ID)
-    endpoint: str
+    """Of a file with the purpose `batch`."""
+    endpoint: Annotated[str, Field(json_schema_extra={"enum": list(URLS)})]
+    """That every request of the file is for."""
     completion_window: Literal["24h"]
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
+    """Repeated in the answers."""
 
     @field_validator("endpoint")
     @classmethod
@@ -35,20 +37,9 @@ class BatchBody(Strict):
             raise ValueError(f"must be one of {', '.join(URLS)}")
         return endpoint
 
-    @field_validator("metadata")
-    @classmethod
-    def _is_within_openais_bounds(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:
-        pairs = metadata or {}
-        if len(pairs) > MAX_PAIRS:
-            raise ValueError(f"has {len(pairs)} keys; at most {MAX_PAIRS} are kept")
-        for key, value in pairs.items():
-            if len(key) > MAX_KEY or len(value) > MAX_VALUE:
-                raise ValueError(f"a key has at most {MAX_KEY} characters, its value at most {MAX_VALUE}")
-        return metadata
-
 
 class _Query(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     after: str | None = Field(default=None, max_length=MAX_ID)
 

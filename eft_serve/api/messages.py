@@ -4,12 +4,37 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic.config import JsonDict, JsonValue
+from typing_extensions import TypedDict  # pydantic reads that of `typing` from Python 3.12 only
 
 from eft_serve.api.knobs import Strict, mistake
 from eft_serve.api.tools import MAX_TOOLS, ToolCall
 
 TEXT_PARTS = {"text": "text", "refusal": "refusal"}  # kind of a content part → its field
+
+
+class ContentPart(TypedDict):
+    """For the description: `_part` reads it."""
+
+    __pydantic_config__ = ConfigDict(json_schema_extra={"additionalProperties": {"type": "null"}})  # type: ignore[misc]
+
+
+class TextContentPart(ContentPart):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class RefusalContentPart(ContentPart):
+    """An assistant's refusal, read as text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+ContentParts = Annotated[list[TextContentPart | RefusalContentPart], Field(min_length=1)]
 
 
 def _text(content: object, info: ValidationInfo) -> object:
@@ -36,13 +61,50 @@ def _part(place: str, part: object, role: str | None) -> str:
     return text
 
 
+MAX_MESSAGES = 4096  # in one chat; OpenAI takes 2048
+
+NULL: JsonDict = {"type": "null"}
+NOT_NULL: JsonDict = {"not": {"type": "null"}}
+NO_REFUSAL: JsonDict = {"items": {"properties": {"type": {"const": "text"}}}}
+BY_ROLE: list[JsonValue] = [
+    {
+        "required": ["content"],
+        "properties": {
+            "role": {"enum": ["system", "developer", "user"]},
+            "content": {"allOf": [NOT_NULL, NO_REFUSAL]},
+            "tool_calls": {"maxItems": 0},
+            "tool_call_id": NULL,
+        },
+    },
+    {
+        "anyOf": [
+            {"required": ["content"], "properties": {"content": NOT_NULL}},
+            {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+        ],
+        "properties": {"role": {"const": "assistant"}, "tool_call_id": NULL},
+    },
+    {
+        "required": ["content", "tool_call_id"],
+        "properties": {
+            "role": {"const": "tool"},
+            "content": {"allOf": [NOT_NULL, NO_REFUSAL]},
+            "tool_calls": {"maxItems": 0},
+            "tool_call_id": NOT_NULL,
+        },
+    },
+]
+"""What a message has by its role, for the description; `_has_what_its_role_has` checks it."""
+
+
 class Message(Strict):
     """One turn of a chat."""
 
+    model_config = ConfigDict(json_schema_extra={"oneOf": BY_ROLE})
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is OpenAI's newer name for `system` and is rendered as `system`."""
-    content: Annotated[str | None, BeforeValidator(_text)] = None
-    """May be null in an assistant's message with tool calls."""
+    content: Annotated[str | None, BeforeValidator(_text, json_schema_input_type=str | ContentParts | None)] = None
+    """Text, or parts of it, which are joined by line breaks; may be null in an assistant's message with tool calls."""
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     """Of an assistant."""
     tool_call_id: str | None = Field(default=None, max_length=256)
@@ -85,3 +147,6 @@ class Message(Strict):
         }
         given = {name: value for name, value in fields.items() if value is not None}
         return {"role": role, "content": self.content or ""} | given
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]

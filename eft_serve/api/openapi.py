@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from starlette.responses import Response
 
@@ -18,6 +18,7 @@ from eft_serve.api.errors import json_response
 
 REF = "#/components/schemas/{model}"
 JSON, EVENT_STREAM, TEXT = "application/json", "text/event-stream", "text/plain"
+FORM, BINARY = "multipart/form-data", "application/octet-stream"
 OPEN: dict[str, Any] = {"security": []}
 """Added to `openapi_extra` of an endpoint that needs no key."""
 
@@ -27,16 +28,18 @@ ERRORS = {
     403: "A server without tenants was asked from beyond loopback, or the key does not allow this.",
     404: "There is no such thing, or none that this key may use.",
     413: "The body is too large.",
-    415: "The body is not declared as plain JSON.",
+    415: "The body is compressed, or not declared as what the endpoint reads.",
     429: "The tenant's limit is reached.",
     500: "The server failed.",
-    503: "A model has no replica now, too many requests wait, or the server is starting.",
+    503: "A model has no replica now, too many requests wait, the server is starting, or its file store is away.",
     504: "The request took longer than its deadline.",
 }
 BODY_ERRORS = (400, 413, 415, 504)
 """Of an endpoint that reads a body."""
 MODEL_ERRORS = (*BODY_ERRORS, 404, 429, 503)
 """Of one that runs models besides."""
+STORE_ERRORS = (400, 503)
+"""Of one that asks the store of files and batches, which may be switched off."""
 
 HEADERS = {401: "www-authenticate", 429: "retry-after"}
 BEARER = {"type": "http", "scheme": "bearer", "description": "A tenant's key. A server without tenants asks for none."}
@@ -59,9 +62,21 @@ def body_of(*kinds: type[Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {JSON: {"schema": _schema_of(kinds)}}}}
 
 
+def form_of(kind: type[Any]) -> dict[str, Any]:
+    """For an endpoint whose body is such a multipart form."""
+    return {"requestBody": {"required": True, "content": _content(FORM, kind)}}
+
+
+def query_of(kind: type[BaseModel]) -> dict[str, Any]:
+    """For an endpoint whose query has these parameters, none of which is required."""
+    properties = kind.model_json_schema()["properties"]
+    return {"parameters": [{"name": name, "in": "query", "schema": _not_null(properties[name])} for name in properties]}
+
+
 def answers_of(
     answer: type[Any] | None = None,
     *,
+    media_type: str = TEXT,
     events: tuple[type[Any], ...] = (),
     has_done: bool = False,
     errors: tuple[int, ...] = (),
@@ -69,12 +84,13 @@ def answers_of(
     """For an endpoint that answers with this.
 
     Args:
-        answer: the JSON object; None for plain text.
+        answer: the JSON object; None for text or bytes.
+        media_type: of text or bytes.
         events: where it also streams, one of these is the data of each event.
         has_done: whether the last one is `[DONE]` instead.
         errors: statuses besides those that every endpoint has.
     """
-    content: dict[str, Any] = {TEXT: {"schema": {"type": "string"}}} if answer is None else _content(JSON, answer)
+    content = {media_type: {"schema": {"type": "string"}}} if answer is None else _content(JSON, answer)
     if events:
         content |= {EVENT_STREAM: {"schema": _event_of(events, has_done)}}
     done = {"description": "The answer; `text/event-stream` where `stream` is true." if events else "The answer."}
@@ -131,6 +147,14 @@ def _event_of(kinds: tuple[type[Any], ...], has_done: bool) -> dict[str, Any]:
 
 def _content(media_type: str, *kinds: type[Any]) -> dict[str, Any]:
     return {media_type: {"schema": _schema_of(kinds)}}
+
+
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Of a parameter that may be left out: a query has no null."""
+    shown = {name: value for name, value in schema.items() if name != "anyOf" and (name, value) != ("default", None)}
+    for branch in schema.get("anyOf", ()):
+        shown |= branch if branch != {"type": "null"} else {}
+    return shown
 
 
 def _error(status: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
 from eft_serve.api.answers import ChoiceComponents, Closed, DraftReport, TokenLogprob
 
@@ -55,10 +55,26 @@ class PlainFormat(Closed):
     type: Literal["text"]
 
 
+class JsonObjectFormat(Closed):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class SchemaFormat(Closed):
+    """A JSON document of a schema."""
+
+    type: Literal["json_schema"]
+    name: str
+    schema: dict[str, Any]
+    description: NotRequired[str]
+    strict: NotRequired[bool]
+
+
 class OutputOptions(Closed):
     """What the answer's text is."""
 
-    format: PlainFormat
+    format: PlainFormat | JsonObjectFormat | SchemaFormat
 
 
 class InputTokensDetails(Closed):

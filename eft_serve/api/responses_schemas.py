@@ -6,11 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from eft_serve.api.knobs import Strict, Whole, mistake
+from eft_serve.api.knobs import Metadata, Strict, Whole, mistake
+from eft_serve.api.messages import MAX_MESSAGES
 from eft_serve.api.schemas import VLLM_NO_OPS, GenerationBody
 from eft_serve.api.structured_outputs import JsonSchemaFormat, ResponseFormat
 from eft_serve.types import MAX_ALTERNATIVES
 
+MAX_INCLUDED = 64
 LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
     "message.output_text.logprobs",
@@ -24,8 +26,6 @@ Includable = Literal[
     "web_search_call.results",
 ]
 Status = Literal["in_progress", "completed", "incomplete"]
-MetadataKey = Annotated[str, Field(max_length=64)]
-MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 def _as_part(content: object) -> object:
@@ -71,7 +71,9 @@ class InputMessage(Strict):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_part, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[
+        list[TextPart], Field(fail_fast=True), BeforeValidator(_as_part, json_schema_input_type=str | list[TextPart])
+    ]
     """Text, or parts of it, which are joined by line breaks."""
     id: str | None = None
     """Accepted and not used."""
@@ -119,13 +121,16 @@ class TextOptions(Strict):
     verbosity: Literal["medium"] | None = None
 
 
+InputMessages = Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
 class ResponsesBody(GenerationBody):
     """`POST /v1/responses`. Nothing is stored: a conversation is sent as a whole, in `input`."""
 
     input: Annotated[
         list[InputMessage],
-        Field(min_length=1),
-        BeforeValidator(_as_item, json_schema_input_type=str | Annotated[list[InputMessage], Field(min_length=1)]),
+        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES),
+        BeforeValidator(_as_item, json_schema_input_type=str | InputMessages),
     ]
     """What the user says, or the conversation so far."""
     instructions: str | None = None
@@ -134,11 +139,14 @@ class ResponsesBody(GenerationBody):
     response_format: Annotated[None, _called("text.format")] = None
     prompt_logprobs: Annotated[None, BeforeValidator(_not_here)] = None
     max_output_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
-    include: list[Includable] | None = None
+    """Of the answer, at most."""
+    include: Annotated[list[Includable], Field(max_length=MAX_INCLUDED)] | None = None
+    """`message.output_text.logprobs` adds log-probabilities of the answer's tokens; the rest there is not."""
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Alternatives to each token whose log-probabilities are wanted too."""
     text: TextOptions | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    """Its `format` is the form of the answer: text, a JSON object, or a document of a schema."""
+    metadata: Metadata | None = None
     """Repeated in the answer."""
     parallel_tool_calls: bool | None = None
     """Repeated in the answer; without tools there is nothing to call."""

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from eft_serve.api.knobs import EftKnobs, RecipeKnobs, Strict
-from eft_serve.api.messages import Message
+from eft_serve.api.knobs import EftKnobs, RecipeKnobs, Strict, whole_numbers
+from eft_serve.api.messages import Message, Messages
 from eft_serve.api.reader import Asked
 from eft_serve.ensemble import Part
 
@@ -18,6 +18,7 @@ _TEXT, _IDS, _MESSAGES = "[text]", "[ids]", "[messages]"
 
 
 def _check_kind(value: object) -> object:
+    value = whole_numbers(value) if isinstance(value, list) else value
     kinds = {type(each) for each in value} if isinstance(value, list) else set[type]()
     if not isinstance(value, str) and kinds not in ({int}, {dict}):
         raise ValueError("must be a string, a list of token ids, or a list of messages, and not empty")
@@ -33,8 +34,8 @@ def _kind_of(value: Any) -> str:
 RoleName = Annotated[str, Field(max_length=256)]
 RolePrompt = Annotated[
     Annotated[Annotated[str, Field(min_length=1)], Tag(_TEXT)]
-    | Annotated[list[int], Tag(_IDS)]
-    | Annotated[list[Message], Tag(_MESSAGES)],
+    | Annotated[Annotated[list[int], Field(min_length=1)], Tag(_IDS)]
+    | Annotated[Messages, Tag(_MESSAGES)],
     Discriminator(_kind_of),
     BeforeValidator(_check_kind),
 ]

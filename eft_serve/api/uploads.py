@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Literal
 
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from eft_serve.api.answers import Closed
 from eft_serve.api.errors import BodyTooLargeError, UnsupportedMediaTypeError, UnsupportedParameterError
 from eft_serve.api.strict_json import MOST_SHOWN
 from eft_serve.errors import DeadlineError, InvalidRequestError, RateLimitError
@@ -26,6 +27,14 @@ FORM_BYTES = 2**14  # for all but the file
 PIECE_BYTES = 2**20
 MAX_UPLOADS, MAX_UPLOADS_OF_TENANT = 16, 4
 UPLOAD_RETRY_S = 1.0  # it is unknown when one ends
+
+
+class UploadForm(Closed):
+    """The form of an upload, for the description."""
+
+    file: bytes
+    """Lines of requests."""
+    purpose: Literal["batch"]
 
 
 class UploadSlots:

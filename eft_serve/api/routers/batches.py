@@ -5,16 +5,19 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from eft_serve.api.batch_answers import BatchObject, BatchPage
 from eft_serve.api.batch_schemas import BatchBody, BatchesQuery, page_of, read_query
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of
 from eft_serve.api.errors import json_response
-from eft_serve.api.openapi import body_of
+from eft_serve.api.openapi import BODY_ERRORS, STORE_ERRORS, answers_of, body_of, query_of
 
-router = APIRouter()
+ERRORS = (*STORE_ERRORS, 404)
+
+router = APIRouter(default_response_class=Response)
 
 
-@router.post("/v1/batches", openapi_extra=body_of(BatchBody))
+@router.post("/v1/batches", openapi_extra=body_of(BatchBody) | answers_of(BatchObject, errors=(*BODY_ERRORS, *ERRORS)))
 async def create_batch(request: Request) -> Response:
     """Have a file of requests answered."""
     context = context_of(request)
@@ -24,7 +27,7 @@ async def create_batch(request: Request) -> Response:
     return json_response(facts.as_json())
 
 
-@router.get("/v1/batches")
+@router.get("/v1/batches", openapi_extra=query_of(BatchesQuery) | answers_of(BatchPage, errors=STORE_ERRORS))
 async def list_batches(request: Request) -> Response:
     """The tenant's batches, the newest first."""
     context = context_of(request)
@@ -33,7 +36,7 @@ async def list_batches(request: Request) -> Response:
     return json_response(page_of([each.as_json() for each in batches], has_more))
 
 
-@router.get("/v1/batches/{batch_id}")
+@router.get("/v1/batches/{batch_id}", openapi_extra=answers_of(BatchObject, errors=ERRORS))
 async def retrieve_batch(request: Request, batch_id: str) -> Response:
     """One of them."""
     context = context_of(request)
@@ -41,7 +44,7 @@ async def retrieve_batch(request: Request, batch_id: str) -> Response:
     return json_response((await context.batches.batch(tenant.name, batch_id)).as_json())
 
 
-@router.post("/v1/batches/{batch_id}/cancel")
+@router.post("/v1/batches/{batch_id}/cancel", openapi_extra=answers_of(BatchObject, errors=ERRORS))
 async def cancel_batch(request: Request, batch_id: str) -> Response:
     """Stop it; what has been answered is kept."""
     context = context_of(request)

@@ -7,15 +7,21 @@ from urllib.parse import quote
 from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
+from eft_serve.api.batch_answers import DeletedFile, FileObject, FilePage
 from eft_serve.api.batch_schemas import FilesQuery, page_of, read_query
 from eft_serve.api.context import context_of
 from eft_serve.api.errors import json_response
-from eft_serve.api.uploads import receive_upload
+from eft_serve.api.openapi import BINARY, BODY_ERRORS, STORE_ERRORS, answers_of, form_of, query_of
+from eft_serve.api.uploads import UploadForm, receive_upload
 
-router = APIRouter()
+ERRORS = (*STORE_ERRORS, 404)
+
+router = APIRouter(default_response_class=Response)
 
 
-@router.post("/v1/files")
+@router.post(
+    "/v1/files", openapi_extra=form_of(UploadForm) | answers_of(FileObject, errors=(*BODY_ERRORS, *STORE_ERRORS, 429))
+)
 async def create_file(request: Request) -> Response:
     """Upload a file of requests."""
     context = context_of(request)
@@ -27,7 +33,7 @@ async def create_file(request: Request) -> Response:
     return json_response(stored.as_json())
 
 
-@router.get("/v1/files")
+@router.get("/v1/files", openapi_extra=query_of(FilesQuery) | answers_of(FilePage, errors=STORE_ERRORS))
 async def list_files(request: Request) -> Response:
     """The tenant's files."""
     context = context_of(request)
@@ -36,7 +42,7 @@ async def list_files(request: Request) -> Response:
     return json_response(page_of([each.as_json() for each in files], has_more))
 
 
-@router.get("/v1/files/{file_id}")
+@router.get("/v1/files/{file_id}", openapi_extra=answers_of(FileObject, errors=ERRORS))
 async def retrieve_file(request: Request, file_id: str) -> Response:
     """One of them."""
     context = context_of(request)
@@ -44,7 +50,7 @@ async def retrieve_file(request: Request, file_id: str) -> Response:
     return json_response((await context.batches.file(tenant.name, file_id)).as_json())
 
 
-@router.get("/v1/files/{file_id}/content")
+@router.get("/v1/files/{file_id}/content", openapi_extra=answers_of(media_type=BINARY, errors=ERRORS))
 async def retrieve_file_content(request: Request, file_id: str) -> Response:
     """Its contents."""
     context = context_of(request)
@@ -59,7 +65,7 @@ async def retrieve_file_content(request: Request, file_id: str) -> Response:
     return StreamingResponse(content, headers=headers, media_type="application/octet-stream")
 
 
-@router.delete("/v1/files/{file_id}")
+@router.delete("/v1/files/{file_id}", openapi_extra=answers_of(DeletedFile, errors=ERRORS))
 async def delete_file(request: Request, file_id: str) -> Response:
     """Delete it."""
     context = context_of(request)

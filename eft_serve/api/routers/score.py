@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from eft_serve.api.answers import ScoreList
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of, request_id_of
 from eft_serve.api.openapi import MODEL_ERRORS, answers_of, body_of
+from eft_serve.api.prompt_answers import ScoreList
 from eft_serve.api.score_schemas import ScoreBody, SingleScoreBody
 from eft_serve.api.scoring import ScoreCall, ScoreResponse
 

@@ -10,15 +10,18 @@ from starlette.responses import Response
 from eft_serve.api.body import receive_body
 from eft_serve.api.context import context_of
 from eft_serve.api.errors import json_response
-from eft_serve.api.openapi import body_of
+from eft_serve.api.openapi import MODEL_ERRORS, answers_of, body_of
+from eft_serve.api.prompt_answers import DetokenizedText, Tokens
 from eft_serve.api.tokenize_schemas import MAX_TOKENS, DetokenizeBody, TokenizeBody, TokenizeChatBody
 from eft_serve.errors import InvalidRequestError
 
-router = APIRouter()
+router = APIRouter(default_response_class=Response)
 
 
 @router.post("/tokenize", include_in_schema=False)
-@router.post("/v1/tokenize", openapi_extra=body_of(TokenizeBody, TokenizeChatBody))
+@router.post(
+    "/v1/tokenize", openapi_extra=body_of(TokenizeBody, TokenizeChatBody) | answers_of(Tokens, errors=MODEL_ERRORS)
+)
 async def tokenize(request: Request) -> Response:
     """The tokens of a text or a chat, as the first model that counts reads it."""
     context = context_of(request)
@@ -42,7 +45,7 @@ async def tokenize(request: Request) -> Response:
 
 
 @router.post("/detokenize", include_in_schema=False)
-@router.post("/v1/detokenize", openapi_extra=body_of(DetokenizeBody))
+@router.post("/v1/detokenize", openapi_extra=body_of(DetokenizeBody) | answers_of(DetokenizedText, errors=MODEL_ERRORS))
 async def detokenize(request: Request) -> Response:
     """The text of tokens, special tokens included."""
     context = context_of(request)

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+from api_fakes import MODELS, Answer, Stack, save_tokenizer
 from fastapi import FastAPI
 from jsonschema import Draft202012Validator
 
+from eft_serve.config import AppConfig
 from eft_serve.types import Delta, FinishReason, GenerationRequest, SpecDecodeStats, TokenComponents, Usage
 
 EVENT_STREAM = "text/event-stream"
+TOOL_TEMPLATE = (
+    "{% if tools %}[{% for t in tools %}{{ t | tojson }}{% endfor %}]{% endif %}{{ style }}{% for m in messages %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}{% for c in m['tool_calls'] %}{{ c['function'] | tojson }}{% endfor %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_stack(tmp_path: Path, answer: Answer | None = None, **server: Any) -> Stack:
+    """The application with all that it can do: tools, template arguments, files and batches."""
+    paths = {model: save_tokenizer(tmp_path / model, template=TOOL_TEMPLATE) for model in MODELS}
+    roles = {"base": "large", "reference": "small", "tuned": "small-chat"}
+    config = {
+        "models": {model: {"path": str(path)} for model, path in paths.items()},
+        "recipes": {"up": {"tool_parser": "hermes", **roles}},
+        "server": {"files_url": str(tmp_path / "store"), **server},
+    }
+    return Stack(AppConfig.parse(config), answer)
 
 
 class Description:
@@ -47,6 +67,11 @@ class Description:
         schema = self._operation("POST", path)["requestBody"]["content"]["application/json"]["schema"]
         return bool(self._validator(schema).is_valid(body))
 
+    def query(self, path: str) -> dict[str, Callable[[Any], bool]]:
+        """By parameter of a query, what it may be."""
+        described = self._operation("GET", path)["parameters"]
+        return {each["name"]: self._validator(each["schema"]).is_valid for each in described}
+
     def _operation(self, method: str, path: str) -> dict[str, Any]:
         operation: dict[str, Any] = self.document["paths"][path][method.lower()]
         return operation
@@ -65,6 +90,14 @@ def _bodies(response: httpx.Response, media_type: str) -> list[Any]:
 def full_answer(request: GenerationRequest) -> Iterable[Delta]:
     """Two tokens, or those that are given, with everything that an answer may be asked to report."""
     given = request.forced_token_ids or [66, 67]
+    if request.prompt_logprobs is not None:
+        prompt = next(iter(request.prompts.values()))
+        likeliest = [TokenComponents(68, -0.1, [], [], 0.0), TokenComponents(69, -inf, [], [], 0.0)]
+        others = likeliest[: request.prompt_logprobs]
+        scored = [TokenComponents(token_id, -0.5, [], [], 0.0, others, 2) for token_id in prompt[1:]]
+        done = FinishReason.LENGTH if request.sampling.max_tokens == 0 else None
+        yield Delta(text="", token_ids=[], prompt_logprobs=scored, finish_reason=done)
+        given = given[: request.sampling.max_tokens]
     terms, rewards = request.combination.terms, request.combination.rewards
     wanted = request.components if request.components is not None else request.logprobs
     for place, token_id in enumerate(given):

@@ -2,71 +2,42 @@
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from api_fakes import Stack, deltas, make_config
-from hypothesis import HealthCheck, given, settings
-from openapi_checks import Description, full_answer
+from openapi_checks import Description, full_answer, make_stack
+from openapi_requests import (
+    ANSWERED,
+    BATCHES,
+    CHAT,
+    FILES,
+    HI,
+    MINIMAL,
+    OF_TOOLS,
+    REFUSED,
+    RESPONSES,
+    SCORE,
+    TEXT,
+    TOKENIZE,
+    TOOLS,
+)
 
 from eft_serve.errors import UnavailableError
 from eft_serve.tenancy.store import create_tenant
-
-CHAT, TEXT, RESPONSES, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/score"
-HI = {"role": "user", "content": "hi"}
-EVERYTHING = {"eft": {"components": 2, "report": True}, "stream": False}
-STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-MINIMAL: dict[str, dict[str, Any]] = {
-    CHAT: {"model": "up", "messages": [HI]},
-    TEXT: {"model": "up", "prompt": "a"},
-    RESPONSES: {"model": "up", "input": "hi"},
-    SCORE: {"model": "up", "prompt": "a", "completion": "b"},
-}
+from eft_serve.types import Delta, FinishReason, GenerationRequest
 
 
 @pytest.fixture
 def stack(tmp_path: Path) -> Stack:
-    return Stack(make_config(tmp_path), full_answer)
+    return make_stack(tmp_path, full_answer)
 
 
 @pytest.fixture(scope="module")
 def description(tmp_path_factory: pytest.TempPathFactory) -> Description:
     return Description(Stack(make_config(tmp_path_factory.mktemp("described"))).app)
-
-
-ANSWERED: list[tuple[str, dict[str, Any]]] = [
-    (CHAT, {}),
-    (CHAT, EVERYTHING | {"logprobs": True, "top_logprobs": 2, "n": 2, "return_token_ids": True}),
-    (CHAT, {"best_of": 3, "n": 2}),
-    (CHAT, {"stream": True}),
-    (CHAT, STREAM | {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "eft": {"components": 2}}),
-    (CHAT, {"model": "small", "eft": {"components": 1}}),
-    (CHAT, {"stop": "x", "logit_bias": {"7": 1.5}, "max_tokens": 2.0, "temperature": None, "eft": None, "n": None}),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}], "refusal": None}]}),
-    (CHAT, {"eft": {"components": 1.0, "speculative": {"num_tokens": 2.0}}}),
-    (CHAT, {"tools": [], "store": False, "response_format": {"type": "text"}, "stop": ["x", "y"], "top_k": -1}),
-    (TEXT, {}),
-    (TEXT, EVERYTHING | {"logprobs": 2, "n": 2}),
-    (TEXT, STREAM | {"logprobs": 2, "eft": {"components": 2}}),
-    (TEXT, {"prompt": ["a"]}),
-    (TEXT, {"prompt": [66, 67]}),
-    (TEXT, {"prompt": [[66, 67]], "echo": False, "suffix": None}),
-    (RESPONSES, {}),
-    (RESPONSES, {"stream": True}),
-    (RESPONSES, {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "eft": {"components": 2}}),
-    (RESPONSES, {"stream": True, "include": ["message.output_text.logprobs"], "eft": {"components": 0}}),
-    (RESPONSES, {"input": [HI, {"role": "user", "content": [{"type": "input_text", "text": "a"}]}], "store": None}),
-    (RESPONSES, {"instructions": "I.", "metadata": {"a": "b"}, "user": "me", "text": {"format": {"type": "text"}}}),
-    (SCORE, {}),
-    (SCORE, {"components": 2}),
-    (SCORE, {"model": "small", "prompt": [66], "completion": [67, 68]}),
-    (SCORE, {"prompt": None, "messages": [HI]}),
-]
 
 
 @pytest.mark.parametrize(("path", "fields"), ANSWERED)
@@ -90,34 +61,39 @@ async def test_several_scores_are_described(stack: Stack, description: Descripti
     description.check(response, SCORE)
 
 
-REFUSED: list[tuple[str, dict[str, Any]]] = [
-    (CHAT, {"max_tokens": 0}),
-    (CHAT, {"max_tokens": 2.5}),
-    (CHAT, {"top_k": -2}),
-    (CHAT, {"temperature": "1"}),
-    (CHAT, {"nonsense": None}),
-    (CHAT, {"logit_bias": {"x": 1}}),
-    (CHAT, {"logit_bias": {"7": 101}}),
-    (CHAT, {"stop": [""]}),
-    (CHAT, {"stop": ["x"] * 17}),
-    (CHAT, {"tools": [{"type": "function"}]}),
-    (CHAT, {"response_format": {"type": "xml"}}),
-    (CHAT, {"messages": []}),
-    (CHAT, {"messages": [{"role": "nobody", "content": "a"}]}),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "video"}]}]}),
-    (CHAT, {"messages": [HI | {"audio": {}}]}),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]}),
-    (CHAT, {"eft": {"components": 21}}),
-    (CHAT, {"eft": {"speculative": {"num_tokens": 0}}}),
-    (TEXT, {"prompt": {"a": 1}}),
-    (TEXT, {"logprobs": True}),
-    (RESPONSES, {"store": True}),
-    (RESPONSES, {"max_tokens": 5}),
-    (RESPONSES, {"n": 2}),
-    (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}),
-    (SCORE, {"components": -1}),
-    (SCORE, {"stream": True}),
-]
+async def test_the_tokens_of_a_chat_are_described(stack: Stack, description: Description) -> None:
+    body = {"model": "up", "messages": OF_TOOLS[:1], "chat_template_kwargs": {"style": "a"}, "tools": []}
+    assert description.allows(TOKENIZE, body)
+    async with stack.client() as client:
+        response = await client.post(TOKENIZE, json=body)
+    assert response.status_code == 200
+    description.check(response, TOKENIZE)
+
+
+class Calls:
+    """Says something and calls a tool, in pieces of three characters."""
+
+    TEXT = 'So: <tool_call>\n{"name": "now", "arguments": {"a": 1}}\n</tool_call>'
+
+    def __call__(self, request: GenerationRequest) -> Iterable[Delta]:
+        for i in range(0, len(self.TEXT), 3):
+            last = i + 3 >= len(self.TEXT)
+            yield Delta(text=self.TEXT[i : i + 3], token_ids=[i], finish_reason=FinishReason.STOP if last else None)
+
+
+@pytest.mark.parametrize("text", [Calls.TEXT, Calls.TEXT.removeprefix("So: ")])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_of_tools_are_described(
+    stack: Stack, description: Description, monkeypatch: pytest.MonkeyPatch, text: str, stream: bool
+) -> None:
+    monkeypatch.setattr(Calls, "TEXT", text)
+    stack.service.answer = Calls()
+    body = MINIMAL[CHAT] | {"tools": TOOLS, "tool_choice": "required", "stream": stream}
+    assert description.allows(CHAT, body)
+    async with stack.client() as client:
+        response = await client.post(CHAT, json=body)
+    assert '"finish_reason":"tool_calls"' in response.text
+    description.check(response, CHAT)
 
 
 @pytest.mark.parametrize(("path", "fields"), REFUSED)
@@ -173,21 +149,91 @@ async def test_every_error_is_described(tmp_path: Path, path: str) -> None:
     description.check(response, path)
 
 
+READ = ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics")
+STORED = [
+    ("POST", FILES),
+    ("GET", FILES),
+    ("GET", f"{FILES}/{{file_id}}"),
+    ("GET", f"{FILES}/{{file_id}}/content"),
+    ("POST", BATCHES),
+    ("GET", BATCHES),
+    ("GET", f"{BATCHES}/{{batch_id}}"),
+    ("POST", f"{BATCHES}/{{batch_id}}/cancel"),
+    ("DELETE", f"{FILES}/{{file_id}}"),
+]
+
+
 async def test_answers_without_a_body_to_read_are_described(stack: Stack, description: Description) -> None:
-    visited = []
     async with stack.client() as client:
-        for path in ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics"):
+        for path in READ:
             response = await client.get(path.replace("{name}", "up"))
             assert response.status_code == 200
             description.check(response, path)
-            visited.append(("GET", path))
         stack.service.missing = "large"
         description.check(await client.get("/v1/models/nope"), "/v1/models/{name}")
         description.check(await client.get("/ready"), "/ready")
     async with stack.client(peer="10.0.0.9") as client:
         description.check(await client.get("/metrics"), "/metrics")
         description.check(await client.get("/v1/models"), "/v1/models")
-    assert description.operations == {*visited, *(("POST", path) for path in MINIMAL)}
+
+
+async def test_files_and_batches_are_described(stack: Stack, description: Description) -> None:
+    ids: dict[str, str] = {}
+    form: dict[str, Any] = {"files": {"file": ("a.jsonl", b"{}\n")}, "data": {"purpose": "batch"}}
+    async with stack.client() as client:
+
+        async def send(method: str, path: str, **kwargs: Any) -> Any:
+            url = path.replace("{file_id}", ids.get("file", "")).replace("{batch_id}", ids.get("batch", ""))
+            response = await client.request(method, url, **kwargs)
+            description.check(response, path)
+            return response
+
+        other = (await send(*STORED[0], **form)).json()["id"]
+        ids["file"] = (await send(*STORED[0], **form)).json()["id"]
+        for method, path in STORED[1:]:
+            fields = {"input_file_id": other, "metadata": {"a": "b"}}
+            asked = {"json": MINIMAL[BATCHES] | fields} if (method, path) == ("POST", BATCHES) else {}
+            response = await send(method, path, **asked)
+            assert response.status_code == 200, (path, response.text)
+            if asked:
+                ids["batch"] = response.json()["id"]
+        for method, path in STORED:  # the file is gone, the batch exists, and neither does elsewhere
+            ids["batch"] = "batch_nope"
+            assert (await send(method, path, params={"limit": "x"})).status_code in (400, 404, 415)
+    off = Stack(make_config(Path(stack.service.config.server.files_url or "").parent / "off"))
+    async with off.client() as client:
+        for method, path in STORED:
+            assert (await send(method, path)).status_code == 400
+
+
+def test_every_operation_is_tested(description: Description) -> None:
+    assert description.operations == {
+        *(("GET", path) for path in READ),
+        *STORED,
+        *(("POST", path) for path in MINIMAL),
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "allowed", "refused"),
+    [
+        (FILES, "limit", 10_000, 10_001),
+        (FILES, "order", "asc", "up"),
+        (FILES, "purpose", "batch", None),
+        (BATCHES, "limit", 100, 0),
+        (BATCHES, "after", "batch_x", "x" * 257),
+    ],
+)
+async def test_parameters_of_queries_are_described(
+    stack: Stack, description: Description, path: str, name: str, allowed: Any, refused: Any
+) -> None:
+    allows = description.query(path)[name]
+    assert (allows(allowed), allows(refused)) == (True, False)
+    if name == "after" or refused is None:
+        return  # it depends on what is stored
+    async with stack.client() as client:
+        assert (await client.get(path, params={name: allowed})).status_code == 200
+        assert (await client.get(path, params={name: refused})).status_code == 400
 
 
 def test_keys_are_described_as_this_server_asks_for_them(tmp_path: Path) -> None:
@@ -211,37 +257,3 @@ async def test_the_description_is_served_to_everybody(stack: Stack) -> None:
 def test_nothing_is_described_that_never_comes(description: Description) -> None:
     assert "422" not in str(description.document)
     assert "HTTPValidationError" not in description.document["components"]["schemas"]
-
-
-@pytest.mark.parametrize("mode", ["POSITIVE", "NEGATIVE"])
-@pytest.mark.parametrize("path", MINIMAL)
-def test_no_generated_request_gets_an_answer_that_is_not_described(stack: Stack, path: str, mode: str) -> None:
-    schemathesis = pytest.importorskip("schemathesis", reason="requests are generated where it is installed")
-    checks = importlib.import_module("schemathesis.specs.openapi.checks")
-    stack.service.context_length = 2**40
-    operation = schemathesis.openapi.from_dict(stack.app.openapi())[path]["POST"]
-    statuses: set[int] = set()
-
-    @settings(max_examples=40, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    @given(case=operation.as_strategy(generation_mode=schemathesis.GenerationMode[mode]))
-    def run(case: Any) -> None:
-        if isinstance(case.body, dict) and may_be_a_name(case.body.get("model")):
-            case.body["model"] = "up"  # otherwise nearly every answer would be 404
-        response = runner.run(post(case.as_transport_kwargs(base_url="http://localhost")))
-        # what is described may still be refused: some fields depend on one another
-        case.validate_response(response, excluded_checks=[checks.positive_data_acceptance])
-        statuses.add(response.status_code)
-
-    async def post(sent: dict[str, Any]) -> httpx.Response:
-        async with stack.client() as client:
-            content = json.dumps(sent["json"]).encode() if "json" in sent else sent.get("data")
-            return await client.post(path, content=content, headers=sent["headers"])
-
-    with asyncio.Runner() as runner:
-        run()
-    assert statuses == ({200, 400} if mode == "POSITIVE" else {400}) | (statuses & {415})  # where there is no body
-
-
-def may_be_a_name(name: object) -> bool:
-    """Whether it could be a model's name."""
-    return isinstance(name, str) and len(name) <= 256
