@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from eft_serve.api.knobs import Strict
+from eft_serve.api.knobs import Strict, Whole
 from eft_serve.api.knobs import mistake as _mistake
 from eft_serve.config_recipes import ToolFormat
 from eft_serve.errors import InvalidRequestError
@@ -73,6 +73,8 @@ class CalledFunction(Strict):
     name: Name
     arguments: str
     """JSON."""
+    parsed_arguments: Any = None
+    """What the `openai` client made of them; accepted and not used."""
 
     @field_validator("arguments")
     @classmethod
@@ -89,6 +91,8 @@ class ToolCall(Strict):
         "function"
     )
     function: CalledFunction
+    index: Whole | None = None
+    """Its place in a stream that a client gathered; accepted and not used."""
 
     @property
     def rendered(self) -> dict[str, Any]:
