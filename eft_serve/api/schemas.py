@@ -341,7 +341,7 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     """Functions that the answer may call, where the recipe has a `tool_parser`."""
     tool_choice: ToolChoice | None = None
-    """`auto` by default; with `required` or a function's name a grammar makes the answer a call."""
+    """`auto` by default; with `required` a grammar makes the answer calls, with a function's name one call of it."""
     parallel_tool_calls: bool | None = None
     """False: at most one call in an answer."""
     metadata: dict[str, str] | None = None

@@ -139,7 +139,8 @@ class ActiveTools:
             required = [tool for tool in tools if tool.function.name == choice.function.name]
             if not required:
                 raise _mistake("tool_choice.function.name", f"{choice.function.name!r} is not among the tools {names}")
-        return cls(tools, required, parallel is not False)
+        # as OpenAI has it: `required` is one call or more, a named tool is exactly one
+        return cls(tools, required, parallel is not False and not isinstance(choice, NamedTool))
 
     @property
     def names(self) -> frozenset[str]:
