@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -75,6 +75,8 @@ class StreamOptions(Strict):
     """One more chunk at the end, without choices and with `usage`."""
     continuous_usage_stats: bool = False
     """vLLM's: `usage` so far in every chunk."""
+    include_obfuscation: Literal[False] | None = None
+    """No chunk is padded."""
 
 
 VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {

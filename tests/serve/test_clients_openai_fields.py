@@ -54,7 +54,7 @@ SERVED_IN_CHATS: dict[str, list[Any]] = {
     "user": ["somebody"],
 }
 TOGETHER_IN_CHATS: dict[str, dict[str, Any]] = {  # fields that need others
-    "stream_options": {"stream": True, "stream_options": {"include_usage": True}},
+    "stream_options": {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
     "top_logprobs": {"logprobs": True, "top_logprobs": 2},
 }
 REFUSED_IN_CHATS: dict[str, Any] = {
