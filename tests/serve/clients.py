@@ -17,6 +17,7 @@ INSTALLED = ROOT / ".cache" / "clients"  # not in the server's environment: Ray 
 sys.path.append(str(INSTALLED))
 
 CITIES = ("Lima", "Quito")
+JSON_TOKENS = 1024  # for one `Answer` or call: a model that was never taught JSON indents as far as grammars let it
 QUESTION = "What is the capital of Peru?"
 ARGUMENTS = {
     "type": "object",

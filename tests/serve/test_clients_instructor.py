@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from clients import QUESTION, Answer, package
+from clients import JSON_TOKENS, QUESTION, Answer, package
 from harness import Served
 
 instructor = package("instructor")
 
 MESSAGES = [{"role": "user", "content": QUESTION}]
 MODES = ["JSON_SCHEMA", "TOOLS"]  # JSON only asks for any object, which an untrained model never ends
-ASKED: dict[str, Any] = {"model": "tools", "messages": MESSAGES, "temperature": 0, "max_tokens": 64, "max_retries": 0}
+ASKED: dict[str, Any] = {
+    "model": "tools",
+    "messages": MESSAGES,
+    "temperature": 0,
+    "max_tokens": JSON_TOKENS,
+    "max_retries": 0,
+}
 
 
 def patched(client: Any, mode: str) -> Any:

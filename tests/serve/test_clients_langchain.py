@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
-from clients import CITIES, QUESTION, Answer, package
+from clients import CITIES, JSON_TOKENS, QUESTION, Answer, package
 from harness import Served
 
 langchain_openai = package("langchain_openai")
@@ -61,26 +61,30 @@ def test_turns_of_every_role(chat: Any) -> None:
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
 @pytest.mark.parametrize("strict", [None, True])
 def test_structured_output_is_an_object_of_the_model(chat: Any, method: Method, strict: bool | None) -> None:
-    model = chat("tools").with_structured_output(Answer, method=method, strict=strict)
+    model = chat("tools", max_tokens=JSON_TOKENS).with_structured_output(Answer, method=method, strict=strict)
     assert isinstance(model.invoke(QUESTION), Answer)
 
 
 def test_structured_output_of_a_plain_schema_is_a_dictionary(chat: Any) -> None:
     schema = Answer.model_json_schema() | {"title": "answer", "description": "An answer."}
-    found = chat("tools").with_structured_output(schema, method="json_schema").invoke(QUESTION)
+    found = chat("tools", max_tokens=JSON_TOKENS).with_structured_output(schema, method="json_schema").invoke(QUESTION)
     assert Answer.model_validate(found)
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # openai's client serialises what it parsed
 def test_structured_output_streams(chat: Any) -> None:
-    *_, last = chat("tools").with_structured_output(Answer, method="json_schema").stream(QUESTION)
+    *_, last = (
+        chat("tools", max_tokens=JSON_TOKENS).with_structured_output(Answer, method="json_schema").stream(QUESTION)
+    )
     assert isinstance(last, Answer)
 
 
 @pytest.mark.parametrize("choice", ["any", "required", "weather"])
 def test_a_tool_is_called_and_its_answer_read(chat: Any, choice: str) -> None:
     weather = weather_tool()
-    model = chat("tools").bind_tools([weather], tool_choice=choice, strict=True, parallel_tool_calls=False)
+    model = chat("tools", max_tokens=JSON_TOKENS).bind_tools(
+        [weather], tool_choice=choice, strict=True, parallel_tool_calls=False
+    )
     asked = messages.HumanMessage(QUESTION)
     call_turn = model.invoke([asked])
     (call,) = call_turn.tool_calls
@@ -92,7 +96,7 @@ def test_a_tool_is_called_and_its_answer_read(chat: Any, choice: str) -> None:
 
 
 def test_a_streamed_tool_call_is_gathered(chat: Any) -> None:
-    model = chat("tools").bind_tools([weather_tool()], tool_choice="weather", strict=True)
+    model = chat("tools", max_tokens=JSON_TOKENS).bind_tools([weather_tool()], tool_choice="weather", strict=True)
     pieces = list(model.stream(QUESTION))
     gathered = pieces[0]
     for piece in pieces[1:]:

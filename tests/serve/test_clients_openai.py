@@ -9,7 +9,7 @@ from typing import Any
 
 import openai
 import pytest
-from clients import CITIES, QUESTION, TOOL, Answer
+from clients import CITIES, JSON_TOKENS, QUESTION, TOOL, Answer
 from harness import Served
 
 MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
@@ -20,14 +20,14 @@ BATCH_TIMEOUT_S = 60.0
 
 def test_parse_gives_an_object_of_the_model(served: Served) -> None:
     answer = served.client().chat.completions.parse(
-        model="eft", messages=MESSAGES, response_format=Answer, max_tokens=64, temperature=0
+        model="eft", messages=MESSAGES, response_format=Answer, max_tokens=JSON_TOKENS, temperature=0
     )
     assert isinstance(answer.choices[0].message.parsed, Answer)
 
 
 def test_a_stream_is_parsed_too(served: Served) -> None:
     with served.client().chat.completions.stream(
-        model="eft", messages=MESSAGES, response_format=Answer, max_tokens=64, temperature=0
+        model="eft", messages=MESSAGES, response_format=Answer, max_tokens=JSON_TOKENS, temperature=0
     ) as stream:
         kinds = {event.type for event in stream}
         final = stream.get_final_completion()
@@ -38,23 +38,28 @@ def test_a_stream_is_parsed_too(served: Served) -> None:
 def test_a_parsed_tool_call_and_the_turn_after_it(served: Served) -> None:
     tool = openai.pydantic_function_tool(Answer, name="report")
     client = served.client()
-    asked: dict[str, Any] = {"model": "tools", "max_tokens": 64, "temperature": 0, "tools": [tool]}
+    asked: dict[str, Any] = {"model": "tools", "temperature": 0, "tools": [tool]}
     answer = client.chat.completions.parse(
-        **asked, messages=MESSAGES, tool_choice="required", parallel_tool_calls=False
+        **asked, messages=MESSAGES, tool_choice="required", parallel_tool_calls=False, max_tokens=JSON_TOKENS
     )
     (choice,) = answer.choices
     assert choice.finish_reason == "tool_calls"
     (call,) = choice.message.tool_calls or []
     assert isinstance(call.function.parsed_arguments, Answer)
     messages: list[Any] = [*MESSAGES, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "thank you"}]
-    after = client.chat.completions.create(**asked, messages=messages)
+    after = client.chat.completions.create(**asked, messages=messages, max_tokens=8)
     assert after.usage is not None
     assert answer.usage is not None
     assert after.usage.prompt_tokens > answer.usage.prompt_tokens
 
 
 def test_a_streamed_tool_call_is_the_whole_one(served: Served) -> None:
-    asked: dict[str, Any] = CHAT | {"max_completion_tokens": 600, "tools": [TOOL], "tool_choice": "required"}
+    asked: dict[str, Any] = CHAT | {
+        "max_completion_tokens": JSON_TOKENS,
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+    }
     whole = served.client().chat.completions.create(**asked)
     with served.client().chat.completions.stream(**asked) as stream:
         for _ in stream:
@@ -78,7 +83,7 @@ def test_responses_whole_streamed_and_parsed(served: Served) -> None:
         final = stream.get_final_response()
     assert "".join(deltas) == final.output_text == whole.output_text
     parsed = client.responses.parse(
-        model="eft", input=QUESTION, text_format=Answer, max_output_tokens=64, temperature=0
+        model="eft", input=QUESTION, text_format=Answer, max_output_tokens=JSON_TOKENS, temperature=0
     )
     assert isinstance(parsed.output_parsed, Answer)
     turns: list[Any] = [{"role": "user", "content": QUESTION}, *whole.output, {"role": "user", "content": "And then?"}]
@@ -104,7 +109,7 @@ async def test_the_asynchronous_client_answers_side_by_side(served: Served) -> N
 
         async def parsed() -> Any:
             answer = await client.chat.completions.parse(
-                model="eft", messages=MESSAGES, response_format=Answer, max_tokens=64, temperature=0
+                model="eft", messages=MESSAGES, response_format=Answer, max_tokens=JSON_TOKENS, temperature=0
             )
             return answer.choices[0].message.parsed
 
