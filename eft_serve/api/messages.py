@@ -111,6 +111,8 @@ class Message(Strict):
     """The call that a message of role `tool` answers."""
     name: str | None = Field(default=None, max_length=256)
     """The speaker, for templates that show it."""
+    parsed: Any = None
+    """What the `openai` client made of an answer that is sent back; accepted of an assistant and not used."""
 
     NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = {
         "refusal": (),
@@ -127,6 +129,8 @@ class Message(Strict):
             raise mistake("content", "must be a string or a list of parts")
         if self.tool_calls and self.role != "assistant":
             raise mistake("tool_calls", "only an assistant calls tools")
+        if self.parsed is not None and self.role != "assistant":
+            raise mistake("parsed", "only an assistant's message has it; leave it out")
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise mistake("tool_call_id", "belongs to a message of role tool, which needs it")
         return self

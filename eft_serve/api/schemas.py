@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -76,6 +76,8 @@ class StreamOptions(Strict):
     """One more chunk at the end, without choices and with `usage`."""
     continuous_usage_stats: bool = False
     """vLLM's: `usage` so far in every chunk."""
+    include_obfuscation: Literal[False] | None = None
+    """No chunk is padded."""
 
 
 VLLM_NO_OPS: dict[str, tuple[Any, ...]] = {
@@ -352,7 +354,7 @@ class ChatBody(GenerationBody):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     """Functions that the answer may call, where the recipe has a `tool_parser`."""
     tool_choice: ToolChoice | None = None
-    """`auto` by default; with `required` or a function's name a grammar makes the answer a call."""
+    """`auto` by default; with `required` a grammar makes the answer calls, with a function's name one call of it."""
     parallel_tool_calls: bool | None = None
     """False: at most one call in an answer."""
     metadata: dict[str, str] | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from eft_serve.api.knobs import Strict
+from eft_serve.api.knobs import Strict, Whole
 from eft_serve.api.knobs import mistake as _mistake
 from eft_serve.config_recipes import ToolFormat
 from eft_serve.errors import InvalidRequestError
@@ -73,6 +73,8 @@ class CalledFunction(Strict):
     name: Name
     arguments: str
     """JSON."""
+    parsed_arguments: Any = None
+    """What the `openai` client made of them; accepted and not used."""
 
     @field_validator("arguments")
     @classmethod
@@ -89,6 +91,8 @@ class ToolCall(Strict):
         "function"
     )
     function: CalledFunction
+    index: Whole | None = None
+    """Its place in a stream that a client gathered; accepted and not used."""
 
     @property
     def rendered(self) -> dict[str, Any]:
@@ -135,7 +139,8 @@ class ActiveTools:
             required = [tool for tool in tools if tool.function.name == choice.function.name]
             if not required:
                 raise _mistake("tool_choice.function.name", f"{choice.function.name!r} is not among the tools {names}")
-        return cls(tools, required, parallel is not False)
+        # as OpenAI has it: `required` is one call or more, a named tool is exactly one
+        return cls(tools, required, parallel is not False and not isinstance(choice, NamedTool))
 
     @property
     def names(self) -> frozenset[str]:

@@ -29,6 +29,7 @@ NARROW_TOKENS = 1120
 SYSTEM_PROMPT = "Tell me about the currency of Peru."
 PREFIX = " It is"
 TOLD = {"model": "tuned-small", "name": "told", "system_prompt": SYSTEM_PROMPT}
+TOLD_OF_TOOLS = {"chat_template": str(Path(__file__).parent / "tools.jinja")}
 RECIPES: dict[str, Any] = {
     "steered": {
         "base": "base-large",
@@ -37,6 +38,12 @@ RECIPES: dict[str, Any] = {
     },
     "told": {"base": "base-large", "reference": "base-small", "tuned": TOLD},
     "interpolated": {"base": "base-large", "reference": "base-small", "tuned": ["tuned-small", TOLD]},
+    "tools": {
+        "base": {"model": "base-large", **TOLD_OF_TOOLS},
+        "reference": {"model": "base-small", **TOLD_OF_TOOLS},
+        "tuned": {"model": "tuned-small", **TOLD_OF_TOOLS},
+        "tool_parser": "hermes",
+    },
     "same": {"base": "base-narrow", "reference": "base-large", "tuned": {"model": "base-narrow", "name": "itself"}},
 }
 
@@ -105,7 +112,7 @@ class Served:
 def write_config(directory: Path, tenants_file: Path) -> Path:
     """The embedded family with all that may multiply: one model twice, so that one can be killed, one split over two
     ranks, two coordinators that share them all, a recipe whose base has little room, so that requests of it are
-    preempted, recipes in which one model has several roles or prompts, and an adapter."""
+    preempted, recipes in which one model has several roles or prompts, or calls tools, an adapter, and files."""
     config: dict[str, Any] = load_any(ROOT / "deployments" / "zoo.yaml").model_dump(mode="json")
     config["models"]["tuned-small"]["num_replicas"] = 2
     config["models"]["base-small"]["tensor_parallel"] = 2
@@ -119,7 +126,7 @@ def write_config(directory: Path, tenants_file: Path) -> Path:
     config["recipes"] |= RECIPES
     config["recipes"]["adapted-eft"] = {"base": "base-large", "reference": "tuned-small", "tuned": "adapted"}
     config["coordinator"]["num_replicas"] = 2
-    config["server"]["tenants_file"] = str(tenants_file)
+    config["server"] |= {"tenants_file": str(tenants_file), "files_url": str(directory / "files")}
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

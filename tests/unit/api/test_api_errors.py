@@ -43,6 +43,7 @@ def message(**fields: Any) -> dict[str, Any]:
         (chat(stop=["x"] * 17), "stop"),
         (chat(stream_options={"include_usage": True}), "stream_options"),
         (chat(stream=True, stream_options={"foo": True}), "stream_options.foo"),
+        (chat(stream=True, stream_options={"include_obfuscation": True}), "stream_options.include_obfuscation"),
         (chat(messages=[]), "messages"),
         (message(role="robot"), "messages.0.role"),
         (message(content=None), "messages.0.content"),

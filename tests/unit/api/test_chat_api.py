@@ -52,7 +52,7 @@ async def test_a_whole_answer_has_openais_shape(stack: Stack) -> None:
 
 
 async def test_a_stream_has_openais_shape(stack: Stack) -> None:
-    request = chat(stream=True, stream_options={"include_usage": True})
+    request = chat(stream=True, stream_options={"include_usage": True, "include_obfuscation": False})
     async with stack.client() as client:
         response = await client.post("/v1/chat/completions", json=request)
     assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
