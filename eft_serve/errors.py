@@ -125,6 +125,10 @@ class UnavailableError(EftServeError):
     status, error_type, code = 503, "server_error", "service_unavailable"
 
 
+class CoordinatorLostError(UnavailableError):
+    """The coordinator of a request is gone, or stops; another one can go on."""
+
+
 class DeadlineError(EftServeError):
     """A step or a request took longer than its deadline."""
 
@@ -148,6 +152,7 @@ BY_NAME: dict[str, type[EftServeError]] = {
         RateLimitError,
         EngineError,
         UnavailableError,
+        CoordinatorLostError,
         DeadlineError,
     )
 }

@@ -249,6 +249,19 @@ class Endpoint(Listener, frozen=True, kw_only=True):
     info: ModelInfo
 
 
+class Resumption(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request's reader has of its answer, from a coordinator that is gone."""
+
+    token_ids: list[int]  # of the output
+    num_characters: int  # of its text
+    num_prompt_logprobs: int  # prompt tokens that were scored
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that its reader was told of."""
+        return self.num_prompt_logprobs + len(self.token_ids)
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What the ingress sends to a coordinator: authorised, validated, resolved, tokenised."""
 
@@ -262,6 +275,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None  # the same, of the combination alone; None: no log-probabilities
     prompt_logprobs: int | None = None  # the same, of the tokens of a prompt that all terms share, but its first
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # before or after its controls
+    resumption: Resumption | None = None  # None: nobody has begun it
     tenant: str = "anonymous"
     timeout_s: float = 600.0  # the coordinator ends it then, also if its reader vanished
 
@@ -362,3 +376,8 @@ class Delta(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | None = None  # with the last delta; an error has none
     components: list[TokenComponents] | None = None  # one for each token; None: not requested
     prompt_logprobs: list[TokenComponents] = []  # of the next prompt tokens, before the first of the output
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that it tells of."""
+        return len(self.prompt_logprobs) + len(self.token_ids)

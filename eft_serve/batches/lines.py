@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 KEYS = {"custom_id", "method", "url", "body"}
 INVALID_LINE = "invalid_line"
 INVALID_JSON = "invalid_json_line"  # OpenAI's

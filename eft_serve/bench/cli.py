@@ -44,7 +44,9 @@ def coordinator(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps of each measurement.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Times that the sides take turns.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of the coordinator's math.")] = 1,
-    controls: Annotated[bool, typer.Option("--controls", help="Also log-probabilities and penalties.")] = False,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also log-probabilities, penalties and a grammar.")
+    ] = False,
 ) -> None:
     """What a step costs the coordinator, greedy and sampled, beside copying its logits once."""
     _become_like_a_replica()
@@ -82,7 +84,7 @@ def context(
 
 @app.command()
 def speculate(
-    part: Annotated[list[str] | None, typer.Option(help="zoo, simulated, batched; all when not given.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="zoo, simulated, schema, batched; all when not given.")] = None,
     simulate: Annotated[str, typer.Option(help="Milliseconds of base, tuned and reference.")] = "107,36,36",
     acceptance: Annotated[float, typer.Option(min=0, max=1, help="How often simulated models agree.")] = 0.9,
     prompts: Annotated[int, typer.Option(min=1, help="Questions asked of the embedded family.")] = 12,
@@ -90,10 +92,10 @@ def speculate(
 ) -> None:
     """What speculative decoding gains."""
     _become_like_a_replica()
-    from eft_serve.bench.speculate import run
+    from eft_serve.bench.speculate import PARTS, run
 
-    parts = part or ["zoo", "simulated", "batched"]
-    if unknown := sorted(set(parts) - {"zoo", "simulated", "batched"}):
+    parts = part or PARTS
+    if unknown := sorted(set(parts) - {*PARTS}):
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}", param_hint="--part")
     run(parts, [float(ms) for ms in simulate.split(",")], acceptance, prompts, [int(b) for b in batch.split(",")])
 

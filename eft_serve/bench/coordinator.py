@@ -12,19 +12,22 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from eft_serve.bench import report
-from eft_serve.bench.fanout import EFT, ROLES, Letters
+from eft_serve.bench import documents, report
+from eft_serve.bench.fanout import EFT, ROLES
 from eft_serve.bench.local_stack import LocalStack
 from eft_serve.bench.peaked_engine import PeakedEngine
+from eft_serve.bench.word_vocabulary import Words
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.structured_output import GrammarCompiler
 from eft_serve.types import GenerationRequest, SamplingParams
 
-GREEDY, PLAIN = "greedy", "t1"
+GREEDY, PLAIN, GRAMMAR = "greedy", "t1", "grammar"
 SIDES: Mapping[str, Mapping[str, Any]] = {  # sampling parameters
     GREEDY: {"temperature": 0.0},
     PLAIN: {"temperature": 1.0},
@@ -39,6 +42,7 @@ CONTROLS: Mapping[str, Mapping[str, Any]] = {  # with those of the plain side, t
         "frequency_penalty": 0.5,
         "logit_bias": tuple((token_id, 1.0) for token_id in range(1000, 1050)),
     },
+    GRAMMAR: SIDES[PLAIN],  # each request's own, see `_request`
 }
 PHASES = ("combine", "process", "sample")
 HEADLINE_VOCAB_SIZE = 128_256
@@ -52,12 +56,13 @@ class Coordinator(LocalStack):
     def __init__(self, vocab_size: int, max_batch: int) -> None:
         builds = {role: (PeakedEngine.build, (role, vocab_size)) for role in ROLES}
         config = CoordinatorConfig(max_num_seqs=max_batch)
-        super().__init__(builds, dict.fromkeys(ROLES, Letters(vocab_size)), config)
+        self._vocabularies = dict.fromkeys(ROLES, Words(vocab_size))
+        super().__init__(builds, self._vocabularies, config)
 
     def measure(self, side: str, batch: int, num_steps: int) -> tuple[float, float]:
         """Seconds of the median step with so many requests, and of a step's combining and sampling on average."""
         num_tokens = WARM_UP_STEPS + num_steps
-        requests = [_request(str(index), side, num_tokens) for index in range(batch)]
+        requests = [self._request(index, side, num_tokens) for index in range(batch)]
         self.tokens = {request.request_id: [] for request in requests}
         for request in requests:
             self.loop.submit(request)
@@ -72,6 +77,26 @@ class Coordinator(LocalStack):
             raise RuntimeError(f"not all of {batch} requests took part in every step")
         return statistics.median(seconds), part / num_steps
 
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        """Made when a side first needs it: it takes seconds."""
+        return GrammarCompiler(self._vocabularies)  # type: ignore[arg-type]
+
+    def _request(self, index: int, side: str, num_tokens: int) -> Request:
+        settings = dict(SIDES.get(side) or CONTROLS[side])
+        logprobs = settings.pop("logprobs", None)
+        if side == GRAMMAR:  # documents that are at different places in the same step
+            settings["grammar"] = documents.grammar(index)
+        sampling = SamplingParams(seed=index, max_tokens=num_tokens, ignore_eos=True, **settings)
+        generation = GenerationRequest(
+            request_id=str(index),
+            combination=EFT,
+            prompts={role: [1] for role in ROLES},
+            sampling=sampling,
+            logprobs=logprobs,
+        )
+        return Request.create(generation, time.monotonic(), self._grammars.matcher if side == GRAMMAR else None)
+
     def _combine_and_sample_s(self) -> float:
         """Of all steps until now."""
         return sum(self._phase_s(phase) for phase in PHASES)
@@ -81,17 +106,6 @@ class Coordinator(LocalStack):
         if seconds is None:
             raise RuntimeError(f"no step has timed its phase {phase!r}")
         return seconds
-
-
-def _request(request_id: str, side: str, num_tokens: int) -> Request:
-    settings = dict(SIDES.get(side) or CONTROLS[side])
-    logprobs = settings.pop("logprobs", None)
-    sampling = SamplingParams(seed=int(request_id), max_tokens=num_tokens, ignore_eos=True, **settings)
-    prompts = {role: [1] for role in ROLES}
-    generation = GenerationRequest(
-        request_id=request_id, combination=EFT, prompts=prompts, sampling=sampling, logprobs=logprobs
-    )
-    return Request.create(generation, time.monotonic())
 
 
 class CopyFloor:

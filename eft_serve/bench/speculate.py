@@ -7,132 +7,33 @@ emit the same tokens; the benchmark fails when one did not.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from eft_serve.bench import report, simulated
-from eft_serve.bench.fanout import Letters
+from eft_serve.bench import documents, report, simulated
 from eft_serve.bench.local_stack import LocalStack
+from eft_serve.bench.stage import Outcome, Stage, Variant
+from eft_serve.bench.word_vocabulary import Words
 from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.config import ZOO_CHECKPOINTS, ModelConfig
-from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.structured_output import GrammarCompiler
 from eft_serve.engine.engine import Engine
-from eft_serve.types import (
-    Combination,
-    GenerationRequest,
-    ModelInfo,
-    SamplingParams,
-    SpecDecodeStats,
-    Speculative,
-    Term,
-)
+from eft_serve.types import Combination, ModelInfo, Speculative, Term
 from eft_serve.zoo.questions import long_prompts
 
 BLOCKS = (1, 2, 4, 8, 16)
 PAPER = {"plain": 6.0, "2": 9.2, "4": 12.5, "8": 13.8, "16": 12.1}  # tokens/s, Llama-2-70B + 7B-chat on HH
 PLAIN = "plain"
+PARTS = ("zoo", "simulated", "schema", "batched")
+SCHEMA_BLOCK = 3  # the best with the paper's latencies
 
 
 def build_zoo(name: str) -> tuple[Engine, ModelInfo]:
     """A model of the embedded family, for a process of its own."""
     engine = Engine.load(name, ModelConfig(path=f"zoo:{name}", kv_cache_tokens=16384))
     return engine, engine.info
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One way of decoding."""
-
-    name: str
-    speculative: Speculative | None
-
-    @classmethod
-    def of(cls, num_tokens: int, **settings: Any) -> Variant:
-        return cls(str(num_tokens), Speculative(num_tokens=num_tokens, **settings))
-
-
-@dataclass(slots=True)
-class Outcome:
-    """One side's share of a measurement."""
-
-    seconds: list[float]
-    tokens: int
-    report: SpecDecodeStats
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / sum(self.seconds)
-
-    def speedup(self, plain: Outcome) -> float:
-        return statistics.median(a / b for a, b in zip(plain.seconds, self.seconds, strict=True))
-
-
-class Stage:
-    """A combination, and prompts for it.
-
-    Args:
-        stack: started engines.
-        combination: what a request runs.
-        prompts: token ids, the same for every model.
-        max_tokens: of one answer.
-    """
-
-    def __init__(
-        self, stack: LocalStack, combination: Combination, prompts: Sequence[list[int]], max_tokens: int
-    ) -> None:
-        self.stack = stack
-        self.combination = combination
-        self.prompts = prompts
-        self.max_tokens = max_tokens
-        self._count = 0
-
-    def measure(
-        self,
-        sides: Sequence[Variant],
-        batch: int,
-        temperature: float = 0.0,
-        *,
-        num_batches: int | None = None,
-        ignore_eos: bool = False,
-    ) -> dict[str, Outcome]:
-        """Every side on so many batches of prompts, or as many as there are, in turn.
-
-        Raises:
-            RuntimeError: sides gave different tokens.
-        """
-        outcomes = {side.name: Outcome([], 0, SpecDecodeStats()) for side in sides}
-        batches = [self.prompts[i : i + batch] for i in range(0, len(self.prompts) - batch + 1, batch)][:num_batches]
-        for number, prompts in enumerate([batches[0], *batches]):  # the first one warms up
-            said = set()
-            for side in sides:
-                requests = [self._request(prompt, side, temperature, ignore_eos) for prompt in prompts]
-                seconds = self.stack.run(requests)
-                tokens = [self.stack.tokens.pop(request.request_id) for request in requests]
-                said.add(repr(tokens))
-                if number:
-                    outcome = outcomes[side.name]
-                    outcome.seconds.append(seconds)
-                    outcome.tokens += sum(map(len, tokens))
-                    outcome.report = sum((r.speculation.stats for r in requests), outcome.report)
-            if len(said) > 1:
-                raise RuntimeError("sides that must give the same tokens gave different ones")
-        return outcomes
-
-    def _request(self, prompt: list[int], side: Variant, temperature: float, ignore_eos: bool) -> Request:
-        self._count += 1
-        generation = GenerationRequest(
-            request_id=f"bench-{self._count}",
-            combination=self.combination,
-            prompts={term.name: prompt for term in self.combination.terms},
-            sampling=SamplingParams(
-                temperature=temperature, seed=len(prompt), max_tokens=self.max_tokens, ignore_eos=ignore_eos
-            ),
-            speculative=side.speculative,
-        )
-        return Request.create(generation, time.monotonic())
 
 
 EFT = Combination(
@@ -156,12 +57,18 @@ def zoo_stage(num_prompts: int, max_tokens: int) -> Stage:
     return Stage(stack, EFT, prompts, max_tokens)
 
 
-def simulated_stage(latencies_s: Sequence[float], acceptance: float, num_prompts: int, max_tokens: int) -> Stage:
-    """Models that sleep."""
+def simulated_stage(
+    latencies_s: Sequence[float], acceptance: float, num_prompts: int, max_tokens: int, directory: Path
+) -> Stage:
+    """Models that sleep; their `tokenizer.json` is written into the directory."""
     roles = dict(zip(("base", "tuned", "reference"), latencies_s, strict=True))
-    builds = {role: (simulated.build, (role, seconds, acceptance)) for role, seconds in roles.items()}
-    stack = LocalStack(builds, dict.fromkeys(roles, Letters(simulated.VOCAB_SIZE)))
-    return Stage(stack, SIMULATED, [[i + 1] * (i + 2) for i in range(num_prompts)], max_tokens)
+    vocabularies = dict.fromkeys(roles, Words(simulated.VOCAB_SIZE))
+    (directory / "tokenizer.json").write_text(vocabularies["base"].tokenizer_json)
+    builds = {role: (simulated.build, (role, seconds, acceptance, directory)) for role, seconds in roles.items()}
+    stack = LocalStack(builds, vocabularies)
+    prompts = [[i + 1] * (i + 2) for i in range(num_prompts)]
+    grammars = GrammarCompiler(vocabularies)  # type: ignore[arg-type]
+    return Stage(stack, SIMULATED, prompts, max_tokens, grammars)
 
 
 def measure_zoo(stage: Stage) -> dict[str, Any]:
@@ -198,8 +105,22 @@ def measure_simulated(stage: Stage, latencies_ms: Sequence[float], acceptance: f
     }
 
 
+def measure_schema(stage: Stage) -> dict[str, Any]:
+    """Part (c): what draft tokens gain under a JSON schema, over what they gain without."""
+    sides = [Variant(PLAIN, None), Variant.of(SCHEMA_BLOCK)]
+    grammars = {"free": None, "json_schema": documents.grammar(1)}
+    shown = {}
+    for name, grammar in grammars.items():
+        outcomes = stage.measure(sides, batch=1, num_batches=1, ignore_eos=True, grammar=grammar)
+        shown[name] = _show(f"{SCHEMA_BLOCK} draft tokens at a time, {name}", outcomes)
+    speedup = {name: side["speedup"] for name, side in shown.items()}
+    acceptance = {name: side["sides"][str(SCHEMA_BLOCK)]["acceptance"] for name, side in shown.items()}
+    over_free = round(speedup["json_schema"] / speedup["free"], 3)
+    return {"speedup": speedup, "acceptance": acceptance, "json_schema_over_free": over_free}
+
+
 def measure_batched(stage: Stage, batches: Sequence[int]) -> dict[str, Any]:
-    """Part (c): the default, 8 at a time while the drafter is confident, against plain, by batch size."""
+    """Part (d): the default, 8 at a time while the drafter is confident, against plain, by batch size."""
     ratios: dict[str, float] = {}
     rows = []
     for batch in batches:
@@ -244,18 +165,31 @@ def _show(title: str, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 def run(
     parts: Sequence[str], latencies_ms: Sequence[float], acceptance: float, prompts: int, batches: Sequence[int]
 ) -> None:
-    """The parts asked for, of zoo, simulated and batched; the last line as JSON."""
+    """Those of `PARTS` that are asked for; the last line as JSON."""
     result: dict[str, Any] = {}
     if "zoo" in parts:
         stage = zoo_stage(prompts, max_tokens=80)
         result["zoo"] = _closing(stage, lambda: measure_zoo(stage))
-    if "simulated" in parts:
-        slow = simulated_stage([ms / 1e3 for ms in latencies_ms], acceptance, num_prompts=2, max_tokens=60)
-        result["simulated"] = _closing(slow, lambda: measure_simulated(slow, latencies_ms, acceptance))
+    if "simulated" in parts or "schema" in parts:
+        with TemporaryDirectory() as directory:
+            latencies_s = [ms / 1e3 for ms in latencies_ms]
+            slow = simulated_stage(latencies_s, acceptance, num_prompts=2, max_tokens=60, directory=Path(directory))
+            result |= _closing(slow, lambda: _of_simulated(slow, parts, latencies_ms, acceptance))
     if "batched" in parts:
         wide = zoo_stage(4 * max(batches), max_tokens=80)
         result["batched"] = _closing(wide, lambda: measure_batched(wide, batches))
     report.finish(result)
+
+
+def _of_simulated(
+    stage: Stage, parts: Sequence[str], latencies_ms: Sequence[float], acceptance: float
+) -> dict[str, Any]:
+    result = {}
+    if "simulated" in parts:
+        result["simulated"] = measure_simulated(stage, latencies_ms, acceptance)
+    if "schema" in parts:
+        result["schema"] = measure_schema(stage)
+    return result
 
 
 def _closing(stage: Stage, work: Any) -> dict[str, Any]:

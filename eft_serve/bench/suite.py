@@ -56,8 +56,9 @@ BENCHMARKS = (
     Benchmark(
         "speculate",
         "Speculative decoding, one engine process for each model: the embedded family's long answers one at a time by "
-        "block length, models that sleep the paper's latencies beside the paper's own figures, and the default against "
-        "plain decoding by batch size. Speed-ups are medians of ratios to plain decoding, taken in turn.",
+        "block length, models that sleep the paper's latencies beside the paper's own figures and under a JSON schema, "
+        "and the default against plain decoding by batch size. Speed-ups are medians of ratios to plain decoding, "
+        "taken in turn.",
         "--prompts 6",
     ),
     Benchmark(

@@ -53,6 +53,7 @@ THRESHOLDS = (
     Threshold("speculate", ("zoo", "t1", "speedup"), 1.4, at_most=False),
     Threshold("speculate", ("simulated", "tokens_per_s"), 16.5, at_most=False),
     Threshold("speculate", ("simulated", "tokens_per_s_overlap"), 18.0, at_most=False),
+    Threshold("speculate", ("schema", "json_schema_over_free"), 0.8, at_most=False),
     Threshold("speculate", ("batched", "min_ratio"), 0.97, at_most=False),
     Threshold("serve", ("ratio",), 2.0, at_most=False),
     Threshold("serve", ("ours", "num_requests_mean"), 12.0, at_most=False),  # fewer: it was not kept full

@@ -28,7 +28,14 @@ from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.request_table import RequestTable
 from eft_serve.coordinator.sampler import Sampler, SamplerOutput
 from eft_serve.coordinator.scheduler import Scheduler, SchedulerOutput
-from eft_serve.errors import EftServeError, EngineError, InvalidRequestError, ModelNotFoundError, UnavailableError
+from eft_serve.errors import (
+    CoordinatorLostError,
+    EftServeError,
+    EngineError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnavailableError,
+)
 from eft_serve.numerics.backends import choose_backend
 from eft_serve.types import Delta, Endpoint, RequestEnd, StepResult
 
@@ -194,7 +201,7 @@ class DecodeLoop:
                 self._inbox.get_nowait()()
             except Exception:  # the others still have to end
                 logger.exception("a call to the decode loop failed while it was stopping")
-        self.requests.end_all(UnavailableError("the coordinator is stopping; send the request again"))
+        self.requests.end_all(CoordinatorLostError("the coordinator is stopping; send the request again"))
         self._emit()
         self.backend.close()
 

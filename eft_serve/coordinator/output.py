@@ -8,9 +8,9 @@ from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.coordinator.controls import end_token_ids
 from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
 from eft_serve.coordinator.request import Request
-from eft_serve.errors import EftServeError, to_failure
+from eft_serve.errors import EftServeError, InvalidRequestError, to_failure
 from eft_serve.grammars.matcher import GrammarMatcher
-from eft_serve.types import Delta, FinishReason, TokenComponents, Usage
+from eft_serve.types import Delta, FinishReason, Resumption, TokenComponents, Usage
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class OutputStream:
         first, vocabulary = next(pair for pair in pairs if pair[0].term.counts)
         scored = request.forced_token_ids[: request.num_scored]
         decoder = vocabulary if sampling.skip_special_tokens else vocabulary.with_special_tokens
-        return cls(
+        stream = cls(
             end_token_ids=end_token_ids(request, vocabularies),
             min_tokens=sampling.min_tokens,
             max_tokens=request.max_tokens - request.num_scored,
@@ -45,6 +45,17 @@ class OutputStream:
             matcher=request.matcher,
             shows_end=sampling.include_stop_str_in_output,
         )
+        if (resumed := request.generation.resumption) is not None:
+            stream._resume(resumed)
+        return stream
+
+    def _resume(self, resumed: Resumption) -> None:
+        """Take what was generated before; its text was emitted so far."""
+        _, reason = self.take(resumed.token_ids)
+        self._detokenize(is_last=False)
+        if reason is not None or len(self._text) < resumed.num_characters:
+            raise InvalidRequestError("resumption: is not the beginning of this output", param="resumption")
+        self._text = self._text[resumed.num_characters :]
 
     def take(self, token_ids: list[int]) -> tuple[list[int], FinishReason | None]:
         """Append tokens; returns them up to the one that ends the request, and the finish reason.

@@ -163,6 +163,8 @@ class Request:
         if scores_prompt:
             forced = next(iter(generation.prompts.values()))[1:]
         num_scored = len(forced) if scores_prompt else 0
+        resumed = generation.resumption
+        done = [] if resumed is None else [*forced[: resumed.num_prompt_logprobs], *resumed.token_ids]
         sequences = tuple(
             SequenceState(
                 f"{generation.request_id}/{term.name}",
@@ -180,6 +182,7 @@ class Request:
             max_tokens=len(forced) + (generation.sampling.max_tokens if generation.forced_token_ids is None else 0),
             forced_token_ids=forced,
             num_ids=0,
+            output_token_ids=done,
             sequences=sequences,
             matcher=compile_grammar(generation) if compile_grammar is not None and has_grammar else None,
         )

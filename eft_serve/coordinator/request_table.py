@@ -186,6 +186,8 @@ def _decoding(request_id: str) -> Iterator[None]:
     """A tokenizer's error ends its own request only: here it becomes an `EngineError`."""
     try:
         yield
+    except EftServeError:
+        raise
     except BaseException as cause:  # a panic of the tokenizers library is no Exception
         logger.exception("the text of request %s cannot be decoded", request_id)
         raise EngineError(f"request {request_id}: its text cannot be decoded: {cause}") from cause

@@ -96,7 +96,7 @@ class Sampler:
         with _timed(seconds, "combine"):
             combined, errors = self._backend.combine(batch)
         with _timed(seconds, "process"):
-            processed, impossible = process(batch, combined)
+            processed, impossible = process(batch, combined, keep_combined=any(map(_shows_combined, requests)))
         with _timed(seconds, "sample"):
             drawn = self._backend.sample(batch, processed)
         with _timed(seconds, "describe"):
@@ -114,8 +114,13 @@ class Sampler:
         return outputs, seconds
 
 
-def process(batch: RowBatch, combined: Tensor) -> tuple[Tensor, dict[int, int]]:
-    """The logits to sample from: the combined logits, changed by the requests' processors on a copy.
+def process(batch: RowBatch, combined: Tensor, *, keep_combined: bool) -> tuple[Tensor, dict[int, int]]:
+    """The logits to sample from: the combined logits, changed by the requests' processors.
+
+    Args:
+        batch: rows of requests.
+        combined: their combined logits.
+        keep_combined: leave them as they are and change a copy, which costs as much as a mask.
 
     Returns:
         The logits, and by index of a request its first row with NaN, +inf or no possible token; it holds 0 then. A row
@@ -124,7 +129,7 @@ def process(batch: RowBatch, combined: Tensor) -> tuple[Tensor, dict[int, int]]:
     impossible: dict[int, int] = {}
     if not any(request.processors for request in batch.requests):
         return combined, impossible
-    processed = combined.clone()
+    processed = combined.clone() if keep_combined else combined
     for index, (request, rows) in enumerate(batch):
         if request.processors:
             logits = processed[rows, : request.vocab_size]
@@ -142,6 +147,13 @@ def _nothing_possible(sampling: SamplingParams) -> InvalidRequestError:
     if sampling.grammar is not None:
         names = [name if name != "grammar" else sampling.grammar.param for name in names]
     return InvalidRequestError(f"{', '.join(names)}: no token is possible with these together", param=names[0])
+
+
+def _shows_combined(request: Request) -> bool:
+    """Whether its output's log-probabilities are wanted as they were before the processors; forced tokens have none."""
+    generation = request.generation
+    is_described = generation.components is not None or generation.logprobs is not None
+    return is_described and generation.logprobs_mode == "raw_logprobs"
 
 
 def _described(

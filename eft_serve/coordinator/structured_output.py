@@ -12,7 +12,8 @@ from torch import Tensor
 
 from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.grammars.matcher import GrammarMatcher, load_grammar_tokenizer
-from eft_serve.numerics.bitmask import apply_bitmask, set_bits
+from eft_serve.numerics.bitmask import apply_bitmask
+from eft_serve.numerics.kernels.masking import set_bits
 from eft_serve.types import GenerationRequest
 
 

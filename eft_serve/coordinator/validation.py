@@ -10,7 +10,15 @@ from collections.abc import Iterator
 
 from eft_serve.config import AppConfig
 from eft_serve.errors import InvalidRequestError, ModelNotFoundError
-from eft_serve.types import MAX_ALTERNATIVES, MAX_DRAFT_TOKENS, MAX_FLOAT32, Combination, GenerationRequest, Speculative
+from eft_serve.types import (
+    MAX_ALTERNATIVES,
+    MAX_DRAFT_TOKENS,
+    MAX_FLOAT32,
+    Combination,
+    GenerationRequest,
+    Resumption,
+    Speculative,
+)
 
 MAX_TOKENS = 2**31 - 1
 MAX_TIMEOUT_S = 1e9
@@ -41,6 +49,8 @@ def _mistakes(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
         yield "completion", "must hold at least one token"
     if generation.prompt_logprobs is not None:
         yield from _unscorable(generation)
+    if generation.resumption is not None:
+        yield from _unresumable(generation, generation.resumption)
     if generation.components is not None and generation.logprobs_mode != "raw_logprobs":
         yield "logprobs_mode", "components are raw_logprobs"
     yield from _out_of_range(generation)
@@ -77,6 +87,18 @@ def _out_of_range(generation: GenerationRequest) -> Iterator[tuple[str, str]]:
     ):
         if not low <= value <= high:  # NaN is in no range
             yield param, f"{value} is not between {low} and {high}"
+
+
+def _unresumable(generation: GenerationRequest, resumed: Resumption) -> Iterator[tuple[str, str]]:
+    forced = generation.forced_token_ids
+    num_prompt_tokens = len(next(iter(generation.prompts.values()), ()))
+    num_scored = max(0, num_prompt_tokens - 1) if generation.prompt_logprobs is not None else 0
+    most = generation.sampling.max_tokens if forced is None else len(forced)
+    is_given = forced is None or resumed.token_ids == forced[: len(resumed.token_ids)]
+    if len(resumed.token_ids) >= max(1, most) or not is_given:
+        yield "resumption", "its tokens are not the beginning of an output that goes on"
+    if resumed.num_prompt_logprobs > num_scored or (resumed.token_ids and resumed.num_prompt_logprobs < num_scored):
+        yield "resumption", f"{resumed.num_prompt_logprobs} tokens of the prompt cannot have been scored"
 
 
 def _unscorable(generation: GenerationRequest) -> Iterator[tuple[str, str]]:

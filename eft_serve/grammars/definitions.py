@@ -37,36 +37,47 @@ def of_json_schema(schema: Schema | str) -> str:
         value = {}
     if not isinstance(value, Mapping):
         raise ValueError(f"a JSON schema is an object, not {value!r:.50}")
-    return LLMatcher.grammar_from_json_schema(json.dumps(with_blanks(value), ensure_ascii=False))
+    return of_rules(f"start: {json_rule(value)}")
 
 
-def with_blanks(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema whose documents have blanks as we allow them; its own `x-guidance` would change how it is compiled."""
-    return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE}}
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """The body of a rule for documents of a schema; its own `x-guidance` would change how it is compiled."""
+    return f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': WHITESPACE}}, ensure_ascii=False)}"
 
 
 def of_regex(regex: str) -> str:
     """Texts that a regular expression (of Rust's `regex` crate) matches from beginning to end."""
-    return LLMatcher.grammar_from_regex(regex)
+    (grammar,) = json.loads(LLMatcher.grammar_from_regex(regex))["grammars"]
+    return of_rules(grammar["lark_grammar"])
 
 
 def of_choice(choices: Sequence[str]) -> str:
     """One of these texts."""
-    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return of_rules("start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices))
 
 
 def of_grammar(text: str) -> str:
     """A context-free grammar in Lark's notation or in GBNF.
 
     Raises:
-        ValueError: it is GBNF that cannot be converted, or has what would be ignored.
+        ValueError: it is neither, or has what would be ignored.
     """
+    if text.lstrip().startswith("{"):
+        raise ValueError("must be in Lark's notation or in GBNF")
     if "::=" not in text:
         if _TEMPERATURE.search(text):
             raise ValueError("a rule's own temperature is not supported; send that of the request")
-        return text
+        return of_rules(text)
     try:
         converted: str = any_to_lark(text)
     except Exception as error:  # its parser raises whatever Python does
         raise ValueError(f"GBNF that cannot be read: {error}") from error
-    return converted
+    return of_rules(converted)
+
+
+def of_rules(rules: str) -> str:
+    """Rules in Lark's notation, so that every token is allowed after which the text can still be completed.
+
+    Otherwise llguidance allows of a text that must come only the tokens that the tokenizer makes of it.
+    """
+    return f'%llguidance {{"no_forcing": true}}\n{rules}'

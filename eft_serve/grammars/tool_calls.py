@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eft_serve.config_recipes import ToolFormat
-from eft_serve.grammars.definitions import with_blanks
+from eft_serve.grammars.definitions import json_rule, of_rules
 
 MAX_CALLS = 16  # in one answer
 
@@ -45,7 +45,7 @@ class ToolGrammar:
         else:
             items = f'object (", " object){more}' if parallel else "object"
             lines = [f'start: {self._marker("[TOOL_CALLS]")} "[" {items} "]"']
-        return "\n".join([*lines, *self._objects(schemas)])
+        return of_rules("\n".join([*lines, *self._objects(schemas)]))
 
     def _objects(self, schemas: Mapping[str, Mapping[str, Any]]) -> list[str]:
         key = "parameters" if self.tool_format == "llama3_json" else "arguments"
@@ -53,7 +53,7 @@ class ToolGrammar:
         for i, (name, schema) in enumerate(schemas.items()):
             head = json.dumps(f'{{"name": {json.dumps(name)}, "{key}": ')
             rules.append(f'object_{i}: {head} arguments_{i} "}}"')
-            rules.append(f"arguments_{i}: %json {json.dumps(with_blanks(schema))}")
+            rules.append(f"arguments_{i}: {json_rule(schema)}")
         return rules
 
     def _marker(self, text: str) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eft_serve.numerics import device_sampling
+from eft_serve.numerics.bitmask import apply_bitmask
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.kernels import combining as kernels
 from eft_serve.numerics.logprobs import require_possible, top_logprobs
@@ -83,6 +84,7 @@ class CpuBackend:
         logits, _ = self.combine(batch)
         self.sample(batch, logits)
         top_logprobs(logits, 2, [0], num_top=1)
+        apply_bitmask(np.zeros(1, np.int32), logits[0])
 
     def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
         addresses: list[int] = []

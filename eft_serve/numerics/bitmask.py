@@ -10,15 +10,6 @@ from torch import Tensor
 from eft_serve.numerics.kernels.masking import mask_row
 
 
-def set_bits(bitmask: NDArray[np.int32], token_ids: NDArray[np.int64], allowed: bool) -> None:
-    """Allow or forbid some tokens, each below 32 × the words of the mask."""
-    words, bits = token_ids >> 5, np.left_shift(1, token_ids & 31).astype(np.uint32).view(np.int32)
-    if allowed:
-        np.bitwise_or.at(bitmask, words, bits)
-    else:
-        np.bitwise_and.at(bitmask, words, ~bits)
-
-
 def apply_bitmask(bitmask: NDArray[np.int32], row: Tensor) -> None:
     """Make all other tokens impossible, in place.
 

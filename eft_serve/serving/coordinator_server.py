@@ -19,7 +19,7 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.structured_output import GrammarCompiler
 from eft_serve.coordinator.validation import check_deployed
-from eft_serve.errors import InvalidRequestError, UnavailableError, to_failure
+from eft_serve.errors import CoordinatorLostError, InvalidRequestError, UnavailableError, to_failure
 from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
 from eft_serve.transport.submissions import Notice, SubmissionServer, Submit
 from eft_serve.types import Delta, RequestEnd
@@ -95,7 +95,8 @@ class CoordinatorServer:
             raise UnavailableError("the coordinator does not know this ingress yet; try again later")
         check_deployed(generation.combination, self.config)
         request = Request.create(generation, time.monotonic(), self._grammars.matcher)
-        self.subscribers[generation.request_id] = Subscriber(request, client, reply_to)
+        num_sent = 0 if generation.resumption is None else generation.resumption.num_tokens
+        self.subscribers[generation.request_id] = Subscriber(request, client, reply_to, num_sent)
         self.decode_loop.submit(request)
 
     def abort(self, client: bytes, request_id: str) -> None:
@@ -132,7 +133,7 @@ class CoordinatorServer:
             if subscriber is not None and subscriber.request is request:  # otherwise its subscriber is gone
                 parts[subscriber.reply_to.address].append((request.request_id, subscriber.num_sent, delta))
                 concerned[subscriber.reply_to.address].append(subscriber)
-                subscriber.num_sent += len(delta.token_ids)
+                subscriber.num_sent += delta.num_tokens
                 if delta.finish_reason is not None:
                     finished.append(subscriber)
         for address, subscribers in concerned.items():
@@ -146,7 +147,7 @@ class CoordinatorServer:
         )
 
     def _lose_tokens(self, subscribers: Sequence[Subscriber]) -> None:
-        failure = to_failure(UnavailableError("the tokens could not be sent; send the request again"))
+        failure = to_failure(CoordinatorLostError("the tokens could not be sent; send the request again"))
         self.submissions.notify(
             (subscriber.client, Notice(subscriber.request_id, failure)) for subscriber in subscribers
         )

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
-from eft_serve.errors import UnavailableError
+from eft_serve.errors import CoordinatorLostError
 from eft_serve.types import Delta
 
 
@@ -26,21 +26,27 @@ def merge(deltas: Sequence[Delta]) -> Delta:
 
 
 class OutputCollector:
-    """Deltas of one request; a slow reader gets fewer and larger ones. Used only on the event loop."""
+    """Deltas of one request; a slow reader gets fewer and larger ones. Used only on the event loop.
 
-    def __init__(self) -> None:
+    Args:
+        num_tokens: that its reader was told of before.
+    """
+
+    def __init__(self, num_tokens: int = 0) -> None:
         self._deltas: list[Delta] = []
         self._ready = asyncio.Event()
-        self._num_tokens = 0
+        self._num_tokens = num_tokens
         self._error: BaseException | None = None
         self.complete = False  # the last delta is here
 
     def put(self, num_before: int, delta: Delta) -> None:
         """Add the next delta; `num_before` is the number of tokens before it."""
         if num_before != self._num_tokens:
-            self.fail(UnavailableError(f"tokens {self._num_tokens} to {num_before} were lost; send the request again"))
+            self.fail(
+                CoordinatorLostError(f"tokens {self._num_tokens} to {num_before} were lost; send the request again")
+            )
             return
-        self._num_tokens += len(delta.token_ids)
+        self._num_tokens += delta.num_tokens
         self._deltas.append(delta)
         self.complete = delta.finish_reason is not None
         self._ready.set()
@@ -54,7 +60,7 @@ class OutputCollector:
         """Yield deltas until the one with a finish reason.
 
         Raises:
-            The error given to `fail`; `UnavailableError` when tokens were lost.
+            The error given to `fail`; `CoordinatorLostError` when tokens were lost.
         """
         while True:
             await self._ready.wait()

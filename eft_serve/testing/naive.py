@@ -1,6 +1,7 @@
 """The naive reference: one process, no cache, one request, one token at a time, in as few lines as possible.
 
-It shares no code with what it checks: transformers' own forward, log-softmax, the formula, argmax.
+It shares no code with what it checks: transformers' own forward, log-softmax, the formula, argmax. Only seeded draws
+are by the product's own function, one row at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import regex
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from eft_serve.numerics.sampling import sample
 from eft_serve.types import SamplingParams
 
 
@@ -114,19 +116,38 @@ def generate_controlled(
     *,
     num_tokens: int,
     eos_token_ids: frozenset[int],
+    grammar: PartialRegex | None = None,
 ) -> tuple[list[int], list[float]]:
-    """Greedy tokens of base + (tuned − reference) under controls, and their log-probabilities before these."""
+    """Tokens of base + (tuned − reference) under controls, and their log-probabilities before these.
+
+    Greedy at temperature 0, and else by the keyed draw of one row, whose noise is part of what a seed means.
+    """
     output: list[int] = []
     logprobs: list[float] = []
     ends = {*eos_token_ids, *sampling.stop_token_ids}
     while len(output) < sampling.max_tokens and not (output and output[-1] in ends):
+        if grammar is not None and grammar.is_finished(output, range(num_tokens)):
+            break
         terms = {role: next_logits(model, [*prompt_token_ids, *output], num_tokens) for role, model in models.items()}
         logits = terms["base"] + terms["tuned"] - terms["reference"]
         raw = torch.log_softmax(logits, dim=-1)
-        control(logits, sampling, prompt_token_ids, output, ends)
-        output.append(int(logits.argmax()))
+        control(logits, sampling, prompt_token_ids, output, ends, grammar)
+        drawn = sample(logits[None], [sampling], [len(output)]) if sampling.temperature else logits.argmax()
+        output.append(int(drawn))
         logprobs.append(float(raw[output[-1]]))
     return output, logprobs
+
+
+@torch.inference_mode()
+def emulated_prompt_logprobs(
+    models: Mapping[str, PreTrainedModel],  # "base", "reference", "tuned"
+    prompt_token_ids: Sequence[int],
+    num_tokens: int,
+) -> torch.Tensor:
+    """log π̃ after each prompt token but the last, [len(prompt) − 1, num_tokens] float32, by one forward a model."""
+    inputs = torch.tensor([list(prompt_token_ids)])
+    rows = {role: model(inputs, use_cache=False).logits[0, :-1, :num_tokens].float() for role, model in models.items()}
+    return torch.log_softmax(rows["base"] + rows["tuned"] - rows["reference"], dim=-1)
 
 
 def generate_emulated(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 import zmq
 
-from eft_serve.errors import EftServeError, UnavailableError, from_failure
+from eft_serve.errors import CoordinatorLostError, EftServeError, UnavailableError, from_failure
 from eft_serve.transport.connection import Connection
 from eft_serve.transport.submissions import MAX_NOTICE_BYTES, Abort, Notice, Submit, decode_notice, encode
 from eft_serve.types import GenerationRequest, Listener
@@ -145,7 +145,9 @@ class CoordinatorClient:
         for reason in link.connection.breaks():
             logger.warning("coordinator %s: %s", link.listener.replica_id, reason)
             for request_id in link.timers:
-                self._fail(request_id, UnavailableError("the coordinator is being replaced; send the request again"))
+                self._fail(
+                    request_id, CoordinatorLostError("the coordinator is being replaced; send the request again")
+                )
 
     def _note(self, link: _CoordinatorConnection, notice: Notice) -> None:
         if notice.failure is not None:
@@ -165,7 +167,7 @@ class CoordinatorClient:
         def overdue() -> None:
             self._read(link)  # the event loop may have been busy
             if link.timers.get(request_id) is expected:
-                self._fail(request_id, UnavailableError(otherwise))
+                self._fail(request_id, CoordinatorLostError(otherwise))
 
         expected = None if seconds is None else self._loop.call_later(seconds, overdue)
         link.timers[request_id] = expected

@@ -171,6 +171,8 @@ def _answers(output: StepOutput, step: SequenceStep) -> bool:
     if output.logits is None:
         return not output.drafted and not output.confidences
     fewest, most = (1, step.draft.num_tokens) if step.draft else (0, 0)
+    if step.draft and step.draft.sampling.grammar is not None:
+        fewest = 0  # it may still be compiled, or allow no token
     num_drafted = len(output.drafted)
     if not fewest <= num_drafted <= most or len(output.confidences) != num_drafted:
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import string
 import time
@@ -230,8 +229,7 @@ def grammar(rng: random.Random) -> Grammar:
 
 def pattern_of(defined: Grammar) -> str:
     """The regular expression that it was made of."""
-    pattern: str = json.loads(defined.definition)["grammars"][0]["lark_grammar"].removeprefix("start: /")[:-1]
-    return pattern
+    return defined.definition.partition("start: /")[2][:-1]
 
 
 def three_models(**kwargs: int) -> dict[str, Endpoint]:

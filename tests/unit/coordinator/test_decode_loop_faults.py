@@ -101,7 +101,7 @@ def test_a_model_without_replicas_fails_its_requests_in_time_and_no_others() -> 
     harness.drive(max_steps=10**6)
     failure = harness.last("eft").failure
     assert failure is not None
-    assert failure.kind == "UnavailableError"
+    assert failure.kind == "CoordinatorLostError"
     assert "tuned" in failure.message
     assert harness.last("base").finish_reason == FinishReason.LENGTH
 
@@ -236,7 +236,7 @@ def test_an_engine_that_never_has_room_ends_in_an_error() -> None:
     harness.drive(max_steps=10**6)
     failure = harness.last("r").failure
     assert failure is not None
-    assert failure.kind == "UnavailableError"
+    assert failure.kind == "CoordinatorLostError"
 
 
 def test_freed_sequences_reach_a_failed_replica_when_it_answers_again() -> None:
@@ -335,7 +335,7 @@ def test_a_loop_that_dies_ends_everybody_whatever_else_fails(caplog: pytest.LogC
     for name in ("open", "queued"):
         failure = harness.last(name).failure
         assert failure is not None
-        assert failure.kind == "UnavailableError"
+        assert failure.kind == "CoordinatorLostError"
         assert harness.ends[name].failure == failure
     assert harness.backend.connected == {}
 

@@ -93,7 +93,7 @@ class Ban:
             row[before] = -torch.inf
 
 
-def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_the_combined_logits_alone() -> None:
+def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_logits_alone_that_are_kept() -> None:
     ban, other = Ban(), ready(5)
     request = ready(4, num_rows=3)
     request.output_token_ids = [10, 11]
@@ -102,7 +102,7 @@ def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_
     batch = RowBatch([other.rows(), rows])
     combined, _ = CpuBackend().combine(batch)
     before = combined.clone()
-    processed, _ = process(batch, combined)
+    processed, _ = process(batch, combined, keep_combined=True)
     assert ban.seen == [[10, 11], [10, 11, 12], [10, 11, 12, 13]]
     assert torch.equal(combined, before)
     assert torch.equal(processed[0], combined[0])
@@ -111,10 +111,13 @@ def test_a_processor_sees_the_tokens_before_each_row_drafts_included_and_leaves_
         assert not set(CpuBackend().sample(batch, processed)[row : row + 1]) & set(banned)
 
 
-def test_no_processors_cost_no_copy() -> None:
-    batch = RowBatch([ready(1).rows()])
+@pytest.mark.parametrize(("processors", "keep_combined"), [([], True), ([Ban()], False)])
+def test_nothing_is_copied_without_processors_or_where_combined_logits_are_not_kept(
+    processors: list[Ban], keep_combined: bool
+) -> None:
+    batch = RowBatch([replace(ready(1).rows(), processors=processors)])
     combined, _ = CpuBackend().combine(batch)
-    assert process(batch, combined)[0] is combined
+    assert process(batch, combined, keep_combined=keep_combined)[0] is combined
 
 
 def forbid_everything(output: Sequence[int], drafts: Sequence[int], logits: Tensor) -> None:

@@ -29,7 +29,7 @@ from eft_serve.coordinator.structured_output import GrammarMask
 from eft_serve.errors import InvalidRequestError
 from eft_serve.grammars.definitions import of_regex
 from eft_serve.testing.naive import PartialRegex
-from eft_serve.types import FinishReason, Grammar
+from eft_serve.types import FinishReason, Grammar, Speculative
 
 PROMPTS = {model: [1, 2] for model in EFT}
 COMBINED_WITH = {"logit_bias", "repetition_penalty", "presence_penalty", "frequency_penalty"}
@@ -79,6 +79,24 @@ def test_an_answer_ends_with_its_grammar_without_an_end_token() -> None:
     harness.drive()
     assert harness.tokens("r") == [7, 3, 9]
     assert harness.last("r").finish_reason is FinishReason.STOP
+
+
+def test_an_answer_ends_with_its_grammar_also_where_that_was_drafted() -> None:
+    for seed in range(40):  # drafters guess the end now and then
+        drafted = request(
+            "r",
+            PROMPTS,
+            speculative=Speculative(num_tokens=4, min_confidence=0.0),
+            grammar=Grammar(of_regex(f"[{letters(*range(60))}]{{2}}[{letters(*range(50))}]?"), "p"),
+            ignore_eos=True,
+            temperature=1.0,
+            seed=seed,
+        )
+        harness = Harness(ToyBackend(three_models()))
+        harness.submit(drafted)
+        harness.drive()
+        assert harness.last("r").failure is None
+        assert harness.tokens("r") == naive(drafted)
 
 
 def test_a_grammar_that_ends_before_min_tokens_is_an_error_of_its_request_only() -> None:

@@ -14,7 +14,7 @@ import pytest
 from eft_serve.api.model_tokenizer import ModelTokenizer
 from eft_serve.config import ZOO_CHECKPOINTS
 from eft_serve.errors import InvalidRequestError
-from eft_serve.grammars.definitions import of_json_schema
+from eft_serve.grammars.definitions import of_json_schema, of_regex
 from eft_serve.grammars.matcher import GrammarTokenizer
 from eft_serve.types import Grammar
 
@@ -157,3 +157,22 @@ def test_blanks_between_json_tokens_come_to_an_end(tokenizer: ModelTokenizer) ->
     newline, space, brace = (tokenizer.encode(text, False, "p", 99)[-1] for text in ("\n", " ", "{"))
     assert matcher.advance([brace, newline, *[space] * 64]) == 66
     assert matcher.advance([space]) == matcher.advance([newline]) == 0
+
+
+def test_every_token_is_allowed_after_which_the_text_can_be_completed(tokenizer: ModelTokenizer) -> None:
+    grammars = tokenizer.grammars
+    assert isinstance(grammars, GrammarTokenizer)
+    matcher = grammars.matcher(Grammar(of_regex("answer!"), "p"))
+    text = b""
+    while not matcher.is_finished:
+        bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+        allowed = {int(i) for i in np.flatnonzero(bits) if i < tokenizer.num_ids}
+        rest = b"answer!"[len(text) :]
+        tokens = {
+            i for i in range(tokenizer.num_ids) if tokenizer.bytes_of(i) and rest.startswith(tokenizer.bytes_of(i))
+        }
+        assert allowed == tokens
+        shortest = min(tokens, key=lambda i: len(tokenizer.bytes_of(i)))
+        matcher.advance([shortest])
+        text += tokenizer.bytes_of(shortest)
+    assert text == b"answer!"
