@@ -218,9 +218,10 @@ class Envelope:
     def _echo(self, index: int, prompt: ShownPrompt, choice: Choice) -> JsonObject:
         """A completion's echo as a choice without output."""
         shown = self.format.choice_part(index) | {"text": prompt.text}
-        if self.logprobs is None:
+        if self.logprobs is None or prompt.text is None:
             return shown
-        return shown | {"logprobs": self.logprobs.of_prompt(index, prompt.token_ids[0], choice.prompt_logprobs)}
+        logprobs = self.logprobs.of_prompt(index, prompt.text, prompt.token_ids[0], choice.prompt_logprobs)
+        return shown | {"logprobs": logprobs}
 
     def opening(self, index: int, choice: Choice) -> JsonObject | None:
         """What a choice's stream begins with, before its first token."""

@@ -105,8 +105,11 @@ class GenerationResponse(ModelResponse):
         return prepared.requests
 
     def _echo(self, source: PromptSource, token_ids: Sequence[int], tokenizer: ModelTokenizer) -> str:
-        skip_special_tokens = self._call.body.skip_special_tokens is not False
-        return source.echo or tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        body = self._call.body
+        skip_special_tokens = body.skip_special_tokens is not False
+        if source.echo is not None and skip_special_tokens and body.truncate_prompt_tokens is None:
+            return source.echo
+        return tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def _output(self, index: int, request: GenerationRequest) -> AsyncGenerator[Indexed, None]:
         return super()._output(index, request) if needs_models(request) else _nothing(index)

@@ -22,8 +22,12 @@ class LogprobsFormat(Protocol):
         """The next tokens of a choice."""
         ...
 
-    def of_prompt(self, index: int, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
-        """A choice's prompt, whose first token has no log-probability; before any other token of it."""
+    def of_prompt(self, index: int, prompt: str, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
+        """A choice's prompt, whose first token has no log-probability; before any other token of it.
+
+        Args:
+            prompt: its text, as the answer shows it.
+        """
         ...
 
 
@@ -42,7 +46,7 @@ class ChatLogprobs:
         ]
         return {"content": content, "refusal": None}
 
-    def of_prompt(self, index: int, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
+    def of_prompt(self, index: int, prompt: str, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
         """Chats do not echo."""
         raise NotImplementedError
 
@@ -77,9 +81,15 @@ class CompletionLogprobs:
         self._add(shown, index, tokens)
         return shown
 
-    def of_prompt(self, index: int, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
+    def of_prompt(self, index: int, prompt: str, first_token_id: int, tokens: Sequence[TokenComponents]) -> JsonObject:
         """See `LogprobsFormat`."""
         text = self.bytes_of(first_token_id)
+        ids = (first_token_id, *(token.token_id for token in tokens))
+        whole = b"".join(self.bytes_of(token_id) for token_id in ids if token_id not in self.hidden).decode(
+            errors="replace"
+        )
+        if whole.endswith(prompt):  # some tokenizers put a space before a text, which it does not have
+            self._offset(index).characters = len(prompt) - len(whole)
         if first_token_id not in self.hidden:
             self._offset(index).add(text)
         shown: JsonObject = {
@@ -104,7 +114,7 @@ class CompletionLogprobs:
             shown["tokens"].append(text)
             shown["token_logprobs"].append(_finite(token))
             shown["top_logprobs"].append(top | {text: _finite(token)})
-            shown["text_offset"].append(offset.characters)
+            shown["text_offset"].append(max(0, offset.characters))
             if token.token_id not in self.hidden:
                 offset.add(self.bytes_of(token.token_id))
 

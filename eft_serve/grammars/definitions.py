@@ -7,6 +7,7 @@ never ignored.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ WHITESPACE = r"[\x20]|\n[\x20\t]{0,64}"
 """Between JSON's tokens: models indent, but would also go on with blanks for ever where that is allowed."""
 
 Schema = Mapping[str, Any] | bool
+
+_TEMPERATURE = re.compile(r"^[?!\w.-]+\s*\[[^\]\n]*\btemperature\s*=", re.MULTILINE)
 
 ANY_OBJECT: Schema = {"type": "object"}
 
@@ -57,11 +60,13 @@ def of_grammar(text: str) -> str:
     """A context-free grammar in Lark's notation or in GBNF.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or has what would be ignored.
     """
     if text.lstrip().startswith("{"):
         raise ValueError("must be in Lark's notation or in GBNF")
     if "::=" not in text:
+        if _TEMPERATURE.search(text):
+            raise ValueError("a rule's own temperature is not supported; send that of the request")
         return of_rules(text)
     try:
         converted: str = any_to_lark(text)

@@ -120,17 +120,23 @@ class GrammarTokenizer:
             compiled.compute_bitmask()  # some limits show here only
         if compiled.is_error():
             raise _unusable(grammar.param, compiled)
-        if not self._has_text(compiled):
+        first = self._first_token(compiled)
+        if first is None:
             raise InvalidRequestError(f"{grammar.param}: it allows no text", param=grammar.param)
+        tried = compiled.deep_copy()
+        tried.try_consume_tokens([first])
+        tried.rollback(1)  # behind draft tokens; not all that Lark's notation can say allows that
+        if tried.is_error():
+            raise _unusable(grammar.param, tried)
         return compiled
 
-    def _has_text(self, compiled: LLMatcher) -> bool:
-        """Whether anything may come at the beginning of the output."""
+    def _first_token(self, compiled: LLMatcher) -> int | None:
+        """One that may come at the beginning of the output."""
         if compiled.is_stopped():
-            return False
-        bitmask = np.frombuffer(compiled.compute_bitmask(), np.uint8).copy()
-        bitmask[self._end // 8] &= ~(1 << self._end % 8) & 255
-        return bool(bitmask.any())
+            return None
+        octets = np.frombuffer(compiled.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(octets, bitorder="little")[: self._end].nonzero()[0]
+        return int(allowed[0]) if len(allowed) else None
 
 
 class NoGrammars:

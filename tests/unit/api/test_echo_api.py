@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from api_fakes import Stack, chat, events, make_config
 
+from eft_serve.api.logprobs import CompletionLogprobs
 from eft_serve.api.model_tokenizer import ModelTokenizer
 from eft_serve.config import AppConfig
 from eft_serve.types import Delta, FinishReason, GenerationRequest, TokenComponents
@@ -204,3 +205,25 @@ async def test_a_long_prompt_s_log_probabilities_are_worded_beside_the_event_loo
         response = await client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     assert threads[token_of("a")] is not threading.main_thread()
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [({"truncate_prompt_tokens": 2}, "bcHi"), ({"skip_special_tokens": False}, "<s>abcHi")],
+    ids=["truncated", "special tokens"],
+)
+async def test_an_echo_is_the_text_of_the_tokens_that_are_described(
+    stack: Stack, fields: dict[str, Any], text: str
+) -> None:
+    (choice,) = (await complete(stack, echo=True, logprobs=0, **fields))["choices"]
+    assert choice["text"] == text
+    tokens, offsets = (choice["logprobs"][name] for name in ("tokens", "text_offset"))
+    assert [text[offset : offset + len(token)] for token, offset in zip(tokens, offsets, strict=True)] == tokens
+
+
+def test_offsets_leave_out_the_space_that_a_tokenizer_puts_before_a_text() -> None:
+    texts = {BOS: b"<s>", 1: b" caf", 2: b"\xc3", 3: b"\xa9", 4: b" au"}
+    shown = CompletionLogprobs(0, texts.__getitem__, frozenset([BOS])).of_prompt(
+        0, "café au", BOS, [described(token_id, -1.0) for token_id in (1, 2, 3, 4)]
+    )
+    assert shown["text_offset"] == [0, 0, 3, 3, 4]

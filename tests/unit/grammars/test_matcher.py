@@ -8,7 +8,7 @@ import pytest
 from tokenizer_files import byte_level
 
 from eft_serve.errors import InvalidRequestError
-from eft_serve.grammars.definitions import of_regex
+from eft_serve.grammars.definitions import of_grammar, of_regex
 from eft_serve.grammars.matcher import GrammarMatcher, GrammarTokenizer
 from eft_serve.types import Grammar
 
@@ -44,3 +44,17 @@ def test_an_output_that_uses_up_the_states_alone_is_an_error_that_says_so() -> N
         follow(tokenizer.matcher(MANY_STATES), 0, 20_000)
     assert caught.value.param == "structured_outputs.regex"
     follow(tokenizer.matcher(MANY_STATES), 1, 100)
+
+
+@pytest.mark.parametrize("attribute", ["max_tokens=3", 'stop="c"'])
+def test_a_grammar_that_draft_tokens_cannot_be_taken_back_from_is_refused_at_once(attribute: str) -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    with pytest.raises(InvalidRequestError, match="rollback not supported"):
+        tokenizer.matcher(Grammar(f"start: x\nx[{attribute}]: /[ab]+/", "structured_outputs.grammar"))
+    tokenizer.matcher(Grammar('start: x\nx[suffix="c"]: /[ab]+/', "structured_outputs.grammar"))
+
+
+def test_a_rule_s_own_temperature_is_refused_and_not_ignored() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        of_grammar("start: x\nx[capture, temperature=0.5]: /[ab]+/")
+    assert of_grammar('start: "[temperature=1]"')
