@@ -56,5 +56,6 @@ class ReplicaHealth:
             if reason is None:  # "no room now" is an answer too
                 replica.succeed()
             else:
-                logger.warning("replica %s did not answer a probe: %s", replica_id, reason)
                 replica.fail(now)
+                if replica.num_failures.bit_count() == 1:  # ever more rarely: an outage may be long
+                    logger.warning("replica %s did not answer %d times: %s", replica_id, replica.num_failures, reason)

@@ -15,7 +15,7 @@ from eft_serve.errors import ContextLengthError
 from eft_serve.types import Endpoint, ModelInfo
 
 FIRST_RETRY_S = 1.0  # before a failed replica is probed; twice as long after each further failure
-LONGEST_RETRY_S = 60.0
+LONGEST_RETRY_S = 2.0  # a probe delays nobody, and a replica that is back must not wait for the next one
 
 
 @dataclass(slots=True)
