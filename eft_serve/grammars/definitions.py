@@ -21,6 +21,7 @@ WHITESPACE = r"[\x20]|\n[\x20\t]{0,64}"
 
 Schema = Mapping[str, Any] | bool
 
+_OPTIONS = re.compile(r"^\s*%llguidance\b", re.MULTILINE)
 _TEMPERATURE = re.compile(r"^[?!\w.-]+\s*\[[^\]\n]*\btemperature\s*=", re.MULTILINE)
 
 ANY_OBJECT: Schema = {"type": "object"}
@@ -65,6 +66,8 @@ def of_grammar(text: str) -> str:
     if text.lstrip().startswith("{"):
         raise ValueError("must be in Lark's notation or in GBNF")
     if "::=" not in text:
+        if _OPTIONS.search(text):
+            raise ValueError("%llguidance: the options of the grammar are the server's; leave them out")
         if _TEMPERATURE.search(text):
             raise ValueError("a rule's own temperature is not supported; send that of the request")
         return of_rules(text)

@@ -58,3 +58,9 @@ def test_a_rule_s_own_temperature_is_refused_and_not_ignored() -> None:
     with pytest.raises(ValueError, match="temperature"):
         of_grammar("start: x\nx[capture, temperature=0.5]: /[ab]+/")
     assert of_grammar('start: "[temperature=1]"')
+
+
+def test_options_of_a_grammar_that_would_change_which_tokens_are_allowed_are_refused() -> None:
+    with pytest.raises(ValueError, match="%llguidance"):
+        of_grammar('%llguidance {"no_forcing": false}\nstart: "ab"')
+    assert of_grammar('start: "%llguidance"')
