@@ -61,6 +61,8 @@ def _part(place: str, part: object, role: str | None) -> str:
     return text
 
 
+MAX_MESSAGES = 4096  # in one chat; OpenAI takes 2048
+
 NULL: JsonDict = {"type": "null"}
 NOT_NULL: JsonDict = {"not": {"type": "null"}}
 NO_REFUSAL: JsonDict = {"items": {"properties": {"type": {"const": "text"}}}}
@@ -145,3 +147,6 @@ class Message(Strict):
         }
         given = {name: value for name, value in fields.items() if value is not None}
         return {"role": role, "content": self.content or ""} | given
+
+
+Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]

@@ -7,10 +7,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from eft_serve.api.knobs import Metadata, Strict, Whole, mistake
+from eft_serve.api.messages import MAX_MESSAGES
 from eft_serve.api.schemas import VLLM_NO_OPS, GenerationBody
 from eft_serve.api.structured_outputs import JsonSchemaFormat, ResponseFormat
 from eft_serve.types import MAX_ALTERNATIVES
 
+MAX_INCLUDED = 64
 LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
     "message.output_text.logprobs",
@@ -69,7 +71,9 @@ class InputMessage(Strict):
 
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_part, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[
+        list[TextPart], Field(fail_fast=True), BeforeValidator(_as_part, json_schema_input_type=str | list[TextPart])
+    ]
     """Text, or parts of it, which are joined by line breaks."""
     id: str | None = None
     """Accepted and not used."""
@@ -117,13 +121,16 @@ class TextOptions(Strict):
     verbosity: Literal["medium"] | None = None
 
 
+InputMessages = Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
 class ResponsesBody(GenerationBody):
     """`POST /v1/responses`. Nothing is stored: a conversation is sent as a whole, in `input`."""
 
     input: Annotated[
         list[InputMessage],
-        Field(min_length=1),
-        BeforeValidator(_as_item, json_schema_input_type=str | Annotated[list[InputMessage], Field(min_length=1)]),
+        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES),
+        BeforeValidator(_as_item, json_schema_input_type=str | InputMessages),
     ]
     """What the user says, or the conversation so far."""
     instructions: str | None = None
@@ -132,7 +139,7 @@ class ResponsesBody(GenerationBody):
     response_format: Annotated[None, _called("text.format")] = None
     prompt_logprobs: Annotated[None, BeforeValidator(_not_here)] = None
     max_output_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
-    include: list[Includable] | None = None
+    include: Annotated[list[Includable], Field(max_length=MAX_INCLUDED)] | None = None
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Alternatives to each token whose log-probabilities are wanted too."""
     text: TextOptions | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from eft_serve.api.knobs import EftKnobs, RecipeKnobs, Strict, whole_numbers
-from eft_serve.api.messages import Message
+from eft_serve.api.messages import Message, Messages
 from eft_serve.api.reader import Asked
 from eft_serve.ensemble import Part
 
@@ -35,7 +35,7 @@ RoleName = Annotated[str, Field(max_length=256)]
 RolePrompt = Annotated[
     Annotated[Annotated[str, Field(min_length=1)], Tag(_TEXT)]
     | Annotated[Annotated[list[int], Field(min_length=1)], Tag(_IDS)]
-    | Annotated[Annotated[list[Message], Field(min_length=1)], Tag(_MESSAGES)],
+    | Annotated[Messages, Tag(_MESSAGES)],
     Discriminator(_kind_of),
     BeforeValidator(_check_kind),
 ]

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from eft_serve.api.knobs import Strict, Whole, whole_numbers
 from eft_serve.api.knobs import mistake as _mistake
-from eft_serve.api.messages import Message
+from eft_serve.api.messages import Messages
 from eft_serve.api.prompt_options import PromptOptions, TemplateKwargs, Truncation
 from eft_serve.api.role_prompts import GenerationKnobs
 from eft_serve.api.structured_outputs import ResponseFormat, StructuredOutputs, grammar_of
@@ -324,7 +324,7 @@ class GenerationBody(Strict):
 class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
     """OpenAI's newer name for `max_tokens`."""
     logprobs: bool | None = None

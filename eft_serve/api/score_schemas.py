@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 
 from eft_serve.api.knobs import NumAlternatives, Strict
-from eft_serve.api.messages import Message
+from eft_serve.api.messages import Messages
 from eft_serve.api.role_prompts import ScoreKnobs
 from eft_serve.api.schemas import TextOrIds
 
@@ -28,7 +26,7 @@ class ScoreItem(Strict):
 
     prompt: TextOrIds | None = None
     """Text or token ids, as for text completions."""
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     """As for chats."""
     completion: TextOrIds
     """Text or token ids. Text is tokenised as it follows the prompt, without special tokens."""

@@ -15,6 +15,7 @@ from eft_serve.errors import InvalidRequestError
 
 MOST_SHOWN = 100  # characters of a key in an error
 MOST_PARTS = 10  # of a place, from the outside
+MOST_KEYS = 4096  # of one object; each may cost an error
 MOST_DIGITS = 20  # of a 64-bit integer with its sign
 
 
@@ -22,20 +23,20 @@ def read_object(raw: bytes | bytearray) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        InvalidRequestError: it is not JSON, or not an object, or a key is given twice.
+        InvalidRequestError: it is not JSON, or not an object, or a key is given twice, or an object has too many.
     """
     try:
         msgspec.json.decode(raw)  # strict about numbers and characters, but takes the last of two equal keys
         data = json.loads(raw, object_pairs_hook=_unique)
-    except (_KeyTwiceError, msgspec.DecodeError, ValueError, RecursionError) as error:
+    except (_KeysError, msgspec.DecodeError, ValueError, RecursionError) as error:
         _refuse(raw, error)
     if not isinstance(data, dict):
         raise InvalidRequestError("the body must be a JSON object")
     return data
 
 
-class _KeyTwiceError(Exception):
-    """Some object has a key twice."""
+class _KeysError(Exception):
+    """Some object has a key twice, or too many keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,8 @@ class _Mistake:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
-    if len(data) < len(pairs):
-        raise _KeyTwiceError
+    if len(data) < len(pairs) or len(pairs) > MOST_KEYS:
+        raise _KeysError
     return data
 
 
@@ -75,10 +76,13 @@ def _refuse(raw: bytes | bytearray, error: Exception) -> NoReturn:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
     reason, path = mistake
     place = ".".join(reversed(path[-MOST_PARTS:]))
-    raise InvalidRequestError(f"{place}: {reason}", param=place) from error
+    message = f"{place}: {reason}" if place else f"the body: {reason}"
+    raise InvalidRequestError(message, param=place or None) from error
 
 
-def _with_mistakes(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _with_mistakes(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Mistake:
+    if len(pairs) > MOST_KEYS:
+        return _Mistake(f"an object has {len(pairs)} keys, more than {MOST_KEYS}")
     data: dict[str, Any] = {}
     for key, value in pairs:
         data[key] = _Mistake("given twice") if key in data else value

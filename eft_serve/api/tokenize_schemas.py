@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from eft_serve.api.knobs import Strict, mistake, whole_numbers
-from eft_serve.api.messages import Message
+from eft_serve.api.messages import Messages
 from eft_serve.api.prompt_options import PromptOptions, TemplateKwargs
 from eft_serve.api.reader import Asked
 
@@ -56,7 +56,7 @@ class TokenizeBody(TokenizeOptions):
 class TokenizeChatBody(TokenizeOptions):
     """`POST /tokenize` of messages, which are read as those of a chat."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -94,5 +94,5 @@ class DetokenizeBody(Strict):
 
     model: str = Field(max_length=256)
     """A recipe's name, or a plain model's."""
-    tokens: Annotated[list[int], BeforeValidator(_ids)]
+    tokens: Annotated[list[int], Field(fail_fast=True), BeforeValidator(_ids)]
     """Token ids, at most `MAX_TOKENS` of them, or as many as the model's context has."""

@@ -26,6 +26,11 @@ def test_what_is_json_is_read_as_it_is(data: dict[str, object]) -> None:
     assert read_object(json.dumps(data).encode()) == data
 
 
+def many_keys(around: bytes) -> bytes:
+    """More than an object may have."""
+    return around % json.dumps({str(i): 0 for i in range(4097)}).encode()
+
+
 @pytest.mark.parametrize(
     ("raw", "param", "said"),
     [
@@ -37,6 +42,8 @@ def test_what_is_json_is_read_as_it_is(data: dict[str, object]) -> None:
         (b'{"messages": [{"role": "user", "role": "system"}]}', "messages.0.role", "given twice"),
         (b'{"a": "\\ud800"}', "a", "half of a surrogate pair"),
         (b'{"a": 1,\n "b": }', None, "line 2, column 7"),
+        (many_keys(b'{"a": [%s]}'), "a.0", "has 4097 keys, more than 4096"),
+        (many_keys(b"%s"), None, "the body: an object has 4097 keys"),
         (b'{"a"', None, "line 1, column 5"),
         (b"", None, "line 1, column 1"),
         (b'{"a": 01}', None, "line 1, column 8"),
