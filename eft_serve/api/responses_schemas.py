@@ -139,10 +139,13 @@ class ResponsesBody(GenerationBody):
     response_format: Annotated[None, _called("text.format")] = None
     prompt_logprobs: Annotated[None, BeforeValidator(_not_here)] = None
     max_output_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
+    """Of the answer, at most."""
     include: Annotated[list[Includable], Field(max_length=MAX_INCLUDED)] | None = None
+    """`message.output_text.logprobs` adds log-probabilities of the answer's tokens; the rest there is not."""
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Alternatives to each token whose log-probabilities are wanted too."""
     text: TextOptions | None = None
+    """Its `format` is the form of the answer: text, a JSON object, or a document of a schema."""
     metadata: Metadata | None = None
     """Repeated in the answer."""
     parallel_tool_calls: bool | None = None

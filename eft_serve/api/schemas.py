@@ -98,10 +98,13 @@ class GenerationBody(Strict):
     model: str = Field(max_length=256)
     """A recipe's name, or a plain model's."""
     max_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
+    """Of the answer, at most; `server.default_max_tokens` by default, or what the context has room for."""
     min_tokens: Whole | None = Field(default=None, ge=0, lt=2**31)
     """Neither an end token nor a stop string ends the output before."""
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    """Divides the logits; 0 takes the likeliest token, 1 is the default."""
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    """Keep the likeliest tokens that have this probability together."""
     top_k: Whole | None = Field(default=None, ge=-1, le=2**31 - 1)
     """Keep the k likeliest tokens; 0 and -1 keep all."""
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
@@ -109,7 +112,7 @@ class GenerationBody(Strict):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
     """Subtracted from the logits of tokens that the output has."""
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2, allow_inf_nan=False)
-    """The same, for each time that the output has them."""
+    """Subtracted from the logits of tokens for each time that the output has them."""
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100, allow_inf_nan=False)
     """Divides positive logits and multiplies others, of tokens in the prompt or the output; 1 changes nothing."""
     logit_bias: (
@@ -136,7 +139,9 @@ class GenerationBody(Strict):
     structured_outputs: StructuredOutputs | None = None
     """vLLM's: the answer follows a schema, a regular expression or a grammar."""
     n: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    """Answers to each prompt."""
     stream: bool | None = None
+    """Tokens are sent as they come, as server-sent events."""
     best_of: Whole | None = Field(default=None, ge=1, le=MAX_CHOICES)
     """Generate this many, and answer with the n whose tokens have the largest reward."""
     seed: Whole | None = Field(default=None, ge=-SEED_RANGE, lt=SEED_RANGE)
@@ -144,6 +149,7 @@ class GenerationBody(Strict):
     stop: (
         Annotated[StopStrings, BeforeValidator(_stop_list, json_schema_input_type=StopString | StopStrings)] | None
     ) = None
+    """Texts that end the output; they are not part of it."""
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
     """Tokens that end the output, as end tokens do."""
     include_stop_str_in_output: bool | None = None
@@ -151,9 +157,11 @@ class GenerationBody(Strict):
     skip_special_tokens: bool | None = None
     """False shows special tokens in the text; the default does not."""
     ignore_eos: bool | None = None
+    """End tokens do not end the output."""
     return_token_ids: bool | None = None
     """vLLM's: every choice also has `token_ids`."""
     stream_options: StreamOptions | None = None
+    """`include_usage`, and vLLM's `continuous_usage_stats`."""
     user: str | None = None
     """Accepted and not used."""
     truncate_prompt_tokens: Annotated[Whole, AfterValidator(_check_kept)] | None = None
@@ -161,6 +169,7 @@ class GenerationBody(Strict):
     eft: Annotated[GenerationKnobs, BeforeValidator(_given, json_schema_input_type=GenerationKnobs | None)] = (
         GenerationKnobs()
     )
+    """The knobs of emulated fine-tuning, and what an answer reports of them, see [below](#eft)."""
 
     @field_validator("best_of")
     @classmethod
@@ -325,12 +334,13 @@ class ChatBody(GenerationBody):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
+    """The conversation, rendered by each model's own chat template, see [below](#prompts)."""
     max_completion_tokens: Whole | None = Field(default=None, ge=1, lt=2**31)
     """OpenAI's newer name for `max_tokens`."""
     logprobs: bool | None = None
     """Each choice also has the log-probabilities of its tokens."""
     top_logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
-    """And of this many alternatives to each."""
+    """Alternatives to each token whose log-probabilities are wanted too."""
     add_generation_prompt: bool | None = None
     """vLLM's: the prompt ends where the assistant begins to speak. The default, unless a message is continued."""
     continue_final_message: bool | None = None
