@@ -7,18 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-CHAT, TEXT, RESPONSES, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/score"
-TOKENIZE, DETOKENIZE, FILES, BATCHES = "/v1/tokenize", "/v1/detokenize", "/v1/files", "/v1/batches"
-HI = {"role": "user", "content": "hi"}
-MINIMAL: dict[str, dict[str, Any]] = {
-    CHAT: {"model": "up", "messages": [HI]},
-    TEXT: {"model": "up", "prompt": "a"},
-    RESPONSES: {"model": "up", "input": "hi"},
-    SCORE: {"model": "up", "prompt": "a", "completion": "b"},
-    TOKENIZE: {"model": "up", "prompt": "a"},
-    DETOKENIZE: {"model": "up", "tokens": [66]},
-    BATCHES: {"input_file_id": "file-x", "endpoint": CHAT, "completion_window": "24h"},
-}
+from openapi_requests import BATCHES, CHAT, DETOKENIZE, FILES, HI, MINIMAL, RESPONSES, SCORE, TEXT, TOKENIZE
+
 MIB = 2**20
 
 

@@ -18,8 +18,8 @@ from openapi_checks import Description, make_stack
 from eft_serve.types import Delta
 
 MAX_SECONDS = 1.0  # of computing
-MAX_PAUSE_S = 0.5  # of the event loop; a thread that parses 4 MB holds the interpreter for a part of that
-MAX_GROWTH = 64 * 2**20  # bytes
+MAX_PAUSE_S = 0.15  # of the event loop, of computing; 0.04 is usual, and 0.26 if it parses 4 MB itself
+MAX_GROWTH = 96 * 2**20  # bytes; all bodies together are twice that
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,11 @@ async def test_a_hostile_body_is_answered_by_name_within_a_second(
 
 
 async def longest_pause(done: asyncio.Event) -> float:
-    """Seconds that the event loop stood still at most, until it is done."""
-    longest, last = 0.0, time.perf_counter()
+    """Seconds that this process computed while its event loop stood still, at most; until it is done."""
+    longest, last = 0.0, time.process_time()
     while not done.is_set():
         await asyncio.sleep(0.002)
-        now = time.perf_counter()
+        now = time.process_time()
         longest, last = max(longest, now - last), now
     return longest
 

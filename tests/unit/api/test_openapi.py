@@ -9,25 +9,25 @@ from typing import Any
 import pytest
 from api_fakes import Stack, deltas, make_config
 from openapi_checks import Description, full_answer, make_stack
+from openapi_requests import (
+    ANSWERED,
+    BATCHES,
+    CHAT,
+    FILES,
+    HI,
+    MINIMAL,
+    OF_TOOLS,
+    REFUSED,
+    RESPONSES,
+    SCORE,
+    TEXT,
+    TOKENIZE,
+    TOOLS,
+)
 
 from eft_serve.errors import UnavailableError
 from eft_serve.tenancy.store import create_tenant
 from eft_serve.types import Delta, FinishReason, GenerationRequest
-
-CHAT, TEXT, RESPONSES, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/score"
-TOKENIZE, DETOKENIZE, FILES, BATCHES = "/v1/tokenize", "/v1/detokenize", "/v1/files", "/v1/batches"
-HI = {"role": "user", "content": "hi"}
-EVERYTHING = {"eft": {"components": 2, "report": True}, "stream": False}
-STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-MINIMAL: dict[str, dict[str, Any]] = {
-    CHAT: {"model": "up", "messages": [HI]},
-    TEXT: {"model": "up", "prompt": "a"},
-    RESPONSES: {"model": "up", "input": "hi"},
-    SCORE: {"model": "up", "prompt": "a", "completion": "b"},
-    TOKENIZE: {"model": "up", "prompt": "a"},
-    DETOKENIZE: {"model": "up", "tokens": [66]},
-    BATCHES: {"input_file_id": "file-x", "endpoint": CHAT, "completion_window": "24h"},
-}
 
 
 @pytest.fixture
@@ -38,74 +38,6 @@ def stack(tmp_path: Path) -> Stack:
 @pytest.fixture(scope="module")
 def description(tmp_path_factory: pytest.TempPathFactory) -> Description:
     return Description(Stack(make_config(tmp_path_factory.mktemp("described"))).app)
-
-
-SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-TOOLS = [
-    {"type": "function", "function": {"name": "now", "parameters": SCHEMA, "description": "The time."}},
-    {"type": "function", "function": {"name": "f"}},
-]
-CALL = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
-OF_TOOLS = [
-    HI,
-    {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "noon", "cache_control": None}]},
-]
-JSON_SCHEMA = {"name": "a", "description": "A number.", "schema": SCHEMA, "strict": True}
-
-ANSWERED: list[tuple[str, dict[str, Any]]] = [
-    (CHAT, {}),
-    (CHAT, EVERYTHING | {"logprobs": True, "top_logprobs": 2, "n": 2, "return_token_ids": True}),
-    (CHAT, {"best_of": 3, "n": 2}),
-    (CHAT, {"stream": True}),
-    (CHAT, STREAM | {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "eft": {"components": 2}}),
-    (CHAT, {"model": "small", "eft": {"components": 1}}),
-    (CHAT, {"stop": "x", "logit_bias": {"7": 1.5}, "max_tokens": 2.0, "temperature": None, "eft": None, "n": None}),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}], "refusal": None}]}),
-    (CHAT, {"eft": {"components": 1.0, "speculative": {"num_tokens": 2.0}}}),
-    (CHAT, {"tools": [], "store": False, "response_format": {"type": "text"}, "stop": ["x", "y"], "top_k": -1}),
-    (CHAT, {"messages": OF_TOOLS, "tools": TOOLS, "tool_choice": "auto", "parallel_tool_calls": False}),
-    (CHAT, {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}, "stream": True}),
-    (CHAT, {"prompt_logprobs": 1, "add_special_tokens": True, "add_generation_prompt": False}),
-    (CHAT, {"response_format": {"type": "json_schema", "json_schema": JSON_SCHEMA}}),
-    (CHAT, {"structured_outputs": {"json": SCHEMA}, "min_tokens": 0, "stop_token_ids": []}),
-    (CHAT, {"structured_outputs": {"choice": ["yes", "no"]}, "stream": True}),
-    (CHAT, {"messages": [HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]}),
-    (CHAT, {"messages": [HI, {"role": "assistant", "content": "It"}], "continue_final_message": True}),
-    (CHAT, {"chat_template_kwargs": {"style": "plain"}, "truncate_prompt_tokens": 5}),
-    (CHAT, {"eft": {"prompts": {"base": "a", "reference": [66.0], "tuned": [HI]}}}),
-    (TEXT, {}),
-    (TEXT, EVERYTHING | {"logprobs": 2, "n": 2}),
-    (TEXT, STREAM | {"logprobs": 2, "eft": {"components": 2}}),
-    (TEXT, {"prompt": ["a"]}),
-    (TEXT, {"prompt": [66, 67.0]}),
-    (TEXT, {"prompt": [[66, 67]], "echo": False, "suffix": None}),
-    (TEXT, {"prompt": ["a", "b"], "n": 2, "prompt_logprobs": 2}),
-    (TEXT, {"echo": True, "logprobs": 2, "max_tokens": 0}),
-    (TEXT, {"echo": True, "stream": True}),
-    (TEXT, {"structured_outputs": {"regex": "a+"}, "truncate_prompt_tokens": -1, "add_special_tokens": False}),
-    (TEXT, {"structured_outputs": {"grammar": 'start: "a"'}, "allowed_token_ids": [66], "bad_words": ["b"]}),
-    (TEXT, {"response_format": {"type": "json_object"}, "truncate_prompt_tokens": 1}),
-    (RESPONSES, {}),
-    (RESPONSES, {"stream": True}),
-    (RESPONSES, {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "eft": {"components": 2}}),
-    (RESPONSES, {"stream": True, "include": ["message.output_text.logprobs"], "eft": {"components": 0}}),
-    (RESPONSES, {"input": [HI, {"role": "user", "content": [{"type": "input_text", "text": "a"}]}], "store": None}),
-    (RESPONSES, {"instructions": "I.", "metadata": {"a": "b"}, "user": "me", "text": {"format": {"type": "text"}}}),
-    (RESPONSES, {"text": {"format": {"type": "json_object"}}, "stream": True}),
-    (RESPONSES, {"text": {"format": {"type": "json_schema"} | JSON_SCHEMA, "verbosity": "medium"}}),
-    (RESPONSES, {"structured_outputs": {"json_object": True}, "max_tokens": None, "prompt_logprobs": None}),
-    (SCORE, {}),
-    (SCORE, {"components": 2}),
-    (SCORE, {"model": "small", "prompt": [66], "completion": [67, 68]}),
-    (SCORE, {"prompt": None, "messages": [HI]}),
-    (SCORE, {"eft": {"prompts": {"reference": "b"}}}),
-    (TOKENIZE, {}),
-    (TOKENIZE, {"return_token_strs": True, "add_special_tokens": False}),
-    (DETOKENIZE, {}),
-    (DETOKENIZE, {"tokens": []}),
-    (DETOKENIZE, {"tokens": [66, 67.0]}),
-]
 
 
 @pytest.mark.parametrize(("path", "fields"), ANSWERED)
@@ -162,65 +94,6 @@ async def test_calls_of_tools_are_described(
         response = await client.post(CHAT, json=body)
     assert '"finish_reason":"tool_calls"' in response.text
     description.check(response, CHAT)
-
-
-REFUSED: list[tuple[str, dict[str, Any]]] = [
-    (CHAT, {"max_tokens": 0}),
-    (CHAT, {"max_tokens": 2.5}),
-    (CHAT, {"top_k": -2}),
-    (CHAT, {"temperature": "1"}),
-    (CHAT, {"nonsense": None}),
-    (CHAT, {"logit_bias": {"x": 1}}),
-    (CHAT, {"logit_bias": {"7": 101}}),
-    (CHAT, {"stop": [""]}),
-    (CHAT, {"stop": ["x"] * 17}),
-    (CHAT, {"tools": [{"type": "function"}]}),
-    (CHAT, {"tools": [TOOLS[1]] * 129}),
-    (CHAT, {"tools": TOOLS, "tool_choice": "now"}),
-    (CHAT, {"response_format": {"type": "xml"}}),
-    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}),
-    (CHAT, {"structured_outputs": {"choice": []}}),
-    (CHAT, {"structured_outputs": {"structural_tag": "{}"}}),
-    (CHAT, {"chat_template_kwargs": {str(i): i for i in range(33)}}),
-    (CHAT, {"eft": {"prompts": {"base": []}}}),
-    (CHAT, {"eft": {"prompts": {"base": [{"role": "nobody", "content": "a"}]}}}),
-    (CHAT, {"messages": [{"role": "user", "content": []}]}),
-    (CHAT, {"messages": []}),
-    (CHAT, {"messages": [{"role": "nobody", "content": "a"}]}),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "video"}]}]}),
-    (CHAT, {"messages": [HI | {"audio": {}}]}),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]}]}),
-    (CHAT, {"eft": {"components": 21}}),
-    (CHAT, {"eft": {"speculative": {"num_tokens": 0}}}),
-    (TEXT, {"prompt": {"a": 1}}),
-    (CHAT, {"messages": [{"role": "user"}]}),
-    (CHAT, {"messages": [{"role": "assistant", "content": None}]}),
-    (CHAT, {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}]}),
-    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}),
-    (CHAT, {"messages": [HI | {"tool_call_id": "c1"}]}),
-    (CHAT, {"messages": [HI | {"tool_calls": [CALL]}]}),
-    (TEXT, {"prompt": []}),
-    (TEXT, {"prompt": ["a", 1]}),
-    (TEXT, {"prompt": ["a"] * 129}),
-    (TEXT, {"prompt_logprobs": -1}),
-    (TEXT, {"logprobs": True}),
-    (RESPONSES, {"store": True}),
-    (RESPONSES, {"max_tokens": 5}),
-    (RESPONSES, {"n": 2}),
-    (RESPONSES, {"input": [{"type": "item_reference", "id": "a"}]}),
-    (SCORE, {"components": -1}),
-    (SCORE, {"stream": True}),
-    (SCORE, {"prompt": None}),
-    (SCORE, {"messages": [HI]}),
-    (TOKENIZE, {"prompt": [1]}),
-    (TOKENIZE, {"tools": TOOLS}),
-    (DETOKENIZE, {"tokens": ["a"]}),
-    (BATCHES, {"endpoint": "/v1/embeddings"}),
-    (BATCHES, {"completion_window": "1h"}),
-    (BATCHES, {"metadata": {"a": 1}}),
-    (BATCHES, {"metadata": {"k" * 65: "a"}}),
-    (BATCHES, {"output_expires_after": {"anchor": "created_at", "seconds": 3600}}),
-]
 
 
 @pytest.mark.parametrize(("path", "fields"), REFUSED)
