@@ -95,7 +95,8 @@ class Coordinator(LocalStack):
             sampling=sampling,
             logprobs=logprobs,
         )
-        return Request.create(generation, time.monotonic(), self._grammars.matcher if side == GRAMMAR else None)
+        request = Request.create(generation, time.monotonic())
+        return self._grammars.matched(request) if side == GRAMMAR else request
 
     def _combine_and_sample_s(self) -> float:
         """Of all steps until now."""

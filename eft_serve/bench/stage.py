@@ -67,7 +67,7 @@ class Stage:
         self.combination = combination
         self.prompts = prompts
         self.max_tokens = max_tokens
-        self._compile_grammar = None if grammars is None else grammars.matcher
+        self._grammars = grammars
         self._count = 0
 
     def measure(
@@ -115,4 +115,5 @@ class Stage:
             sampling=structs.replace(sampling, seed=len(prompt)),
             speculative=side.speculative,
         )
-        return Request.create(generation, time.monotonic(), self._compile_grammar)
+        request = Request.create(generation, time.monotonic())
+        return request if self._grammars is None else self._grammars.matched(request)

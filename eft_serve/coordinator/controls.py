@@ -64,6 +64,7 @@ def _processors(request: Request, sampling: SamplingParams, ends: frozenset[int]
     known_ends = sorted(end for end in ends if end < request.num_ids)
     if sampling.min_tokens:
         yield MinTokens(sampling.min_tokens, known_ends)
+    assert (request.matcher is None) == (sampling.grammar is None), "its grammar was not compiled"
     if request.matcher is not None:
         yield GrammarMask(request.matcher, known_ends)
 

@@ -7,7 +7,7 @@ draft tokens, which the models compute like other tokens and which can be droppe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import eq
 
@@ -80,7 +80,7 @@ class Request:
     draft_token_ids: list[int] = field(default_factory=list)  # what may follow the output
     sequences: tuple[SequenceState, ...] = ()  # one for each term, in their order
     processors: tuple[LogitsProcessor, ...] = ()  # of its logits
-    matcher: GrammarMatcher | None = None  # of its grammar; it follows the output
+    matcher: GrammarMatcher | None = None  # of its grammar, at the output's beginning; it follows the output
 
     @property
     def combination(self) -> Combination:
@@ -141,23 +141,9 @@ class Request:
         return self.max_tokens - len(self.output_token_ids)
 
     @classmethod
-    def create(
-        cls,
-        generation: GenerationRequest,
-        now: float,
-        compile_grammar: Callable[[GenerationRequest], GrammarMatcher] | None = None,
-    ) -> Request:
-        """A new request.
-
-        Args:
-            compile_grammar: gives a matcher at the output's beginning; needed where there is a grammar.
-
-        Raises:
-            InvalidRequestError: see `check_request`, or raised by `compile_grammar`.
-        """
+    def create(cls, generation: GenerationRequest, now: float) -> Request:
+        """A new request, without the matcher that it needs if it has a grammar; raises as `check_request`."""
         check_request(generation)
-        has_grammar = generation.sampling.grammar is not None
-        assert compile_grammar is not None or not has_grammar
         scores_prompt = generation.prompt_logprobs is not None
         forced = generation.forced_token_ids or []
         if scores_prompt:
@@ -184,7 +170,6 @@ class Request:
             num_ids=0,
             output_token_ids=done,
             sequences=sequences,
-            matcher=compile_grammar(generation) if compile_grammar is not None and has_grammar else None,
         )
 
     def set_vocabularies(self, num_tokens: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from eft_serve.checkpoints.vocabulary import Vocabulary
+from eft_serve.coordinator.request import Request
 from eft_serve.grammars.matcher import GrammarMatcher, load_grammar_tokenizer
 from eft_serve.numerics.bitmask import apply_bitmask
 from eft_serve.numerics.kernels.masking import set_bits
@@ -59,6 +60,12 @@ class GrammarCompiler:
         self._tokenizers = {
             model: load_grammar_tokenizer(vocabulary.tokenizer_json) for model, vocabulary in vocabularies.items()
         }
+
+    def matched(self, request: Request) -> Request:
+        """The request, with a matcher if it has a grammar; raises as `matcher`."""
+        if request.generation.sampling.grammar is not None:
+            request.matcher = self.matcher(request.generation)
+        return request
 
     def matcher(self, generation: GenerationRequest) -> GrammarMatcher:
         """That of a request with a grammar, at the beginning of the output.

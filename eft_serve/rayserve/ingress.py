@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from typing import Any
 
@@ -36,7 +37,10 @@ class IngressReplica:
             service.close()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.service, show_request_id=False)  # Serve sends the same header
+        app = create_app(self.service, show_request_id=False)  # Serve sends the same header
+        gc.collect()
+        gc.freeze()  # modules and tokenizers stay for good; going over them at each collection stalls every stream
+        return app
 
 
 def _require_tenants_behind_haproxy(config: AppConfig) -> None:

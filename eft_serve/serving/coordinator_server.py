@@ -9,6 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from eft_serve.checkpoints.vocabulary import Vocabulary
@@ -19,10 +20,19 @@ from eft_serve.coordinator.metrics import CoordinatorMetrics
 from eft_serve.coordinator.request import Request
 from eft_serve.coordinator.structured_output import GrammarCompiler
 from eft_serve.coordinator.validation import check_deployed
-from eft_serve.errors import CoordinatorLostError, InvalidRequestError, UnavailableError, to_failure
+from eft_serve.errors import (
+    CoordinatorLostError,
+    EftServeError,
+    EngineError,
+    InvalidRequestError,
+    UnavailableError,
+    to_failure,
+)
 from eft_serve.transport.deltas import DeltaSender, Part, ReplyTo
 from eft_serve.transport.submissions import Notice, SubmissionServer, Submit
 from eft_serve.types import Delta, RequestEnd
+
+COMPILING_THREADS = 2
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +72,7 @@ class CoordinatorServer:
         self.subscribers: dict[str, Subscriber] = {}  # by request id
         self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics, on_end=_log_end)
         self.submissions = SubmissionServer(self, host)
+        self._compiling = ThreadPoolExecutor(COMPILING_THREADS, thread_name_prefix="grammars")
         self._sender = DeltaSender()  # used by the decode loop's thread only
         self._ingresses: dict[str, ReplyTo] = {}  # by address
 
@@ -78,6 +89,7 @@ class CoordinatorServer:
 
     def close(self) -> None:
         """End open requests with an error, notify their ingresses, and stop; idempotent."""
+        self._compiling.shutdown(wait=False, cancel_futures=True)
         self.decode_loop.close()
         self._sender.close()
         self.submissions.close()
@@ -94,10 +106,33 @@ class CoordinatorServer:
         if (reply_to := self._ingresses.get(submission.reply_address)) is None:
             raise UnavailableError("the coordinator does not know this ingress yet; try again later")
         check_deployed(generation.combination, self.config)
-        request = Request.create(generation, time.monotonic(), self._grammars.matcher)
+        request = Request.create(generation, time.monotonic())
         num_sent = 0 if generation.resumption is None else generation.resumption.num_tokens
-        self.subscribers[generation.request_id] = Subscriber(request, client, reply_to, num_sent)
-        self.decode_loop.submit(request)
+        subscriber = Subscriber(request, client, reply_to, num_sent)
+        self.subscribers[generation.request_id] = subscriber
+        if generation.sampling.grammar is None:
+            self.decode_loop.submit(request)
+        else:  # some take a second to compile, and the others must not wait for it
+            self._compiling.submit(self._submit_with_grammar, subscriber)
+
+    def _submit_with_grammar(self, subscriber: Subscriber) -> None:
+        request = subscriber.request
+        try:
+            request.matcher = self._grammars.matcher(request.generation)
+        except EftServeError as error:
+            self._refuse(subscriber, error)
+        except Exception as error:  # one request's fault ends one request
+            logger.exception("the grammar of request %s cannot be compiled", request.request_id)
+            self._refuse(subscriber, EngineError(f"request {request.request_id}: its grammar: {error}"))
+        else:
+            self.decode_loop.submit(request)
+            if self.subscribers.get(request.request_id) is not subscriber:  # aborted meanwhile
+                self.decode_loop.abort(request.request_id)
+
+    def _refuse(self, subscriber: Subscriber, error: EftServeError) -> None:
+        if self.subscribers.get(subscriber.request_id) is subscriber:
+            del self.subscribers[subscriber.request_id]
+            self.submissions.notify([(subscriber.client, Notice(subscriber.request_id, to_failure(error)))])
 
     def abort(self, client: bytes, request_id: str) -> None:
         """See `RequestHandler.abort`."""

@@ -167,7 +167,7 @@ def request(
         prompt_logprobs=prompt_logprobs,
         logprobs_mode=logprobs_mode,
     )
-    return Request.create(generation, time.monotonic() if now is None else now, GRAMMARS.matcher)
+    return GRAMMARS.matched(Request.create(generation, time.monotonic() if now is None else now))
 
 
 def naive(req: Request) -> list[int]:

@@ -83,7 +83,7 @@ def test_what_is_resumed_goes_on_as_if_nothing_had_happened(seed: int, kv_tokens
         deltas = whole[each.request_id]
         begun[each.request_id] = deltas[: rng.randrange(len(deltas))]
         generation = msgspec.structs.replace(each.generation, resumption=given_by(begun[each.request_id]))
-        resumed.append(Request.create(generation, each.arrival, GRAMMARS.matcher))
+        resumed.append(GRAMMARS.matched(Request.create(generation, each.arrival)))
     rest = run(resumed, kv_tokens)
     for request_id, before in begun.items():
         assert content(before + rest[request_id]) == content(whole[request_id])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
+import msgspec
 import pytest
 from counting_models import EFT, LENGTH, CountingBackend
 from waiting import until
 
 from eft_serve.errors import InvalidRequestError, UnavailableError
+from eft_serve.grammars.definitions import of_regex
 from eft_serve.serving import generation_client
 from eft_serve.serving.coordinator_server import CoordinatorServer
 from eft_serve.serving.generation_client import GenerationClient
-from eft_serve.types import GenerationRequest, Listener, SamplingParams
+from eft_serve.types import FinishReason, GenerationRequest, Grammar, Listener, SamplingParams
 
 
 @pytest.fixture
@@ -94,3 +97,41 @@ async def test_an_id_that_is_open_already_is_refused_and_the_open_request_goes_o
         await anext(client.generate(request("r", max_tokens=1)))
     rest = [delta async for delta in first]
     assert len([token for delta in (started, *rest) for token in delta.token_ids]) == 50
+
+
+def with_grammar(request_id: str, definition: str) -> GenerationRequest:
+    plain = request(request_id)
+    sampling = msgspec.structs.replace(plain.sampling, grammar=Grammar(definition, "structured_outputs.regex"))
+    return msgspec.structs.replace(plain, sampling=sampling)
+
+
+async def test_an_answer_follows_its_grammar_and_ends_with_it(client: GenerationClient) -> None:
+    deltas = [delta async for delta in client.generate(with_grammar("r", of_regex("[0-7]{3}")))]
+    assert "".join(delta.text for delta in deltas) == "234"
+    assert deltas[-1].finish_reason is FinishReason.STOP
+
+
+async def test_a_grammar_that_cannot_be_used_is_an_error_of_its_request(
+    client: GenerationClient, server: CoordinatorServer
+) -> None:
+    with pytest.raises(InvalidRequestError, match=r"structured_outputs\.regex: cannot be used"):
+        await anext(client.generate(with_grammar("r", of_regex("["))))
+    assert server.subscribers == {}
+
+
+async def test_a_grammar_that_takes_long_holds_up_no_other_request(
+    client: GenerationClient, server: CoordinatorServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, compile_it = threading.Event(), server._grammars.matcher
+    monkeypatch.setattr(server._grammars, "matcher", lambda each: go_on.wait() and compile_it(each))
+    slow = asyncio.ensure_future(anext(client.generate(with_grammar("slow", of_regex("[0-7]{3}")))))
+    async with aclosing(client.generate(with_grammar("aborted", of_regex("[0-7]+")))) as aborted:
+        starting = asyncio.ensure_future(anext(aborted))
+        deltas = [delta async for delta in client.generate(request("other"))]
+        assert len([token for delta in deltas for token in delta.token_ids]) == 5
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+    await until(lambda: "aborted" not in server.subscribers)
+    go_on.set()
+    assert (await slow).token_ids[0] == 2
+    await until(lambda: not server.decode_loop.num_requests)
