@@ -70,6 +70,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    shown_special_token_ids: tuple[int, ...] = ()  # not skipped
     ignore_eos: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()  # by token id
     repetition_penalty: float = 1.0  # of tokens in prompt and output; divides positive logits, multiplies others

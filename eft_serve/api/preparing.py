@@ -12,6 +12,7 @@ from eft_serve.api.context import Context
 from eft_serve.api.formats import Format
 from eft_serve.api.prompts import OwnPrompts, Prompting, Prompts
 from eft_serve.api.schemas import GenerationBody, choice_seed
+from eft_serve.api.tool_parsers import MARKERS
 from eft_serve.errors import ContextLengthError, InvalidRequestError
 from eft_serve.types import Combination, GenerationRequest, Grammar, Term
 
@@ -78,6 +79,8 @@ async def prepare(context: Context, call: GenerationCall, answer_id: str, timeou
     bad_words = await renderer.words(combination.terms, body.bad_words or ())
     stop_token_ids = [special[text] for text in body.stop or () if text in special]  # such a text is never shown
     grammar = await _grammar(context, call, combination, special)
+    tool_format = None if body.active_tools is None else call.ensemble.tool_parser
+    markers = [special[text] for text in MARKERS.get(tool_format, ()) if text in special]
     all_prompts, requests = [], list[GenerationRequest]()
     for source in call.prompts:
         prompts = await source.render(combination.terms, prompting, own=own)
@@ -91,7 +94,7 @@ async def prepare(context: Context, call: GenerationCall, answer_id: str, timeou
                 combination=combination,
                 prompts=prompts,
                 sampling=body.sampling(
-                    max_tokens, choice_seed(body.seed, candidate), bad_words, stop_token_ids, grammar
+                    max_tokens, choice_seed(body.seed, candidate), bad_words, stop_token_ids, grammar, markers
                 ),
                 speculative=speculative,
                 components=body.components,

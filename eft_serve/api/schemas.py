@@ -289,6 +289,7 @@ class GenerationBody(Strict):
         bad_words: tuple[tuple[int, ...], ...] = (),
         stop_token_ids: Iterable[int] = (),
         grammar: Grammar | None = None,
+        markers: Iterable[int] = (),
     ) -> SamplingParams:
         """How to draw one choice's tokens.
 
@@ -296,6 +297,7 @@ class GenerationBody(Strict):
             seed: that choice's own.
             bad_words: the tokens of each.
             grammar: of the answer.
+            markers: special tokens that begin or end tool calls.
             stop_token_ids: of the stop strings that are special tokens.
         """
         return SamplingParams(
@@ -309,8 +311,8 @@ class GenerationBody(Strict):
             stop=tuple(self.stop or ()),
             stop_token_ids=(*(self.stop_token_ids or ()), *stop_token_ids),
             include_stop_str_in_output=bool(self.include_stop_str_in_output),
-            # Some begin a tool call; content does not show them.
-            skip_special_tokens=self.skip_special_tokens is not False and self.active_tools is None,
+            skip_special_tokens=self.skip_special_tokens is not False,
+            shown_special_token_ids=tuple(markers),
             ignore_eos=bool(self.ignore_eos),
             logit_bias=tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items()),
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,

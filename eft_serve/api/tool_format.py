@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -23,13 +22,11 @@ class ToolChatFormat(ChatFormat):
         tool_format: how the model writes calls.
         names: of the tools.
         parallel: whether an answer may have several calls; otherwise the first one stands.
-        hidden: special tokens that content does not show; the models' text has them, as some begin a call.
     """
 
     tool_format: ToolFormat
     names: Collection[str]
     parallel: bool = True
-    hidden: Collection[str] = ()
     _parsers: dict[int, ToolParser] = field(default_factory=dict)  # by choice
     _num_calls: dict[int, int] = field(default_factory=dict)  # by choice
 
@@ -40,7 +37,7 @@ class ToolChatFormat(ChatFormat):
         parser = self._parsers[index]
         parsed = parser.push(text) + (parser.finish() if finish_reason is not None else [])
         parts = [self._part(index, delta) for delta in self._deltas(index, parsed)]
-        return [*parts, self._part(index, {}, self._reason(index, finish_reason))] if finish_reason else parts
+        return [*parts, self._part(index, {}, self._reason(index, parser, finish_reason))] if finish_reason else parts
 
     def choice(self, index: int, choice: Choice) -> JsonObject:
         """See `Format`."""
@@ -50,16 +47,12 @@ class ToolChatFormat(ChatFormat):
         message: JsonObject = {"role": "assistant", "content": content, "refusal": None}
         if calls := _joined([call for delta in deltas for call in delta.get(TOOL_CALLS, ())]):
             message |= {"content": content or None, TOOL_CALLS: calls}
-        reason = self._reason(index, choice.finish_reason)
+        reason = self._reason(index, parser, choice.finish_reason)
         return {"index": index, "message": message, "logprobs": None, "finish_reason": reason}
 
     def _deltas(self, index: int, parsed: Sequence[Parsed]) -> list[JsonObject]:
-        found = (self._content(each) if isinstance(each, str) else self._call(index, each) for each in parsed)
+        found = ({"content": each} if isinstance(each, str) else self._call(index, each) for each in parsed)
         return [delta for delta in found if delta]
-
-    def _content(self, text: str) -> JsonObject:
-        shown = re.sub("|".join(map(re.escape, self.hidden)), "", text) if self.hidden else text
-        return {"content": shown} if shown else {}
 
     def _call(self, index: int, call: CallDelta) -> JsonObject:
         if call.index and not self.parallel:
@@ -71,8 +64,10 @@ class ToolChatFormat(ChatFormat):
             delta["function"] = {"name": call.name, "arguments": call.arguments}
         return {TOOL_CALLS: [delta]}
 
-    def _reason(self, index: int, reason: FinishReason | None) -> str | None:
-        return TOOL_CALLS if reason is FinishReason.STOP and self._num_calls.get(index) else reason
+    def _reason(self, index: int, parser: ToolParser, reason: FinishReason | None) -> str | None:
+        """A model may stop in a call, which is then none to be made."""
+        has_called = self._num_calls.get(index) and not parser.is_in_call
+        return TOOL_CALLS if reason is FinishReason.STOP and has_called else reason
 
 
 def _joined(deltas: Sequence[JsonObject]) -> list[JsonObject]:

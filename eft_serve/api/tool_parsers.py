@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +29,11 @@ Parsed = str | CallDelta  # content, or a part of a call
 
 class ToolParser(Protocol):
     """Parses one answer."""
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call that has begun has not ended."""
+        ...
 
     def push(self, text: str) -> list[Parsed]:
         """What can be said once this text has come too."""
@@ -141,9 +146,15 @@ class _Parser:
         self._names = names
         self._waiting = ""
         self._num_calls = 0
+        self._is_cut = False
         self._call: _Call | None = None
         self._before = ""  # text that belongs to the call in progress, if it is one
         self._state: Callable[[], Iterator[Parsed] | None] = self._content
+
+    @property
+    def is_in_call(self) -> bool:
+        """See `ToolParser`."""
+        return self._is_cut or (self._call is not None and self._call.has_begun)
 
     def push(self, text: str) -> list[Parsed]:
         """See `ToolParser`."""
@@ -152,6 +163,7 @@ class _Parser:
 
     def finish(self) -> list[Parsed]:
         """See `ToolParser`."""
+        self._is_cut = self.is_in_call
         call, self._call = self._call, None
         unread = "" if call is None or call.has_begun else self._before + call.text
         rest, self._waiting = unread + self._waiting, ""
@@ -361,6 +373,13 @@ class MistralParser(_Parser):
     def _is_ending(self, rest: str) -> bool:
         return self._state == self._listed and rest in (",", "]")
 
+
+MARKERS: Mapping[ToolFormat | None, Sequence[str]] = {
+    "hermes": (HermesParser.BEGIN, HermesParser.END),
+    "llama3_json": (Llama3Parser.BEGIN,),
+    "mistral": (MistralParser.BEGIN, MistralParser.ARGUMENTS),
+}
+"""What begins or ends calls, and may be special tokens."""
 
 PARSERS: Mapping[ToolFormat, Callable[[Collection[str]], ToolParser]] = {
     "hermes": HermesParser,

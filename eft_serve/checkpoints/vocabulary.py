@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,12 @@ class Vocabulary:
         """Decodes special tokens too."""
         return WithSpecialTokens(self)
 
+    def with_special_tokens_of(self, token_ids: Iterable[int]) -> WithSomeSpecialTokens:
+        """Decodes these special tokens too."""
+        added = self.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special}
+        return WithSomeSpecialTokens(self, frozenset(special.difference(token_ids)))
+
     def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         text = self.tokenizer.decode(
             token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
@@ -69,6 +75,19 @@ class Vocabulary:
             message = f"{checkpoint}: the end token {unknown[0]} is none of its {len(ids)} tokens"
             raise CheckpointError(f"{message}; correct eos_token_id or the tokenizer's eos_token", param="models")
         return cls(tokenizer, ids, ends)
+
+
+@dataclass(frozen=True, slots=True)
+class WithSomeSpecialTokens:
+    """A vocabulary's decoder that skips these tokens only."""
+
+    vocabulary: Vocabulary
+    skipped: frozenset[int]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of the others."""
+        kept = [token_id for token_id in token_ids if token_id not in self.skipped]
+        return self.vocabulary._decode(kept, skip_special_tokens=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from eft_serve.checkpoints.vocabulary import Vocabulary
 from eft_serve.coordinator.controls import end_token_ids
-from eft_serve.coordinator.detokenizer import Detokenizer, StopChecker
+from eft_serve.coordinator.detokenizer import Decoder, Detokenizer, StopChecker
 from eft_serve.coordinator.request import Request
 from eft_serve.errors import EftServeError, InvalidRequestError, to_failure
 from eft_serve.grammars.matcher import GrammarMatcher
@@ -35,7 +35,9 @@ class OutputStream:
         pairs = zip(request.sequences, vocabularies, strict=True)
         first, vocabulary = next(pair for pair in pairs if pair[0].term.counts)
         scored = request.forced_token_ids[: request.num_scored]
-        decoder = vocabulary if sampling.skip_special_tokens else vocabulary.with_special_tokens
+        decoder: Decoder = vocabulary if sampling.skip_special_tokens else vocabulary.with_special_tokens
+        if sampling.skip_special_tokens and sampling.shown_special_token_ids:
+            decoder = vocabulary.with_special_tokens_of(sampling.shown_special_token_ids)
         stream = cls(
             end_token_ids=end_token_ids(request, vocabularies),
             min_tokens=sampling.min_tokens,

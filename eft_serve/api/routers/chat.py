@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from eft_serve.api.answers import ChatCompletion, ChatCompletionChunk, ErrorBody
 from eft_serve.api.body import receive_body
-from eft_serve.api.context import Context, context_of, request_id_of
+from eft_serve.api.context import context_of, request_id_of
 from eft_serve.api.formats import ChatFormat
 from eft_serve.api.generation import GenerationResponse
 from eft_serve.api.openapi import MODEL_ERRORS, answers_of, body_of
@@ -43,7 +43,7 @@ async def create_chat_completion(request: Request) -> Response:
         tenant=tenant,
         ensemble=ensemble,
         body=body,
-        format=_format(context, body, ensemble),
+        format=_format(body, ensemble),
         prompts=[PromptSource(render, "messages")],
         default_max_tokens=default_max_tokens,
         arrival=arrival,
@@ -51,10 +51,8 @@ async def create_chat_completion(request: Request) -> Response:
     return GenerationResponse(context, call)
 
 
-def _format(context: Context, body: ChatBody, ensemble: Ensemble) -> ChatFormat:
+def _format(body: ChatBody, ensemble: Ensemble) -> ChatFormat:
     tools = body.active_tools
     if tools is None or ensemble.tool_parser is None:  # `prepare` refuses tools without a parser
         return ChatFormat()
-    special = context.renderer.tokenizer(ensemble.models[0]).special
-    hidden = () if body.skip_special_tokens is False else frozenset(special)
-    return ToolChatFormat(tool_format=ensemble.tool_parser, names=tools.names, parallel=tools.parallel, hidden=hidden)
+    return ToolChatFormat(tool_format=ensemble.tool_parser, names=tools.names, parallel=tools.parallel)

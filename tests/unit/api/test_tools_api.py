@@ -141,15 +141,26 @@ async def test_models_read_the_tools_and_the_messages_of_tools(tmp_path: Path) -
     assert '<|assistant|>{"name": "weather", "arguments": {"city": "Bonn"}}' in prompt
     assert "<|tool|>sunnyc1" in prompt
     assert stack.service.requests[0].sampling.grammar is None
-    assert not stack.service.requests[0].sampling.skip_special_tokens, "some of them begin a call"
 
 
-async def test_special_tokens_are_not_shown_beside_calls(tmp_path: Path) -> None:
-    stack = make_stack(tmp_path, Says(f"a<s>b{CALL}"))
+async def test_of_the_special_tokens_those_that_begin_calls_are_shown_to_the_parser(tmp_path: Path) -> None:
+    stack = make_stack(tmp_path, Says("a"), tool_parser="mistral")
+    tokenizer = stack.app.state.context.renderer.tokenizer("large")
+    tokenizer.special["[TOOL_CALLS]"] = 257
+    await ask(stack)
+    await ask(stack, tool_choice="none")
+    shown, plain = (request.sampling for request in stack.service.requests)
+    assert (shown.skip_special_tokens, shown.shown_special_token_ids) == (True, (257,))
+    assert plain.shown_special_token_ids == ()
+
+
+async def test_a_model_that_stops_in_a_call_has_made_none(tmp_path: Path) -> None:
+    stack = make_stack(tmp_path, Says(f"{CALL}\n{CALL[:-17]}"))
     (choice,) = (await ask(stack))["choices"]
-    assert choice["message"]["content"] == "ab"
-    (shown,) = (await ask(stack, skip_special_tokens=False))["choices"]
-    assert shown["message"]["content"] == "a<s>b"
+    assert choice["finish_reason"] == "stop"
+    async with stack.client() as client:
+        response = await client.post("/v1/chat/completions", json=chat(tools=TOOLS, stream=True))
+    assert events(response)[-2]["choices"][0]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(

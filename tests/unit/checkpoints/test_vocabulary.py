@@ -28,6 +28,15 @@ def test_tokens_ends_and_text_of_the_embedded_family() -> None:
     assert small.decode(small.tokenizer(text)["input_ids"]) == text
 
 
+def test_some_special_tokens_are_shown_and_others_skipped() -> None:
+    small = Vocabulary.load(SMALL)
+    pad, end = small.ids["<|pad|>"], small.ids["<|end|>"]
+    ids = [pad, *small.tokenizer(" Lima")["input_ids"], end]
+    assert small.decode(ids) == " Lima"
+    assert small.with_special_tokens_of([end]).decode(ids) == " Lima<|end|>"
+    assert small.with_special_tokens.decode(ids) == "<|pad|> Lima<|end|>"
+
+
 def test_several_ends_are_read_from_the_generation_config(tmp_path: Path) -> None:
     copy = copy_of_small(tmp_path)
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
