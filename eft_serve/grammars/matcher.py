@@ -198,7 +198,14 @@ class GrammarMatcher:
             InvalidRequestError: the grammar is too complex here.
         """
         token_ids = [*token_ids]
-        count: int = self._of_usable(lambda matcher: matcher.try_consume_tokens(token_ids))
+
+        def consume(matcher: LLMatcher) -> int:
+            count: int = matcher.try_consume_tokens(token_ids)
+            if count < len(token_ids) and not matcher.is_stopped():
+                matcher.compute_bitmask()  # a lexer without states refuses tokens, and says why here only
+            return count
+
+        count = self._of_usable(consume)
         self._token_ids += token_ids[:count]
         return count
 

@@ -38,6 +38,17 @@ def test_outputs_at_the_same_time_do_not_use_up_one_another_s_states() -> None:
             assert matcher.num_tokens == 100 * (chunk + 1)
 
 
+def test_states_that_another_output_used_up_between_mask_and_token_refuse_no_token() -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    matcher = tokenizer.matcher(MANY_STATES)
+    follow(matcher, 0, 3)
+    matcher.allowed()
+    with pytest.raises(InvalidRequestError):
+        follow(tokenizer.matcher(MANY_STATES), 1, 20_000)
+    assert matcher.advance([0, 1]) == 2
+    assert matcher.num_tokens == 5
+
+
 def test_an_output_that_uses_up_the_states_alone_is_an_error_that_says_so() -> None:
     tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
     with pytest.raises(InvalidRequestError, match="too many") as caught:
