@@ -60,8 +60,16 @@ class CoordinatorServer:
         self.config = config
         self._grammars = GrammarCompiler(vocabularies)
         self.subscribers: dict[str, Subscriber] = {}  # by request id
-        self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics, on_end=_log_end)
         self.submissions = SubmissionServer(self, host)
+        self.decode_loop = DecodeLoop(
+            config.coordinator,
+            backend,
+            vocabularies,
+            self._emit,
+            metrics,
+            on_end=_log_end,
+            on_stop=self.submissions.close,  # or the ingresses would hand what is left to this coordinator again
+        )
         self._sender = DeltaSender()  # used by the decode loop's thread only
         self._ingresses: dict[str, ReplyTo] = {}  # by address
 
@@ -77,7 +85,7 @@ class CoordinatorServer:
         self.submissions.allow(public_key)
 
     def close(self) -> None:
-        """End open requests with an error, notify their ingresses, and stop; idempotent."""
+        """Stop, so that the ingresses hand the open requests to another coordinator; idempotent."""
         self.decode_loop.close()
         self._sender.close()
         self.submissions.close()
