@@ -95,7 +95,8 @@ class CoordinatorServer:
     def submit(self, client: bytes, submission: Submit) -> None:
         """See `RequestHandler.submit`."""
         generation, limits = submission.request, self.config.coordinator
-        if len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting:  # the only limit of open requests
+        is_full = len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting  # the only limit of open requests
+        if is_full and generation.resumption is None:  # what another coordinator had taken stays taken
             raise UnavailableError(f"more than {limits.max_waiting} requests are waiting; try again later")
         if generation.request_id in self.subscribers:
             raise InvalidRequestError(f"request_id: {generation.request_id!r} is open already", param="request_id")
