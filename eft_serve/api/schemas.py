@@ -283,8 +283,8 @@ class GenerationBody(Strict):
         Args:
             seed: that choice's own.
             bad_words: the tokens of each.
-            grammar: of the answer.
             stop_token_ids: of the stop strings that are special tokens.
+            grammar: of the answer.
         """
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
