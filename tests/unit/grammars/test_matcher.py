@@ -55,3 +55,17 @@ def test_an_output_that_uses_up_the_states_alone_is_an_error_that_says_so() -> N
         follow(tokenizer.matcher(MANY_STATES), 0, 20_000)
     assert caught.value.param == "structured_outputs.regex"
     follow(tokenizer.matcher(MANY_STATES), 1, 100)
+
+
+def test_a_grammar_does_not_get_the_limits_of_a_schema_of_the_same_text() -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    ambiguous = 'start: e\ne: e e | "a" | e "a" e | e e e'
+
+    def repeat(matcher: GrammarMatcher) -> None:
+        for _ in range(200):
+            matcher.allowed()
+            assert matcher.advance([0]) == 1
+
+    tokenizer.matcher(Grammar(ambiguous, "p", of_schemas=True))
+    with pytest.raises(InvalidRequestError, match="limit 1000"):
+        repeat(tokenizer.matcher(Grammar(ambiguous, "p")))
