@@ -41,7 +41,7 @@ class ChatLogprobs:
     def of(self, index: int, tokens: Sequence[TokenComponents]) -> JsonObject:
         """See `LogprobsFormat`."""
         content = [
-            self._token(token) | {"top_logprobs": [self._token(other) for other in _top(token, self.num_top)]}
+            self._token(token) | {"top_logprobs": [self._token(other) for other in possible_top(token, self.num_top)]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}
@@ -52,7 +52,7 @@ class ChatLogprobs:
 
     def _token(self, token: TokenComponents) -> JsonObject:
         own = self.bytes_of(token.token_id)
-        return {"token": own.decode(errors="replace"), "logprob": _finite(token), "bytes": list(own)}
+        return {"token": own.decode(errors="replace"), "logprob": finite_logprob(token), "bytes": list(own)}
 
 
 class _Offset:
@@ -109,11 +109,11 @@ class CompletionLogprobs:
         for token in tokens:
             text = self._text(token)
             top: dict[str, float] = {}
-            for other in _top(token, self.num_top):  # of tokens that read alike the most likely one is shown
+            for other in possible_top(token, self.num_top):  # of tokens that read alike the most likely one is shown
                 top.setdefault(self._text(other), other.logprob)
             shown["tokens"].append(text)
-            shown["token_logprobs"].append(_finite(token))
-            shown["top_logprobs"].append(top | {text: _finite(token)})
+            shown["token_logprobs"].append(finite_logprob(token))
+            shown["top_logprobs"].append(top | {text: finite_logprob(token)})
             shown["text_offset"].append(max(0, offset.characters))
             if token.token_id not in self.hidden:
                 offset.add(self.bytes_of(token.token_id))
@@ -122,10 +122,11 @@ class CompletionLogprobs:
         return self.bytes_of(token.token_id).decode(errors="replace")
 
 
-def _top(token: TokenComponents, count: int) -> list[TokenComponents]:
-    """The most likely tokens that are possible at all."""
+def possible_top(token: TokenComponents, count: int | None) -> list[TokenComponents]:
+    """The `count` most likely tokens that are possible at all; None: all of them that there are."""
     return [other for other in token.top[:count] if other.logprob > -inf]
 
 
-def _finite(token: TokenComponents) -> float:
+def finite_logprob(token: TokenComponents) -> float:
+    """As JSON has it."""
     return max(token.logprob, IMPOSSIBLE)

@@ -296,9 +296,9 @@ class GenerationBody(Strict):
         Args:
             seed: that choice's own.
             bad_words: the tokens of each.
+            stop_token_ids: of the stop strings that are special tokens.
             grammar: of the answer.
             markers: special tokens that begin or end tool calls.
-            stop_token_ids: of the stop strings that are special tokens.
         """
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 
-from eft_serve.api.logprobs import IMPOSSIBLE, JsonObject
+from eft_serve.api.logprobs import JsonObject, finite_logprob, possible_top
 from eft_serve.types import TokenComponents
 
 
@@ -28,11 +27,11 @@ class ShownPrompt:
         return [None, *map(self._alternatives, tokens)]
 
     def _alternatives(self, token: TokenComponents) -> JsonObject:
-        top = [other for other in token.top[: self.num_top] if other.logprob > -inf]
+        top = possible_top(token, self.num_top)
         ranked = [(token, token.rank), *((other, rank) for rank, other in enumerate(top, start=1))]
         return {
             str(each.token_id): {
-                "logprob": max(each.logprob, IMPOSSIBLE),
+                "logprob": finite_logprob(each),
                 "rank": rank,
                 "decoded_token": self.bytes_of(each.token_id).decode(errors="replace"),
             }

@@ -56,6 +56,7 @@ class DecodeLoop:
         emit: takes the deltas of a step, with their requests; called in the loop's thread.
         metrics: records every step and every finished request.
         on_end: takes the `RequestEnd` of each finished request; called in the loop's thread.
+        on_stop: called once in the loop's thread, however it stops, before the requests that are left end.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class DecodeLoop:
         emit: Emit,
         metrics: CoordinatorMetrics,
         on_end: Callable[[RequestEnd], None] = lambda end: None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.backend = backend
@@ -73,6 +75,7 @@ class DecodeLoop:
         self.emit = emit
         self.metrics = metrics
         self.on_end = on_end
+        self.on_stop = on_stop
         self.replicas = ReplicaTable(share=config.num_replicas)
         self.health = ReplicaHealth(self.replicas, backend, config.step_timeout_s)
         self.scheduler = Scheduler(config, self.replicas)
@@ -146,7 +149,7 @@ class DecodeLoop:
                 self.scheduler.observe(scheduled, time.monotonic() - sent)
             ready = self._absorb(scheduled, results)
             drawn = self.sampler.sample(ready)
-            is_urgent = not all(request.output_token_ids for request in ready)  # a first token does not wait
+            is_urgent = not all(request.has_begun for request in ready)  # a first token does not wait
             with self.metrics.timed("advance"):
                 self._advance(ready, drawn)
         if not batches or is_urgent:  # otherwise they are emitted while the models compute the next step
@@ -196,6 +199,7 @@ class DecodeLoop:
 
     def _end_all(self) -> None:
         """Take what is queued, so that nobody waits for an answer, and end everybody."""
+        self._inbox.put(self.on_stop)
         while not self._inbox.empty():  # only this thread takes from it
             try:
                 self._inbox.get_nowait()()

@@ -117,6 +117,11 @@ class Request:
         return 0 if self.is_forced else len(self.forced_token_ids)
 
     @property
+    def has_begun(self) -> bool:
+        """Whether it has output, scored prompt tokens aside."""
+        return len(self.output_token_ids) > self.num_scored
+
+    @property
     def is_forcing(self) -> bool:
         """Whether its next tokens are given, and only scored."""
         return len(self.output_token_ids) < len(self.forced_token_ids)

@@ -73,7 +73,7 @@ class RequestTable:
         try:
             with _decoding(request.request_id):
                 token_ids, reason = output.take(drawn.token_ids)
-        except EngineError as error:
+        except EftServeError as error:
             self.fail(request, error)
             return 0
         if len(request.output_token_ids) == request.num_scored:

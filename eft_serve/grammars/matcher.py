@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Bitmask = NDArray[np.int32]
 T = TypeVar("T")
+_Key = tuple[str, bool]
 
 CACHED_GRAMMARS = 64
 MAX_OWN_S = 0.05  # of compiling a grammar for one output, which others wait for
@@ -51,6 +52,11 @@ _SCHEMA_LIMITS, _LIMITS = _limits(15_000), _limits(1_000)  # schemas are hardly 
 def limits_of(grammar: Grammar) -> LLParserLimits:
     """What compiling and following it may take."""
     return _SCHEMA_LIMITS if grammar.of_schemas else _LIMITS
+
+
+def _key(grammar: Grammar) -> _Key:
+    """What decides how it is compiled."""
+    return grammar.definition, grammar.of_schemas
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,7 @@ class GrammarTokenizer:
         described["added_tokens"] = [*described.get("added_tokens", ()), _special(end)]
         self._tokenizer = LLTokenizer(json.dumps(described), eos_token=end)
         self.num_words = -(-self._tokenizer.vocab_size // 32)
-        self._compiled: OrderedDict[str, _Compiled] = OrderedDict()  # least recently used first
+        self._compiled: OrderedDict[_Key, _Compiled] = OrderedDict()  # least recently used first
         self._lock = Lock()
 
     def matcher(self, grammar: Grammar) -> GrammarMatcher:
@@ -92,17 +98,17 @@ class GrammarTokenizer:
 
     def has_compiled(self, grammar: Grammar) -> bool:
         """Whether a matcher of it is to be had at once."""
-        return grammar.definition in self._compiled
+        return _key(grammar) in self._compiled
 
     def compiled(self, grammar: Grammar) -> _Compiled:
         """The grammar, compiled now or before; raises as `matcher`."""
         with self._lock:
-            compiled = self._compiled.pop(grammar.definition, None)
+            compiled = self._compiled.pop(_key(grammar), None)
         if compiled is None:
             started = time.perf_counter()
             compiled = _Compiled(self.compile(grammar), time.perf_counter() - started)
         with self._lock:
-            self._compiled[grammar.definition] = compiled
+            self._compiled[_key(grammar)] = compiled
             while len(self._compiled) > CACHED_GRAMMARS:
                 self._compiled.popitem(last=False)
         return compiled
@@ -110,8 +116,8 @@ class GrammarTokenizer:
     def forget(self, grammar: Grammar, compiled: _Compiled) -> None:
         """Compile the grammar anew the next time, unless that was done since."""
         with self._lock:
-            if self._compiled.get(grammar.definition) is compiled:
-                del self._compiled[grammar.definition]
+            if self._compiled.get(_key(grammar)) is compiled:
+                del self._compiled[_key(grammar)]
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """At the beginning of the output, and sharing nothing; raises as `matcher`."""
@@ -204,7 +210,14 @@ class GrammarMatcher:
             InvalidRequestError: the grammar is too complex here.
         """
         token_ids = [*token_ids]
-        count: int = self._of_usable(lambda matcher: matcher.try_consume_tokens(token_ids))
+
+        def consume(matcher: LLMatcher) -> int:
+            count: int = matcher.try_consume_tokens(token_ids)
+            if count < len(token_ids) and not matcher.is_stopped():
+                matcher.compute_bitmask()  # a lexer without states refuses tokens, and says why here only
+            return count
+
+        count = self._of_usable(consume)
         self._token_ids += token_ids[:count]
         return count
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from resource import RLIMIT_AS, RLIMIT_CORE, setrlimit
+from selectors import EVENT_READ, DefaultSelector
 from threading import Lock
 
 from llguidance import LLMatcher, LLTokenizer
@@ -21,6 +22,7 @@ from eft_serve.grammars.matcher import limits_of
 from eft_serve.types import Grammar
 
 MAX_SECONDS = 1.0  # of computing, for one grammar
+MAX_WAIT_S = 30.0  # for an answer; a process that is starved or stopped does not compute
 MAX_START_S = 60
 STACK_BYTES = 4 * 2**20  # half of what threads have where the grammar is compiled then
 MAX_BYTES = 4 * 2**30  # of addresses, most of which are libraries and never memory
@@ -57,8 +59,7 @@ class GrammarTrial:
             self._stop()
             command = [sys.executable, "-m", __name__]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            assert self._process.stdout is not None
-            if self._process.stdout.readline() != _OK:
+            if not _says_ok(self._process, MAX_START_S):
                 self._stop()
                 raise EngineError("the process that tries grammars does not start; see the log")
         return self._process
@@ -66,11 +67,10 @@ class GrammarTrial:
     @staticmethod
     def _survives(process: subprocess.Popen[bytes], grammar: Grammar) -> bool:
         assert process.stdin is not None
-        assert process.stdout is not None
         try:
             process.stdin.write(json.dumps([grammar.definition, grammar.of_schemas]).encode() + b"\n")
             process.stdin.flush()
-            return process.stdout.readline() == _OK
+            return _says_ok(process, MAX_WAIT_S)
         except OSError:
             return False
 
@@ -80,6 +80,14 @@ class GrammarTrial:
             with self._process:  # closes the pipes and waits
                 pass
             self._process = None
+
+
+def _says_ok(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it answers within this time."""
+    assert process.stdout is not None
+    with DefaultSelector() as selector:
+        selector.register(process.stdout, EVENT_READ)
+        return bool(selector.select(seconds)) and process.stdout.readline() == _OK
 
 
 TRIAL = GrammarTrial()  # of this process

@@ -18,6 +18,7 @@ from eft_serve.numerics import device_sampling
 from eft_serve.numerics.bitmask import apply_bitmask
 from eft_serve.numerics.combine import combine
 from eft_serve.numerics.kernels import combining as kernels
+from eft_serve.numerics.kernels.masking import set_bits
 from eft_serve.numerics.logprobs import require_possible, top_logprobs
 from eft_serve.numerics.rows import RequestRows, RowBatch
 from eft_serve.numerics.sampling import sample_rows
@@ -84,7 +85,9 @@ class CpuBackend:
         logits, _ = self.combine(batch)
         self.sample(batch, logits)
         top_logprobs(logits, 2, [0], num_top=1)
-        apply_bitmask(np.zeros(1, np.int32), logits[0])
+        bitmask = np.zeros(1, np.int32)
+        set_bits(bitmask, np.zeros(1, np.int64), True)
+        apply_bitmask(bitmask, logits[0])
 
     def combine(self, batch: RowBatch) -> tuple[Tensor, Errors]:
         addresses: list[int] = []

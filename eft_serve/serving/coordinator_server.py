@@ -70,9 +70,17 @@ class CoordinatorServer:
         self.config = config
         self._grammars = GrammarCompiler(vocabularies)
         self.subscribers: dict[str, Subscriber] = {}  # by request id
-        self.decode_loop = DecodeLoop(config.coordinator, backend, vocabularies, self._emit, metrics, on_end=_log_end)
         self.submissions = SubmissionServer(self, host)
         self._compiling = ThreadPoolExecutor(COMPILING_THREADS, thread_name_prefix="grammars")
+        self.decode_loop = DecodeLoop(
+            config.coordinator,
+            backend,
+            vocabularies,
+            self._emit,
+            metrics,
+            on_end=_log_end,
+            on_stop=self.submissions.close,  # or the ingresses would hand what is left to this coordinator again
+        )
         self._sender = DeltaSender()  # used by the decode loop's thread only
         self._ingresses: dict[str, ReplyTo] = {}  # by address
 
@@ -88,7 +96,7 @@ class CoordinatorServer:
         self.submissions.allow(public_key)
 
     def close(self) -> None:
-        """End open requests with an error, notify their ingresses, and stop; idempotent."""
+        """Stop, so that the ingresses hand the open requests to another coordinator; idempotent."""
         self._compiling.shutdown(wait=False, cancel_futures=True)
         self.decode_loop.close()
         self._sender.close()
@@ -99,7 +107,8 @@ class CoordinatorServer:
     def submit(self, client: bytes, submission: Submit) -> None:
         """See `RequestHandler.submit`."""
         generation, limits = submission.request, self.config.coordinator
-        if len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting:  # the only limit of open requests
+        is_full = len(self.subscribers) >= limits.max_num_seqs + limits.max_waiting  # the only limit of open requests
+        if is_full and generation.resumption is None:  # what another coordinator had taken stays taken
             raise UnavailableError(f"more than {limits.max_waiting} requests are waiting; try again later")
         if generation.request_id in self.subscribers:
             raise InvalidRequestError(f"request_id: {generation.request_id!r} is open already", param="request_id")

@@ -64,15 +64,15 @@ class OutputCollector:
         """
         while True:
             await self._ready.wait()
-            self._ready.clear()
-            if self._deltas:
-                deltas, self._deltas = self._deltas, []
-                if deltas[-1].failure is not None and len(deltas) > 1:  # the reader stops at a failure
-                    yield merge(deltas[:-1])
-                    del deltas[:-1]
-                delta = merge(deltas)
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-            if self._error is not None:
+            if not self._deltas and self._error is not None:
                 raise self._error
+            deltas, self._deltas = self._deltas, []
+            if self._error is None:
+                self._ready.clear()
+            if deltas[-1].failure is not None and len(deltas) > 1:  # the reader stops at a failure
+                yield merge(deltas[:-1])
+                del deltas[:-1]
+            delta = merge(deltas)
+            yield delta
+            if delta.finish_reason is not None:
+                return

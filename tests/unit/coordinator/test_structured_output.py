@@ -25,8 +25,10 @@ from loop_harness import (
 
 from eft_serve.config import CoordinatorConfig
 from eft_serve.coordinator.request import Request
+from eft_serve.coordinator.sampler import SamplerOutput
 from eft_serve.coordinator.structured_output import GrammarMask
 from eft_serve.errors import InvalidRequestError
+from eft_serve.grammars import matcher
 from eft_serve.grammars.definitions import of_regex
 from eft_serve.testing.naive import PartialRegex
 from eft_serve.types import FinishReason, Grammar, Speculative
@@ -71,6 +73,14 @@ def test_outputs_under_grammars_are_those_of_the_naive_loop(seed: int, count: in
         body = tokens[:-1] if tokens[-1] == EOS else tokens
         stopped = harness.last(req.request_id).finish_reason is FinishReason.STOP
         assert matching.is_complete(body) if stopped else matching.may_go_on(body)
+
+
+def follow_for_ever(grammar: Grammar) -> None:
+    """As another request whose output uses up the states that they share."""
+    rng, other = random.Random(0), request("others", PROMPTS, grammar=grammar).matcher
+    while other is not None:
+        other.allowed()
+        other.advance([rng.randrange(3)])
 
 
 def test_an_answer_ends_with_its_grammar_without_an_end_token() -> None:
@@ -123,6 +133,28 @@ def test_a_grammar_that_gets_too_complex_is_an_error_of_its_request_only() -> No
     assert (failure.kind, failure.param) == ("InvalidRequestError", "structured_outputs.grammar")
     assert "Too many items" in failure.message
     assert harness.tokens("other") == naive(request("other", PROMPTS))
+
+
+def test_a_grammar_that_gets_too_complex_behind_a_drawn_token_is_an_error_of_its_request_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matcher, "MAX_OWN_S", -1.0)  # as if every grammar took long to compile
+    states = Grammar(of_regex("[012]*0[012]{18}1[012]*"), "structured_outputs.regex")
+    harness = Harness(ToyBackend(three_models()))
+    harness.submit(one := request("r", PROMPTS, grammar=states, max_tokens=200, ignore_eos=True))
+    harness.submit(request("other", PROMPTS, max_tokens=30))
+    for _ in range(3):
+        harness.loop.receive()
+        harness.loop.step()
+    assert one.matcher is not None
+    with pytest.raises(InvalidRequestError):
+        follow_for_ever(states)
+    harness.loop._advance([one], [SamplerOutput([0])])
+    harness.drive()
+    failure = harness.last("r").failure
+    assert failure is not None
+    assert (failure.kind, failure.param) == ("InvalidRequestError", "structured_outputs.regex")
+    assert harness.tokens("other") == naive(request("other", PROMPTS, max_tokens=30))
 
 
 @pytest.mark.parametrize("definition", ["start: x", of_regex("["), of_regex("(?=a)b"), 'start: ""'])

@@ -38,6 +38,17 @@ def test_outputs_at_the_same_time_do_not_use_up_one_another_s_states() -> None:
             assert matcher.num_tokens == 100 * (chunk + 1)
 
 
+def test_states_that_another_output_used_up_between_mask_and_token_refuse_no_token() -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    matcher = tokenizer.matcher(MANY_STATES)
+    follow(matcher, 0, 3)
+    matcher.allowed()
+    with pytest.raises(InvalidRequestError):
+        follow(tokenizer.matcher(MANY_STATES), 1, 20_000)
+    assert matcher.advance([0, 1]) == 2
+    assert matcher.num_tokens == 5
+
+
 def test_an_output_that_uses_up_the_states_alone_is_an_error_that_says_so() -> None:
     tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
     with pytest.raises(InvalidRequestError, match="too many") as caught:
@@ -64,3 +75,17 @@ def test_options_of_a_grammar_that_would_change_which_tokens_are_allowed_are_ref
     with pytest.raises(ValueError, match="%llguidance"):
         of_grammar('%llguidance {"no_forcing": false}\nstart: "ab"')
     assert of_grammar('start: "%llguidance"')
+
+
+def test_a_grammar_does_not_get_the_limits_of_a_schema_of_the_same_text() -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    ambiguous = 'start: e\ne: e e | "a" | e "a" e | e e e'
+
+    def repeat(matcher: GrammarMatcher) -> None:
+        for _ in range(200):
+            matcher.allowed()
+            assert matcher.advance([0]) == 1
+
+    tokenizer.matcher(Grammar(ambiguous, "p", of_schemas=True))
+    with pytest.raises(InvalidRequestError, match="limit 1000"):
+        repeat(tokenizer.matcher(Grammar(ambiguous, "p")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 
@@ -48,4 +49,17 @@ def test_a_process_that_has_ended_is_started_again(trial: GrammarTrial) -> None:
     assert trial._process is not None
     trial._process.kill()
     trial._process.wait()
+    trial.check(GOOD)
+
+
+def test_a_process_that_does_not_answer_is_not_waited_for_long(
+    trial: GrammarTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial.check(GOOD)
+    assert trial._process is not None
+    monkeypatch.setattr("eft_serve.grammars.trial.MAX_WAIT_S", 0.2)
+    trial._process.send_signal(signal.SIGSTOP)
+    with pytest.raises(InvalidRequestError, match="too complex"):
+        trial.check(GOOD)
+    monkeypatch.undo()
     trial.check(GOOD)

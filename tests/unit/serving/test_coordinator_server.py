@@ -13,7 +13,14 @@ import zmq
 from counting_models import EFT, LENGTH, CountingBackend
 from waiting import until
 
-from eft_serve.errors import EftServeError, InvalidRequestError, ModelNotFoundError, UnavailableError
+from eft_serve.errors import (
+    CoordinatorLostError,
+    EftServeError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    UnavailableError,
+    from_failure,
+)
 from eft_serve.serving.coordinator_server import CoordinatorServer
 from eft_serve.serving.output_collector import OutputCollector
 from eft_serve.transport import submissions
@@ -25,6 +32,7 @@ from eft_serve.types import (
     FinishReason,
     GenerationRequest,
     Listener,
+    Resumption,
     SamplingParams,
     Term,
 )
@@ -149,6 +157,20 @@ async def test_no_more_are_open_than_may_run_and_wait(
     assert server.subscribers.keys() == set("abc")
 
 
+@pytest.mark.parametrize("server", [{"max_num_seqs": 1, "max_waiting": 2}], indirect=True)
+async def test_what_a_lost_coordinator_had_taken_is_taken_also_where_no_more_may_wait(
+    server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
+) -> None:
+    await until(lambda: not server.decode_loop.missing_models)
+    backend.gate.clear()
+    for name in "abc":
+        ingress.submit(name)
+    begun = ingress.submit("d", resumption=Resumption(token_ids=[], num_characters=0, num_prompt_logprobs=0))
+    await until(lambda: server.subscribers.keys() == set("abcd"))
+    backend.gate.set()
+    assert [token for delta in [delta async for delta in begun] for token in delta.token_ids] == [2, 3, 4, 5, 6]
+
+
 async def test_an_id_that_is_open_already_is_refused_and_the_open_request_goes_on(
     server: CoordinatorServer, ingress: Ingress, backend: CountingBackend
 ) -> None:
@@ -222,11 +244,16 @@ async def test_tokens_that_cannot_be_sent_fail_the_request(
     assert not server.subscribers
 
 
-async def test_a_stopping_coordinator_says_so(server: CoordinatorServer, ingress: Ingress) -> None:
+async def test_a_stopping_coordinator_is_a_lost_one(server: CoordinatorServer, ingress: Ingress) -> None:
     deltas = ingress.submit(sampling=endless())
     await anext(deltas)
     closing = asyncio.get_running_loop().run_in_executor(None, server.close)
-    rest = [delta async for delta in deltas]
-    assert rest[-1].failure is not None
-    assert "stopping" in rest[-1].failure.message
+
+    async def read() -> None:  # a failure comes, or the connection ends before it
+        async for delta in deltas:
+            if delta.failure is not None:
+                raise from_failure(delta.failure)
+
+    with pytest.raises(CoordinatorLostError):
+        await read()
     await closing

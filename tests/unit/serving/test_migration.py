@@ -75,9 +75,9 @@ async def coordinators() -> AsyncIterator[Coordinators]:
     coordinators.close()
 
 
-def request(max_tokens: int = NUM_TOKENS, **fields: Any) -> GenerationRequest:
+def request(max_tokens: int = NUM_TOKENS, request_id: str = "r", **fields: Any) -> GenerationRequest:
     return GenerationRequest(
-        request_id="r",
+        request_id=request_id,
         combination=EFT,
         prompts={"base": [0, 1], "tuned": [1]},
         sampling=SamplingParams(temperature=0, max_tokens=max_tokens),
@@ -137,6 +137,29 @@ async def test_the_only_coordinator_is_waited_for_and_its_successor_goes_on(coor
     coordinators.start("two")
     await reading
     assert token_ids == expected()
+
+
+async def test_a_coordinator_whose_loop_died_is_given_no_request_though_it_is_still_listed(
+    coordinators: Coordinators,
+) -> None:
+    for name in ("one", "two"):
+        coordinators.start(name)
+    await until(lambda: all(link.connection.ready for link in coordinators.client._coordinators._links.values()))
+
+    def die() -> None:
+        raise OverflowError("nobody thought of this")
+
+    async def tokens(number: int) -> list[int]:
+        token_ids = list[int]()
+        async for delta in coordinators.client.generate(request(1000, request_id=f"r{number}")):
+            if not token_ids and number == 0:
+                coordinators.servers["one"].decode_loop._inbox.put(die)
+            token_ids += delta.token_ids
+        return token_ids
+
+    async with asyncio.timeout(20):
+        assert await asyncio.gather(*map(tokens, range(6))) == 6 * [expected(1000)]
+        assert await tokens(6) == expected(1000)
 
 
 async def test_without_a_successor_the_request_ends_with_an_error(

@@ -56,6 +56,16 @@ async def test_the_end_of_the_coordinator_wakes_the_reader_and_comes_too_late_fo
     assert [d async for d in whole.read()] == [delta("a", FinishReason.STOP)]
 
 
+async def test_what_came_while_a_slow_reader_was_busy_is_read_before_an_error() -> None:
+    collector = OutputCollector()
+    collector.put(0, delta("a"))
+    reader = collector.read()
+    assert await anext(reader) == delta("a")
+    collector.put(1, delta("b", FinishReason.STOP))
+    collector.fail(UnavailableError("gone"))
+    assert [d async for d in reader] == [delta("b", FinishReason.STOP)]
+
+
 def test_components_and_the_last_usage_survive_the_merge() -> None:
     def described(text: str, **last: Any) -> Delta:
         told = [TokenComponents(ord(c), -1.0, [], [], 0.0) for c in text]
