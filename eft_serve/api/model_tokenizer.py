@@ -41,6 +41,13 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen, CodeGemma
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # CodeLlama
+)
 NO_GRAMMARS = NoGrammars("it was not loaded")
 
 
@@ -147,6 +154,12 @@ class ModelTokenizer:
         if not self.decoders.isdisjoint(("Metaspace", "Replace")):
             return str(token).replace("\u2581", " ").encode()
         return str(backend.decode([token_id], skip_special_tokens=False)).encode()
+
+    @property
+    def fill_in_the_middle(self) -> tuple[str, str, str] | None:
+        """The tokens before the text in front, before the text behind, and before the middle; None if it has none."""
+        known = self.tokenizer.backend_tokenizer.token_to_id
+        return next((each for each in FILL_IN_THE_MIDDLE if all(known(token) is not None for token in each)), None)
 
     def token(self, token_id: int) -> str | None:
         """A token as the vocabulary has it, or None if it has none of this id."""

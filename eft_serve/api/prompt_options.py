@@ -95,6 +95,8 @@ class PromptOptions:
     special_tokens_in_chats: bool = False
     """The tokenizer adds its special tokens to those that a chat template brings."""
     special_tokens_in_texts: bool = True
+    suffix: str | None = None
+    """The answer is the middle between a text prompt and this."""
     tools: list[Any] | None = None
     """That chat templates show to the models."""
     tool_param: str | None = None

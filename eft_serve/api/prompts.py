@@ -268,8 +268,15 @@ class PromptRenderer:
         if options.tool_param is not None:
             for name, reader in readers.items():
                 _check_knows_tools(name, reader, options.tool_param)
-        characters = sum(each.num_characters for each in several.values()) + sum(
-            len(r.prompting.system_prompt or "") + len(r.prompting.response_prefix or "") for r in readers.values()
+        if options.suffix and any(each.has_ids for each in several.values()):
+            message = "suffix: there is no place for it in token ids; send the prompt as text"
+            raise InvalidRequestError(message, param="suffix")
+        characters = (
+            len(options.suffix or "")
+            + sum(each.num_characters for each in several.values())
+            + sum(
+                len(r.prompting.system_prompt or "") + len(r.prompting.response_prefix or "") for r in readers.values()
+            )
         )
 
         def work() -> Prompts:

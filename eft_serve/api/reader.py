@@ -121,10 +121,20 @@ class Reader:
         return Text(text + (prefix or ""), add_special_tokens, param)
 
     def completion(self, prompt: str, param: str, options: PromptOptions) -> Text:
-        """The text of a prompt: the system prompt on a line before it, the answer's beginning right after it."""
+        """The text of a prompt: the system prompt on a line before it, the answer's beginning right after it.
+
+        Raises:
+            InvalidRequestError: the middle before a suffix is wanted, and the tokenizer has no tokens for that.
+        """
         before = f"{self.prompting.system_prompt}\n" if self.prompting.system_prompt else ""
-        text = before + prompt + (self.prompting.response_prefix or "")
-        return Text(text, options.special_tokens_in_texts, param)
+        text = before + prompt
+        if options.suffix:
+            if (tokens := self.tokenizer.fill_in_the_middle) is None:
+                message = "suffix: a model of these has no fill-in-the-middle tokens; leave it out"
+                raise InvalidRequestError(message, param="suffix")
+            front, behind, middle = tokens
+            text = f"{front}{text}{behind}{options.suffix}{middle}"
+        return Text(text + (self.prompting.response_prefix or ""), options.special_tokens_in_texts, param)
 
     def encode(self, text: Text) -> list[int]:
         """Its token ids; raises as `ModelTokenizer.encode`."""

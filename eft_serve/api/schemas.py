@@ -439,6 +439,8 @@ class CompletionBody(GenerationBody):
         list[TextOrIds], Field(max_length=MAX_PROMPTS), BeforeValidator(_prompts, json_schema_input_type=PromptInput)
     ]
     """Text, or token ids where all models that run share a tokenizer; or a list of either."""
+    suffix: str | None = None
+    """The answer is the middle between a text prompt and this, where the models have fill-in-the-middle tokens."""
     echo: bool | None = None
     """The prompt's text, and its log-probabilities if `logprobs` wants any, come before the answer's."""
     max_tokens: Whole | None = Field(default=None, ge=0, lt=2**31)
@@ -448,14 +450,16 @@ class CompletionBody(GenerationBody):
     logprobs: Whole | None = Field(default=None, ge=0, le=MAX_ALTERNATIVES)
     """Each choice also has the log-probabilities of its tokens, and of this many alternatives to each."""
 
-    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {
-        "suffix": ("",),
-    }
+    NO_OPS: ClassVar[dict[str, tuple[Any, ...]]] = VLLM_NO_OPS | {}
 
     @model_validator(mode="after")
     def _completion_fields_agree(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise _mistake("max_tokens", "0 needs echo or prompt_logprobs; ask for at least 1")
+        if self.suffix and self.truncate_prompt_tokens is not None:
+            raise _mistake("suffix", "leaves no prompt to truncate; leave one of them out")
+        if self.suffix and self.num_prompt_logprobs is not None:
+            raise _mistake("suffix", f"is part of the prompt then; leave it or {self.prompt_logprobs_param} out")
         if len(self.prompt) * self.num_candidates > MAX_ANSWERS:
             asked = f"{len(self.prompt)} prompts with {self.num_candidates} answers each"
             raise _mistake("prompt", f"{asked} are more than {MAX_ANSWERS}; send several requests")
@@ -476,7 +480,9 @@ class CompletionBody(GenerationBody):
 
     def prompt_options(self, default_max_tokens: int | None) -> PromptOptions:
         return replace(
-            super().prompt_options(default_max_tokens), special_tokens_in_texts=self.add_special_tokens is not False
+            super().prompt_options(default_max_tokens),
+            special_tokens_in_texts=self.add_special_tokens is not False,
+            suffix=self.suffix,
         )
 
     @property

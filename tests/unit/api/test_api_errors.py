@@ -112,13 +112,13 @@ async def test_a_wrong_field_is_named(stack: Stack, request_body: dict[str, Any]
     assert stack.service.requests == []
 
 
-@pytest.mark.parametrize("field", ["suffix", "logits_processors"])
+@pytest.mark.parametrize("field", ["suffix", "logits_processors", "cache_salt"])
 async def test_completions_refuse_what_they_do_not_have(stack: Stack, field: str) -> None:
-    value = {"suffix": "x", "logits_processors": []}[field]
+    value = {"suffix": "x", "logits_processors": [], "cache_salt": "x"}[field]
     async with stack.client() as client:
         response = await client.post("/v1/completions", json={"model": "up", "prompt": "a", field: value})
     assert (response.status_code, response.json()["error"]["param"]) == (400, field)
-    assert "not supported yet" in response.json()["error"]["message"]
+    assert "leave it out" in response.json()["error"]["message"]
 
 
 ANYWHERE = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from api_fakes import Stack, events, make_config
+from api_fakes import Stack, events, make_config, save_tokenizer
 
+from eft_serve.config import AppConfig
 from eft_serve.types import Delta, FinishReason
 
 
@@ -111,3 +112,27 @@ async def test_token_ids_come_when_asked_for_whole_and_streamed_even_without_tex
     assert whole["choices"][0]["token_ids"] == [1, 3, 4, 2]
     assert [chunk["choices"][0]["token_ids"] for chunk in chunks] == [[1], [3, 4], [2]]
     assert "token_ids" not in plain["choices"][0]
+
+
+FIM = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")
+
+
+async def test_before_a_suffix_the_models_are_asked_for_the_middle(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "coder", extra_tokens=FIM)
+    stack = Stack(AppConfig.parse({"models": {"coder": {"path": str(tmp_path / "coder")}}}))
+    tokenizer = stack.app.state.context.renderer.tokenizer("coder")
+    tokenizer.tokenizer.backend_tokenizer.add_special_tokens(list(FIM))
+    async with stack.client() as client:
+        body = {"model": "coder", "prompt": "a", "suffix": "b"}
+        assert (await client.post("/v1/completions", json=body)).status_code == 200
+        plain = await client.post("/v1/completions", json=body | {"suffix": ""})
+        refused = [
+            (await client.post("/v1/completions", json=body | other)).json()["error"]["param"]
+            for other in ({"prompt": [66]}, {"truncate_prompt_tokens": 3}, {"prompt_logprobs": 0}, {"suffix": 7})
+        ]
+    assert plain.status_code == 200
+    assert refused == ["suffix"] * 4
+    asked, without = (request.prompts["coder"] for request in stack.service.requests)
+    assert tokenizer.decode(asked) == "<s><fim_prefix>a<fim_suffix>b<fim_middle>"
+    assert len(asked) == 6, "these are tokens of their own"
+    assert tokenizer.decode(without) == "<s>a"
