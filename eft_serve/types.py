@@ -50,6 +50,7 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
     definition: str  # in llguidance's notation, see `eft_serve.grammars.definitions`
     param: str  # of the request, that it is of
     of_schemas: bool = False  # of JSON schemas, which are hardly ambiguous; other grammars have tighter limits
+    salt: str = ""  # requests with equal salt share what was compiled, and could see by timing whether they did
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

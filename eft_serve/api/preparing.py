@@ -132,7 +132,7 @@ async def _grammar(
     define = body.grammar
     if must_call and tools is not None and call.ensemble.tool_parser is not None:
         define = partial(tools.grammar, call.ensemble.tool_parser, special)
-    return await context.renderer.grammar(combination, define)
+    return await context.renderer.grammar(combination, define, salt=call.tenant.name)
 
 
 def _max_tokens(

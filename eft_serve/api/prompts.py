@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from msgspec import structs
+
 from eft_serve.api.model_tokenizer import Message, ModelTokenizer
 from eft_serve.api.prompt_options import DEFAULT_OPTIONS, PromptOptions
 from eft_serve.api.reader import Asked, Given, Reader
@@ -198,11 +200,14 @@ class PromptRenderer:
 
         return await self._run(encode, sum(map(len, words)))
 
-    async def grammar(self, combination: Combination, define: Callable[[], Grammar | None]) -> Grammar | None:
+    async def grammar(
+        self, combination: Combination, define: Callable[[], Grammar | None], salt: str
+    ) -> Grammar | None:
         """The grammar that an answer has to follow, once it is known that it can.
 
         Args:
             define: makes it; raises `InvalidRequestError`.
+            salt: see `Grammar`.
 
         Raises:
             InvalidRequestError: it is wrong, too complex or has no text, or the model's tokens have no known bytes.
@@ -210,7 +215,8 @@ class PromptRenderer:
         tokenizer = self._tokenizers[combination.counted.model]
 
         def compile_it() -> Grammar | None:
-            grammar = define()
+            defined = define()
+            grammar = None if defined is None else structs.replace(defined, salt=salt)
             if grammar is not None:
                 if not tokenizer.grammars.has_compiled(grammar):
                     TRIAL.check(grammar)

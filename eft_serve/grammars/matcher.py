@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Bitmask = NDArray[np.int32]
 T = TypeVar("T")
-_Key = tuple[str, bool]
+_Key = tuple[str, bool, str]
 
 CACHED_GRAMMARS = 64
 MAX_OWN_S = 0.05  # of compiling a grammar for one output, which others wait for
@@ -55,8 +55,8 @@ def limits_of(grammar: Grammar) -> LLParserLimits:
 
 
 def _key(grammar: Grammar) -> _Key:
-    """What decides how it is compiled."""
-    return grammar.definition, grammar.of_schemas
+    """What decides how it is compiled, and with whom that is shared."""
+    return grammar.definition, grammar.of_schemas, grammar.salt
 
 
 @dataclass(frozen=True, slots=True)

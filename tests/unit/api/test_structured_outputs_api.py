@@ -47,6 +47,7 @@ async def test_a_json_schema_reaches_the_coordinator(
     (request,) = stack.service.requests
     assert request.sampling.grammar is not None
     assert (embedded(request.sampling.grammar.definition), request.sampling.grammar.param) == (SCHEMA, param)
+    assert request.sampling.grammar.salt == request.tenant
 
 
 @pytest.mark.parametrize(

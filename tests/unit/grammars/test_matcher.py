@@ -89,3 +89,10 @@ def test_a_grammar_does_not_get_the_limits_of_a_schema_of_the_same_text() -> Non
     tokenizer.matcher(Grammar(ambiguous, "p", of_schemas=True))
     with pytest.raises(InvalidRequestError, match="limit 1000"):
         repeat(tokenizer.matcher(Grammar(ambiguous, "p")))
+
+
+def test_tenants_do_not_share_what_was_compiled() -> None:
+    tokenizer = GrammarTokenizer(byte_level(list(LETTERS)))
+    grammars = [Grammar('start: "ab"', "p", salt=salt) for salt in ("one", "two")]
+    tokenizer.matcher(grammars[0])
+    assert [tokenizer.has_compiled(grammar) for grammar in grammars] == [True, False]
