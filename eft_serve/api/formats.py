@@ -204,7 +204,7 @@ class Envelope:
         """A whole choice, with its prompt if that is shown."""
         reward = choice.reward if self.with_reward else None
         shown = self.format.choice(index, choice)
-        prompt = self.prompts[index // self.num_choices] if self.prompts and self.format.has_prompt_choices else None
+        prompt = self._prompt(index) if self.format.has_prompt_choices else None
         if prompt is None:
             return shown | self._extras(index, choice.token_ids, choice.components, reward)
         begun = None if prompt.text is None else self._echo(index, prompt, choice)
@@ -225,9 +225,14 @@ class Envelope:
 
     def opening(self, index: int, choice: Choice) -> JsonObject | None:
         """What a choice's stream begins with, before its first token."""
-        if self.prompts and self.prompts[index // self.num_choices].text is not None:
-            return self._echo(index, self.prompts[index // self.num_choices], choice)
-        return self.format.opening(index)
+        prompt = self._prompt(index)
+        if prompt is None or prompt.text is None:
+            return self.format.opening(index)
+        return self._echo(index, prompt, choice)
+
+    def _prompt(self, index: int) -> ShownPrompt | None:
+        """What is shown of a choice's prompt."""
+        return self.prompts[index // self.num_choices] if self.prompts else None
 
     def parts(self, index: int, delta: Delta, reward: float | None = None) -> list[JsonObject]:
         """A delta as stream choices; what it has besides text comes with the first, even where there is no text yet."""

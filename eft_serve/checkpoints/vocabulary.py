@@ -42,13 +42,13 @@ class Vocabulary:
     @property
     def with_special_tokens(self) -> WithSpecialTokens:
         """Decodes special tokens too."""
-        return WithSpecialTokens(self)
+        return WithSpecialTokens(self, skipped=frozenset())
 
-    def with_special_tokens_of(self, token_ids: Iterable[int]) -> WithSomeSpecialTokens:
+    def with_special_tokens_of(self, token_ids: Iterable[int]) -> WithSpecialTokens:
         """Decodes these special tokens too."""
         added = self.tokenizer.backend_tokenizer.get_added_tokens_decoder()
         special = {token_id for token_id, token in added.items() if token.special}
-        return WithSomeSpecialTokens(self, frozenset(special.difference(token_ids)))
+        return WithSpecialTokens(self, frozenset(special.difference(token_ids)))
 
     def _decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         text = self.tokenizer.decode(
@@ -78,7 +78,7 @@ class Vocabulary:
 
 
 @dataclass(frozen=True, slots=True)
-class WithSomeSpecialTokens:
+class WithSpecialTokens:
     """A vocabulary's decoder that skips these tokens only."""
 
     vocabulary: Vocabulary
@@ -88,17 +88,6 @@ class WithSomeSpecialTokens:
         """The text of the others."""
         kept = [token_id for token_id in token_ids if token_id not in self.skipped]
         return self.vocabulary._decode(kept, skip_special_tokens=False)
-
-
-@dataclass(frozen=True, slots=True)
-class WithSpecialTokens:
-    """A vocabulary's decoder that shows special tokens."""
-
-    vocabulary: Vocabulary
-
-    def decode(self, token_ids: list[int]) -> str:
-        """The text, special tokens included."""
-        return self.vocabulary._decode(token_ids, skip_special_tokens=False)
 
 
 def head_rows(checkpoint: Path) -> int | None:

@@ -127,7 +127,7 @@ class CoordinatorServer:
     def _submit_with_grammar(self, subscriber: Subscriber) -> None:
         request = subscriber.request
         try:
-            request.matcher = self._grammars.matcher(request.generation)
+            self._grammars.matched(request)
         except EftServeError as error:
             self._refuse(subscriber, error)
         except Exception as error:  # one request's fault ends one request

@@ -25,6 +25,12 @@ from eft_serve.config import AppConfig
 QUICK = Timing(look_s=0.05, beat_s=0.05, lease_s=1.0)
 CHAT: Final = "/v1/chat/completions"
 ENDED = ("completed", "failed", "cancelled", "expired")
+NEVER: Answer = lambda _: []  # noqa: E731
+
+
+def asked(server: Server) -> int:
+    """Requests that the server's models were asked."""
+    return len(server.service.requests)
 
 
 class Server(Stack):

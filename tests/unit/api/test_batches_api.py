@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from api_fakes import deltas, make_config
-from batch_fakes import CHAT, Server, create, ended, lines_of, request
+from batch_fakes import CHAT, NEVER, Server, asked, create, ended, lines_of, request
 from waiting import until
 
 from eft_serve.batches.ids import tenant_directory
@@ -21,23 +19,6 @@ from eft_serve.batches.ledger import Ledger
 from eft_serve.batches.store import ObjectStore
 from eft_serve.errors import RateLimitError, UnavailableError
 from eft_serve.tenancy.store import create_tenant
-from eft_serve.types import Delta, GenerationRequest
-
-NEVER: Callable[[GenerationRequest], Iterable[Delta | Exception]] = lambda _: []  # noqa: E731
-
-
-@pytest.fixture(params=["file", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "store") if request.param == "file" else f"memory://{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Server:
-    return Server(make_config(tmp_path, files_url=str(tmp_path / "store")))
-
-
-def asked(server: Server) -> int:
-    return len(server.service.requests)
 
 
 async def test_a_file_of_requests_is_answered_line_by_line(tmp_path: Path, url: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
-from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 from api_fakes import deltas, make_config
-from batch_fakes import CHAT, QUICK, Server, create, ended, lines_of, reached, request, upload
+from batch_fakes import CHAT, NEVER, QUICK, Server, asked, create, ended, lines_of, reached, request, upload
 from waiting import until
 
 from eft_serve.batches import watch
@@ -23,22 +21,6 @@ from eft_serve.batches.records import End, Lease, Spec
 from eft_serve.batches.store import ObjectStore
 from eft_serve.batches.watch import Timing
 from eft_serve.types import Delta, GenerationRequest
-
-NEVER: Callable[[GenerationRequest], Iterable[Delta | Exception]] = lambda _: []  # noqa: E731
-
-
-@pytest.fixture(params=["file", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "store") if request.param == "file" else f"memory://{uuid.uuid4().hex}"
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Server:
-    return Server(make_config(tmp_path, files_url=str(tmp_path / "store")))
-
-
-def asked(server: Server) -> int:
-    return len(server.service.requests)
 
 
 async def test_any_server_cancels_and_retrieves(tmp_path: Path, url: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import tracemalloc
-import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,6 @@ from eft_serve.errors import ConfigError
 from eft_serve.tenancy.store import create_tenant
 
 BOUNDARY = "x" * 20
-
-
-@pytest.fixture(params=["file", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "store") if request.param == "file" else f"memory://{uuid.uuid4().hex}"
 
 
 @pytest.fixture
