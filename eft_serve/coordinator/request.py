@@ -224,7 +224,8 @@ class Request:
             num_rows=num_rows,
             vocab_size=self.num_ids,
             sampling=self.generation.sampling,
-            output_token_ids=self.output_token_ids[self.num_scored :],
+            # Not copied at every step where nothing of it is prompt: it may be thousands of tokens.
+            output_token_ids=self.output_token_ids[self.num_scored :] if self.num_scored else self.output_token_ids,
             draft_token_ids=self.draft_token_ids[:num_rows],
             forced_token_ids=self.next_forced(num_rows) if self.is_forcing else None,
             truncation=self._truncation(),
